@@ -1,0 +1,56 @@
+"""Architecture of a frozen decoder, independent of where its weights come from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3 frequency scaling (``rope_type: llama3`` in Hugging Face configs)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Shape and options of a pre-norm decoder with rotary positions and a SwiGLU MLP.
+
+    One spec covers Llama, Mistral, Qwen2 (``qkv_bias``) and Qwen3 (``qk_norm``).
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    @property
+    def kv_floats_per_token(self) -> int:
+        """Numbers that one token's keys and values take over all layers."""
+        return self.num_layers * 2 * self.num_kv_heads * self.head_dim
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Parameter count from the shapes; ``embedding=False`` leaves out input and output tables."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
+        layer += (q + 2 * kv) if self.qkv_bias else 0
+        layer += 2 * self.head_dim if self.qk_norm else 0
+        tables = self.vocab_size * d * (1 if self.tie_embeddings else 2) if embedding else 0
+        return self.num_layers * layer + d + tables

@@ -1,0 +1,195 @@
+"""One decoder for every Llama-like family: embeddings in, hidden states and keys/values out.
+
+There is a single memory mechanism. A KV cache, a deep prefix of latents and a selected subset of another prefill are
+all a `KV` that the decoder reads and never writes; each call returns the `KV` of its own tokens and the
+caller decides what to keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.config import DecoderConfig
+from latent_jax.ops import attention, rope
+
+
+class KV(NamedTuple):
+    """Keys (post-RoPE) and values of ``m`` entries in every layer, and which of them are valid."""
+
+    k: Float[Array, "l b m g d"]
+    v: Float[Array, "l b m g d"]
+    mask: Bool[Array, "b m"]
+
+
+class DecoderOutput(NamedTuple):
+    """``hidden`` is after the final norm; ``kv`` holds the call's own tokens only."""
+
+    hidden: Float[Array, "b t d"]
+    kv: KV
+
+
+class _Norm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+class _Dense(nn.Module):
+    """``x @ kernel (+ bias)`` with an optional low-rank delta handed in by the caller.
+
+    The delta is an argument and not a parameter, so that one frozen tree serves as encoder (with LoRA) and as
+    reader (without) in the same step.
+    """
+
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x, lora=None):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if lora is not None:
+            y += (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+        return y
+
+
+class _Layer(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x, lora, prefix_k, prefix_v, shared):
+        c = self.config
+        positions, mask, prefix_mask, inv_freq = shared
+        b, t, _ = x.shape
+        lora = lora or {}
+
+        def dense(name, features, inputs, bias=False):
+            return _Dense(features, bias, name=name)(inputs, lora.get(name))
+
+        h = _Norm(c.norm_eps, name="attn_norm")(x)
+        q = dense("q", c.num_heads * c.head_dim, h, c.qkv_bias)
+        k = dense("k", c.num_kv_heads * c.head_dim, h, c.qkv_bias)
+        v = dense("v", c.num_kv_heads * c.head_dim, h, c.qkv_bias)
+        q = q.reshape(b, t, c.num_heads, c.head_dim)
+        k = k.reshape(b, t, c.num_kv_heads, c.head_dim)
+        v = v.reshape(b, t, c.num_kv_heads, c.head_dim)
+        if c.qk_norm:
+            q, k = _Norm(c.norm_eps, name="q_norm")(q), _Norm(c.norm_eps, name="k_norm")(k)
+        q, k = rope.rotate(q, positions, inv_freq), rope.rotate(k, positions, inv_freq)
+        out = attention.attend(q, k, v, mask, prefix_k, prefix_v, prefix_mask)
+        x = x + dense("o", c.hidden_size, out.reshape(b, t, -1))
+
+        h = _Norm(c.norm_eps, name="mlp_norm")(x)
+        gate = dense("gate", c.intermediate_size, h)
+        up = dense("up", c.intermediate_size, h)
+        return x + dense("down", c.hidden_size, nn.silu(gate) * up), (k, v)
+
+
+class Decoder(nn.Module):
+    """Decoder over input embeddings.
+
+    Attributes:
+      config: the architecture.
+      remat: recompute each layer's activations in the backward pass.
+    """
+
+    config: DecoderConfig
+    remat: bool = False
+
+    def setup(self):
+        c = self.config
+        self.embedding = self.param(
+            "embed", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size)
+        )
+        if not c.tie_embeddings:
+            self.head = self.param(
+                "head", nn.initializers.lecun_normal(), (c.hidden_size, c.vocab_size)
+            )
+        layer = nn.remat(_Layer, prevent_cse=False) if self.remat else _Layer
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, 0, nn.broadcast),
+            length=c.num_layers,
+        )(c)
+        self.final_norm = _Norm(c.norm_eps)
+
+    @property
+    def inv_freq(self):
+        """Rotary inverse frequencies of this architecture, ``[head_dim / 2]``."""
+        return inverse_frequencies(self.config)
+
+    def __call__(
+        self,
+        inputs_embeds: Float[Array, "b t d"],
+        positions: Int[Array, "b t"] | None = None,
+        mask: Bool[Array, "b t"] | None = None,
+        attention_mask: Bool[Array, "b t t"] | None = None,
+        prefix: KV | None = None,
+        lora: Any = None,
+    ) -> DecoderOutput:
+        """Runs all layers.
+
+        Args:
+          inputs_embeds: token embeddings or soft tokens; their dtype is the compute dtype.
+          positions: rotary positions, ``0..t-1`` by default.
+          mask: valid tokens (left or right padding), all by default; attention is causal over them.
+          attention_mask: replaces the causal mask among the call's own tokens.
+          prefix: keys and values that every token sees.
+          lora: ``{projection: {'a': [l, in, r], 'b': [l, r, out]}}`` for any of q, k, v, o, gate, up, down.
+        """
+        b, t, _ = inputs_embeds.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        if mask is None:
+            mask = jnp.ones((b, t), bool)
+        if attention_mask is None:
+            attention_mask = attention.causal_mask(mask)
+        pk, pv, pm = prefix if prefix is not None else (None, None, None)
+        shared = (positions, attention_mask, pm, jnp.asarray(self.inv_freq))
+        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, shared)
+        return DecoderOutput(self.final_norm(x), KV(k, v, mask))
+
+    def embed(self, ids: Int[Array, "b t"], dtype=None) -> Float[Array, "b t d"]:
+        """Input embeddings of token ids."""
+        x = jnp.take(self.embedding, ids, axis=0)
+        return x if dtype is None else x.astype(dtype)
+
+    def unembed(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
+        """Logits of hidden states, fp32."""
+        if self.config.tie_embeddings:
+            return jnp.einsum(
+                "btd,vd->btv", hidden, self.embedding.astype(hidden.dtype),
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+        return jnp.einsum(
+            "btd,dv->btv", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def inverse_frequencies(config: DecoderConfig):
+    """Rotary inverse frequencies of an architecture, ``[head_dim / 2]`` float32."""
+    s = config.rope_scaling
+    if s is None:
+        return rope.inverse_frequencies(config.head_dim, config.rope_theta)
+    return rope.inverse_frequencies(
+        config.head_dim,
+        config.rope_theta,
+        factor=s.factor,
+        low_freq_factor=s.low_freq_factor,
+        high_freq_factor=s.high_freq_factor,
+        original_max_position=s.original_max_position,
+    )

@@ -1,0 +1,60 @@
+"""Grouped-query attention over an optional read-only prefix of keys and values."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Large enough to zero a softmax weight in fp32, small enough that a fully masked row stays finite.
+MASKED = -1e30
+
+
+def attend(
+    q: Float[Array, "b t h d"],
+    k: Float[Array, "b s g d"],
+    v: Float[Array, "b s g d"],
+    mask: Bool[Array, "b t s"],
+    prefix_k: Float[Array, "b m g d"] | None = None,
+    prefix_v: Float[Array, "b m g d"] | None = None,
+    prefix_mask: Bool[Array, "b m"] | None = None,
+    scale: float | None = None,
+) -> Float[Array, "b t h d"]:
+    """Softmax attention of ``h`` query heads on ``g`` shared key/value heads (``h % g == 0``).
+
+    Prefix and own keys are scored apart and share one softmax, so that a cache or a compressed prefix is read in
+    place and never copied. Softmax is fp32. A query that may see nothing returns the mean of what it was given,
+    finite; callers mask such rows.
+
+    Args:
+      mask: which of the own keys each query may see.
+      prefix_mask: which prefix entries are valid; every query sees all valid ones.
+      scale: logit multiplier, ``d ** -0.5`` by default.
+    """
+    b, t, h, d = q.shape
+    g = k.shape[2]
+    scale = d**-0.5 if scale is None else scale
+    q = (q * scale).reshape(b, t, g, h // g, d)
+
+    def score(keys, visible):
+        logits = jnp.einsum("btgrd,bsgd->bgrts", q, keys, preferred_element_type=jnp.float32)
+        return jnp.where(visible, logits, MASKED)
+
+    scores = score(k, mask[:, None, None])
+    if prefix_k is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bgrts,bsgd->btgrd", weights, v)
+        return out.reshape(b, t, h, d)
+
+    m = prefix_k.shape[1]
+    scores = jnp.concatenate([score(prefix_k, prefix_mask[:, None, None, None, :]), scores], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    out = jnp.einsum("bgrts,bsgd->btgrd", weights[..., :m], prefix_v)
+    out += jnp.einsum("bgrts,bsgd->btgrd", weights[..., m:], v)
+    return out.reshape(b, t, h, d)
+
+
+def causal_mask(valid: Bool[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """Each token sees itself and earlier *valid* tokens."""
+    t = valid.shape[1]
+    return jnp.tril(jnp.ones((t, t), bool))[None] & valid[:, None, :]
