@@ -1,0 +1,77 @@
+"""Percentile bootstrap over examples (Efron & Tibshirani 1993), vectorised and seeded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+Interval = tuple[float, float]
+_CHUNK_ELEMENTS = 4_000_000
+
+
+def resampled_sums(
+    columns: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> np.ndarray:
+    """Sums over ``resamples`` draws of the rows, with replacement.
+
+    Args:
+      columns: ``[n, c]``; a row is one example, so the columns of a draw stay paired.
+
+    Returns:
+      ``[resamples, c]`` float64.
+    """
+    columns = np.asarray(columns, np.float64)
+    n, c = columns.shape
+    rng = np.random.default_rng(seed)
+    sums = np.empty((resamples, c))
+    # Chunked, because [resamples, n] indices of a large evaluation would take gigabytes.
+    step = max(1, _CHUNK_ELEMENTS // max(n * c, 1))
+    for start in range(0, resamples, step):
+        stop = min(start + step, resamples)
+        rows = rng.integers(0, n, size=(stop - start, n))
+        sums[start:stop] = columns[rows].sum(axis=1)
+    return sums
+
+
+def _interval(statistic: np.ndarray, level: float) -> Interval:
+    statistic = statistic[np.isfinite(statistic)]
+    if not len(statistic):
+        return float("nan"), float("nan")
+    low, high = np.quantile(statistic, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def mean_interval(
+    values: np.ndarray, counts: np.ndarray | None = None, *,
+    resamples: int = 2000, level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
+    """Interval of ``sum(values) / sum(counts)``; without counts, of the plain mean over examples."""
+    values = np.asarray(values, np.float64)
+    if values.size == 0:
+        return float("nan"), float("nan")
+    counts = np.ones_like(values) if counts is None else np.asarray(counts, np.float64)
+    return ratio_interval(values, counts, resamples=resamples, level=level, seed=seed)
+
+
+def difference_interval(
+    first: np.ndarray, second: np.ndarray, *,
+    resamples: int = 2000, level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
+    """Interval of ``mean(first) - mean(second)`` on the same examples (paired)."""
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired arms need equal shapes, got {first.shape} and {second.shape}")
+    return mean_interval(first - second, resamples=resamples, level=level, seed=seed)
+
+
+def ratio_interval(
+    numerator: np.ndarray, denominator: np.ndarray, *,
+    resamples: int = 2000, level: float = 0.95, seed: int = 0,
+) -> Interval:  # fmt: skip
+    """Interval of ``mean(numerator) / mean(denominator)`` on the same examples (a ratio of means, not a mean of
+    ratios); draws with a zero denominator are left out."""
+    pair = np.stack([np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)], axis=1)
+    if len(pair) == 0:
+        return float("nan"), float("nan")
+    sums = resampled_sums(pair, resamples, seed)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _interval(sums[:, 0] / sums[:, 1], level)
