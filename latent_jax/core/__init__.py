@@ -1,0 +1,1 @@
+"""Configuration, pytree paths, random streams, errors, downloads and shared types."""

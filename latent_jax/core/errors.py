@@ -1,0 +1,41 @@
+"""Errors that a person can cause: one clear line each, exit code 2.
+
+The command line prints ``str(error)`` and exits with ``error.exit_code``; anything that is not a
+`UserError` is a defect of the library and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base of every error caused by input: says what was wrong, where, and what to do."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be resolved: unknown key, wrong type, impossible combination."""
+
+
+class DataError(UserError):
+    """A data source that is missing, unreadable or malformed."""
+
+
+class BackboneError(UserError):
+    """A language model that cannot be loaded: truncated file, wrong architecture, missing tensor."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, unreadable, or belongs to another configuration."""
+
+
+class RunError(UserError):
+    """A run directory that does not exist, is not writable, or holds another run."""
+
+
+class MeshError(UserError):
+    """A device mesh that the present devices cannot form."""
+
+
+class FetchError(UserError):
+    """A download that failed, or whose content is not what was pinned."""
