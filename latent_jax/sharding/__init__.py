@@ -1,0 +1,45 @@
+"""Device meshes, path rules that shard arrays, and multi-process start-up.
+
+Every array's place follows from three things a person can read: the mesh (`MeshConfig`), a table
+of path regexes (`Rules`) and the logical axis names (`LOGICAL_AXES`).
+"""
+
+from __future__ import annotations
+
+from latent_jax.sharding.distributed import initialize_distributed
+from latent_jax.sharding.mesh import (
+    AXES,
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    make_mesh,
+    replicated,
+    shard_batch,
+)
+from latent_jax.sharding.rules import (
+    LOGICAL_AXES,
+    Rules,
+    constrain,
+    follow_params,
+    sharding_table,
+    spec_for,
+    tree_shardings,
+)
+
+__all__ = [
+    "AXES",
+    "LOGICAL_AXES",
+    "MeshConfig",
+    "Rules",
+    "batch_sharding",
+    "check_batch",
+    "constrain",
+    "follow_params",
+    "initialize_distributed",
+    "make_mesh",
+    "replicated",
+    "shard_batch",
+    "sharding_table",
+    "spec_for",
+    "tree_shardings",
+]
