@@ -1,0 +1,194 @@
+"""Figures as inline SVG: text and axes take the page's colour, so they read in light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+# Mid-tones that keep contrast on white and on near-black.
+PALETTE = (
+    "#3b82c4", "#d9822b", "#3d9a50", "#c4504b", "#8a6fc2",
+    "#2fa8b5", "#d06fb0", "#9a8a2c", "#8c6d5a", "#808890",
+)  # fmt: skip
+# matplotlib writes fixed colours; this one is replaced by currentColor in the SVG.
+_INK = "#010203"
+_STYLE = {
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.size": 9,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "grid.color": _INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.6,
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "figure.constrained_layout.use": True,
+}
+_MAX_POINTS = 500
+
+
+def _svg(figure: Figure, label: str) -> Markup:
+    """Serialises a figure; `label` is its text for screen readers and makes its ids unique."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    used = set(re.findall(r"(?:url\(#|href=\"#)([^)\"]+)", text))
+    text = re.sub(
+        r' id="([^"]*)"', lambda match: match.group(0) if match.group(1) in used else "", text
+    )
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    return Markup(text.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height))
+
+
+def _thin(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """At most _MAX_POINTS bucket means, so that a long run's report stays small."""
+    x, y = np.asarray(steps, float), np.asarray(values, float)
+    if x.size <= _MAX_POINTS:
+        return x, y
+    parts = np.array_split(np.arange(x.size), _MAX_POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([y[p].mean() for p in parts])
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Bias-corrected exponential average over about a twentieth of the curve."""
+    decay = 1.0 - 1.0 / max(len(values) / 20.0, 1.0)
+    out, mean, weight = np.empty_like(values), 0.0, 0.0
+    for i, value in enumerate(values):
+        mean = decay * mean + (1.0 - decay) * value
+        weight = decay * weight + (1.0 - decay)
+        out[i] = mean / weight
+    return out
+
+
+def curve(
+    title: str,
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool = False,
+) -> Markup:
+    """Lines over steps; a single noisy line is drawn faint with its running mean on top."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(3.5, 2.3)
+        axes = figure.add_subplot()
+        for i, (name, (steps, values)) in enumerate(lines.items()):
+            x, y = _thin(steps, values)
+            colour = PALETTE[i % len(PALETTE)]
+            marker = "o" if len(x) < 3 else None
+            if len(lines) == 1 and len(x) >= 40:
+                axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
+                y = _smooth(y)
+            axes.plot(x, y, color=colour, linewidth=1.4, label=name, marker=marker, markersize=3)
+        if log and all(min(values, default=0) > 0 for _, values in lines.values()):
+            axes.set_yscale("log")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        if len(lines) > 1:
+            axes.legend(loc="best")
+        return _svg(figure, title)
+
+
+def stacked(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
+    """Shares that add up, as stacked areas over the steps that all lines have."""
+    steps = sorted(set.intersection(*(set(s) for s, _ in lines.values())))
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(3.5, 2.3)
+        axes = figure.add_subplot()
+        rows = []
+        for s, v in lines.values():
+            at = dict(zip(s, v, strict=True))
+            x, y = _thin(steps, [at[step] for step in steps])
+            rows.append(y)
+        if steps:
+            colours = [PALETTE[i % len(PALETTE)] for i in range(len(rows))]
+            axes.stackplot(x, rows, labels=list(lines), colors=colours, alpha=0.75)
+            axes.legend(loc="best")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        return _svg(figure, title)
+
+
+def dots(
+    title: str, values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> Markup:
+    """One horizontal dot per row with its confidence interval, first row on top."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(5.6, 0.8 + 0.26 * len(values))
+        axes = figure.add_subplot()
+        names = list(values)
+        for y, name in enumerate(names):
+            colour = PALETTE[0] if name.startswith("latent") else PALETTE[-1]
+            if name in intervals:
+                axes.plot(intervals[name], [y, y], color=colour, linewidth=2, alpha=0.55)
+            axes.plot([values[name]], [y], "o", color=colour, markersize=5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlim(left=min(0.0, *values.values()))
+        axes.set_title(title)
+        return _svg(figure, title)
+
+
+def against_ratio(
+    title: str,
+    arms: Mapping[str, Mapping[float, tuple[float, tuple[float, float] | None]]],
+    flat: Mapping[str, float],
+) -> Markup:
+    """A score over compression ratios, one line per arm; `flat` arms do not depend on the ratio."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(5.6, 3.4)
+        axes = figure.add_subplot()
+        for i, (arm, points) in enumerate(arms.items()):
+            ratios = sorted(points)
+            y = [points[ratio][0] for ratio in ratios]
+            colour = PALETTE[i % len(PALETTE)]
+            width = 2.2 if arm.startswith("latent") else 1.2
+            axes.plot(ratios, y, "o-", color=colour, linewidth=width, markersize=4, label=arm)
+            for ratio in ratios:
+                if points[ratio][1] is not None:
+                    axes.plot([ratio] * 2, points[ratio][1], color=colour, alpha=0.5)
+        for i, (arm, value) in enumerate(flat.items()):
+            style = ("--", ":", "-.")[i % 3]
+            axes.axhline(value, color=PALETTE[-1], linestyle=style, linewidth=1.2, label=arm)
+        axes.set_xscale("log", base=2)
+        ratios = sorted({ratio for points in arms.values() for ratio in points})
+        axes.set_xticks(ratios, [f"{ratio:g}×" for ratio in ratios])
+        axes.minorticks_off()
+        axes.set_xlabel("context tokens ÷ latents")
+        axes.set_ylim(bottom=0)
+        axes.set_title(title)
+        figure.legend(loc="outside right upper")
+        return _svg(figure, title)
+
+
+def histogram(title: str, values: Sequence[float]) -> Markup:
+    """A list-valued result (a spectrum, counts per code) as bars by index."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(3.5, 2.3)
+        axes = figure.add_subplot()
+        axes.bar(range(len(values)), values, color=PALETTE[0], width=0.9)
+        axes.set_title(title)
+        axes.set_xlabel("index")
+        return _svg(figure, title)

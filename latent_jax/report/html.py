@@ -1,0 +1,177 @@
+"""One self-contained HTML page per run, made from the files in its directory."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from latent_jax.core.files import write_text
+from latent_jax.report import figures, samples, tables
+from latent_jax.report.load import RunFiles, load_run, series
+
+_GROUPS = {
+    "term": "Loss terms",
+    "weight": "Weights",
+    "share": "Shares of the loss",
+    "grad_norm": "Gradient norms",
+    "eval": "Held out, while training",
+}
+_LOG = ("loss", "lr", "grad_norm")
+_SHOWN_WARNINGS = 40
+
+
+def write_report(run: str | Path) -> Path:
+    """Writes `report.html` into a run directory and returns its path.
+
+    Raises:
+      RunError: there is no run in that directory.
+    """
+    files = load_run(run)
+    path = files.path / "report.html"
+    write_text(path, render(files))
+    return path
+
+
+def render(files: RunFiles) -> str:
+    """The page as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("latent_jax.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["number"] = tables.number
+    results = files.results
+    return environment.get_template("page.html.j2").render(
+        title=str(files.config.get("name") or files.path.resolve().name),
+        system=str(files.config.get("system", "")),
+        seed=files.config.get("seed"),
+        hash=files.config_hash,
+        made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
+        headlines=tables.headlines(results),
+        facts=_facts(files),
+        machine=_flat(files.environment),
+        config=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
+        curves=curves(files.metrics),
+        sections=[(s, _section_figures(s, results)) for s in tables.sections(results)],
+        reconstructions=samples.reconstructions(files.samples),
+        answers=samples.answers(files.samples),
+        others=samples.others(files.samples),
+        warnings=[_flat(row) for row in files.warnings[-_SHOWN_WARNINGS:]],
+        warning_count=len(files.warnings),
+        notes=files.notes,
+    )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += _flat(value, f"{name}.")
+        elif isinstance(value, list):
+            rows.append((name, ", ".join(map(str, value))))
+        elif value is not None:
+            rows.append((name, tables.number(value)))
+    return rows
+
+
+def _facts(files: RunFiles) -> list[tuple[str, str]]:
+    """What was run, in a line each."""
+    config, rows = files.config, files.metrics
+    facts = [
+        ("system", str(config.get("system", "?"))),
+        ("configuration hash", files.config_hash or "?"),
+        ("seed", str(config.get("seed", "?"))),
+    ]
+    data = config.get("data")
+    if isinstance(data, Mapping):
+        plain = [f"{k}: {v}" for k, v in data.items() if isinstance(v, (str, int, float))]
+        facts.append(("data", " · ".join(plain)))
+    backbone = config.get("backbone")
+    if isinstance(backbone, Mapping):
+        backbone = backbone.get("name")
+    if backbone:
+        facts.append(("backbone", str(backbone)))
+    steps = [row["step"] for row in rows if isinstance(row.get("step"), (int, float))]
+    if steps:
+        facts.append(("steps trained", tables.number(int(max(steps)))))
+    return facts
+
+
+def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
+    """Figures of the training log, grouped: one per loss term, shares stacked, the rest each."""
+    columns = series(rows)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, column in columns.items():
+        group, slash, rest = name.partition("/")
+        if slash:
+            groups.setdefault(group, {})[rest] = column
+        else:
+            groups.setdefault("", {})[name] = column
+    made: list[tuple[str, list[Markup]]] = []
+    # A weight that never moves is stated in the title of its term instead of drawn.
+    moving = {n: c for n, c in groups.pop("weight", {}).items() if len(set(c[1])) > 1}
+    fixed = {
+        n.partition("/")[2]: c[1][-1]
+        for n, c in columns.items()
+        if n.startswith("weight/") and len(set(c[1])) == 1
+    }
+    shares = groups.pop("share", {})
+    main = groups.pop("", {})
+    terms = [figures.curve("loss", {"loss": main.pop("loss")}, log=True)] if "loss" in main else []
+    for name, column in groups.pop("term", {}).items():
+        title = f"{name} (weight {fixed[name]:g})" if name in fixed else name
+        terms.append(figures.curve(title, {name: column}))
+    if len(shares) > 1:
+        terms.append(figures.stacked("share of the loss", shares))
+    if moving:
+        terms.append(figures.curve("weights", moving))
+    if terms:
+        made.append(("Loss, and its terms", terms))
+    for group, members in groups.items():
+        panels = [figures.curve(name, {name: column}) for name, column in members.items()]
+        if group == "grad_norm" and len(members) > 1:
+            panels = [figures.curve("gradient norm", members, log=True)]
+        made.append((_GROUPS.get(group, group.replace("_", " ").capitalize()), panels))
+    if main:
+        panels = [
+            figures.curve(name.replace("_", " "), {name: column}, log=name in _LOG)
+            for name, column in main.items()
+            if len(set(column[1])) > 1
+        ]
+        if panels:
+            made.append(("Optimiser and speed", panels))
+    return made
+
+
+def _section_figures(section: tables.Section, results: Mapping[str, Any]) -> list[Markup]:
+    made: list[Markup] = []
+    for reader, arms in tables.by_ratio(results, section.key).items():
+        title = f"F1, {reader}" if reader else "F1"
+        ratios = {ratio for points in arms.values() for ratio in points}
+        if len(ratios) > 1:
+            single = {"full_text", "full_text_tuned", "no_context", "no_context_tuned"}
+            flat = {a: next(iter(p.values()))[0] for a, p in arms.items() if a in single}
+            lines = {a: p for a, p in arms.items() if a not in single}
+            made.append(figures.against_ratio(f"{title} against the ratio", lines, flat))
+        elif len(arms) > 1:
+            order = list(tables.ARMS)
+            names = sorted(arms, key=lambda a: order.index(a) if a in order else len(order))
+            points = {name: next(iter(arms[name].values())) for name in names}
+            made.append(
+                figures.dots(
+                    f"{title} at {next(iter(ratios)):g}× compression",
+                    {name: point[0] for name, point in points.items()},
+                    {name: point[1] for name, point in points.items() if point[1]},
+                )
+            )
+    made += [figures.histogram(name, values) for name, values in section.lists.items()]
+    return made

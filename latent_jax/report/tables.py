@@ -1,0 +1,295 @@
+"""Results as tables: the layout follows the dotted names, so any system's results show."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from latent_jax.report.load import is_number
+
+# First part of a name → the title of its section; others are titled by their own name. The order
+# here is the order on the page.
+TITLES = {
+    "squad": "Question answering (SQuAD)",
+    "qed": "Question answering (QED, out of distribution)",
+    "lookup": "Key lookup",
+    "qa": "Question answering",
+    "ae": "Reconstruction",
+    "continuation": "Continuation",
+    "reconstruction": "Reconstruction",
+    "bpb": "Bits per byte",
+    "nll": "Negative log-likelihood",
+    "baseline": "Baselines",
+    "rvq": "Residual quantiser",
+    "latent": "Latent statistics",
+    "latents": "Latent statistics",
+    "telemetry": "Latent statistics",
+    "diagnostics": "Diagnostics",
+    "throughput": "Cost",
+    "memory": "Cost",
+    "cost": "Cost",
+    "train": "Training",
+}
+
+# What each arm of a comparison is. Rows of a table follow this order.
+ARMS = {
+    "latent": "the compressed text",
+    "cramming": "latents optimised per text (upper bound)",
+    "full_text": "the whole text, as a prompt",
+    "full_text_tuned": "the whole text with a tuned soft prompt",
+    "embedding_replay": "the whole text through the embedding input",
+    "embedding_replay_anchor": "the same, with the anchor text",
+    "token_budget_head": "the first M tokens of the text",
+    "token_budget_head_tuned": "the first M tokens with a tuned soft prompt",
+    "token_budget_tail": "the last M tokens of the text",
+    "token_budget_tail_tuned": "the last M tokens with a tuned soft prompt",
+    "stride_tokens": "every n-th token",
+    "mean_pool": "mean-pooled embeddings",
+    "pca": "PCA of embeddings",
+    "kv_stride": "every n-th key/value of a prefill",
+    "kv_topk": "keys/values with most attention",
+    "kv_question": "keys/values nearest the question",
+    "scrambled": "control: own latents in random order",
+    "shuffled": "control: another text's latents",
+    "zero": "control: latents set to zero",
+    "no_context": "control: the question alone",
+    "no_context_tuned": "control: the question with a tuned soft prompt",
+}
+
+# Last parts that are measures rather than rows.
+_MEASURES = frozenset(
+    "f1 em nll accuracy loss token_accuracy exact_prefix exact bleu crps perplexity entropy_ratio "
+    "live top5 top10 mean std".split()
+)
+# Names that belong to the measures of another section.
+_HEADLINES = (
+    "squad.f1.latent",
+    "squad.f1.full_text",
+    "squad.f1.no_context",
+    "lookup.f1.latent",
+    "qa.f1.latent",
+    "ae.token_accuracy",
+    "reconstruction.byte_accuracy",
+    "bpb.total",
+    "top.accuracy",
+    "nll.position_averaged",
+    "crps",
+    "ratio",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One number with its interval, as text, and its size relative to its column for a bar."""
+
+    text: str = ""
+    interval: str = ""
+    share: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows × measures. `rows` holds (name, meaning, cells)."""
+
+    title: str
+    columns: list[str]
+    rows: list[tuple[str, str, list[Cell]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """All results that share a topic: tables, single numbers, and list-valued results."""
+
+    key: str
+    title: str
+    tables: list[Table]
+    facts: list[tuple[str, Cell]]
+    lists: dict[str, list[float]]
+
+
+def number(value: Any) -> str:
+    """A number as a person wants to read it.
+
+    Example:
+      >>> number(0.81234), number(1234567), number(0.0000123), number(3), number(True)
+      ('0.812', '1,234,567', '1.23e-05', '3', 'yes')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if value != value or value in (float("inf"), float("-inf")):
+            return str(value)
+        size = abs(value)
+        if value == int(value) and size < 1e15:
+            return f"{int(value):,}"
+        if size >= 1000:
+            return f"{value:,.0f}"
+        return f"{value:.3g}" if size < 0.01 or size >= 100 else f"{value:.3f}".rstrip("0")
+    return str(value)
+
+
+def interval_of(results: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    """The confidence interval beside a result, where it has one."""
+    bounds = results.get(f"{name}.ci95")
+    if isinstance(bounds, (list, tuple)) and len(bounds) == 2 and all(map(is_number, bounds)):
+        return float(bounds[0]), float(bounds[1])
+    return None
+
+
+def place(name: str) -> tuple[str, str, str] | None:
+    """Splits a dotted name into (table, row, measure), or None where it is a single number.
+
+    Example:
+      >>> place("squad.f1.latent")
+      ('squad', 'latent', 'f1')
+      >>> place("squad.qwen.x8.f1.shuffled")
+      ('squad.qwen.x8', 'shuffled', 'f1')
+      >>> place("rvq.level0.stage2.live"), place("baseline.unigram.nll")
+      (('rvq.level0', 'stage2', 'live'), ('baseline', 'unigram', 'nll'))
+      >>> place("ae.token_accuracy") is None
+      True
+    """
+    parts = name.split(".")
+    if len(parts) < 3:
+        return None
+    *head, second, last = parts
+    indexed = re.fullmatch(r"[a-z_]+\d+", second) and not re.fullmatch(r"[a-z_]+\d+", last)
+    if second not in _MEASURES and (last in _MEASURES or indexed):
+        return ".".join(head), second, last
+    return ".".join(head), last, second
+
+
+def _cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
+    value = results[name]
+    bounds = interval_of(results, name)
+    share = max(0.0, min(1.0, value / top)) if is_number(value) and top > 0 else 0.0
+    return Cell(
+        number(value),
+        f"{number(bounds[0])} – {number(bounds[1])}" if bounds else "",
+        share if share == share else 0.0,
+    )
+
+
+def _rank(row: str) -> tuple[int, str]:
+    names = list(ARMS)
+    return (names.index(row), row) if row in ARMS else (len(names), row)
+
+
+def sections(results: Mapping[str, Any]) -> list[Section]:
+    """Groups results into the sections of a page."""
+    scalars = {
+        name: value
+        for name, value in results.items()
+        if not name.endswith(".ci95") and not isinstance(value, (list, dict, tuple))
+    }
+    tables: dict[str, dict[str, dict[str, str]]] = {}
+    alone: list[str] = []
+    for name in scalars:
+        where = place(name)
+        if where is None:
+            alone.append(name)
+        else:
+            table, row, measure = where
+            tables.setdefault(table, {}).setdefault(row, {})[measure] = name
+    # `ae.token_accuracy` is the main row of the table that `ae.token_accuracy.shuffled` makes.
+    facts: list[str] = []
+    for name in alone:
+        table, _, measure = name.rpartition(".")
+        if any(measure in row for row in tables.get(table, {}).values()):
+            tables[table].setdefault("latent" if table == "ae" else "this run", {})[measure] = name
+        else:
+            facts.append(name)
+
+    order = list(TITLES)
+    keys: dict[str, list[str]] = {}
+    for key in [*(t.split(".")[0] for t in tables), *(f.split(".")[0] for f in facts)]:
+        keys.setdefault(TITLES.get(key, key.replace("_", " ").capitalize()), []).append(key)
+    lists = {
+        name: [float(v) for v in value]
+        for name, value in results.items()
+        if isinstance(value, list) and not name.endswith(".ci95") and all(map(is_number, value))
+    }
+    for name in lists:
+        key = name.split(".")[0]
+        keys.setdefault(TITLES.get(key, key.replace("_", " ").capitalize()), []).append(key)
+
+    found = []
+    for title, members in keys.items():
+        mine = set(members)
+        rank = min((order.index(m) for m in mine if m in order), default=len(order))
+        section = Section(
+            key=sorted(mine)[0],
+            title=title,
+            tables=[
+                _table(results, name, rows)
+                for name, rows in tables.items()
+                if name.split(".")[0] in mine
+            ],
+            facts=[(f, _cell(results, f)) for f in facts if f.split(".")[0] in mine],
+            lists={n: v for n, v in lists.items() if n.split(".")[0] in mine and v},
+        )
+        found.append((rank, section))
+    return [section for _, section in sorted(found, key=lambda pair: pair[0])]
+
+
+def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
+    columns = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+    top = {}
+    for measure in columns:
+        values = [results[row[measure]] for row in rows.values() if measure in row]
+        numbers = [v for v in values if is_number(v) and v == v and abs(v) != float("inf")]
+        # A bar for a share is drawn against 1, so that tables can be compared by eye.
+        unit = numbers and min(numbers) >= 0 and max(numbers) <= 1
+        top[measure] = 1.0 if unit else max(numbers, default=0.0)
+    return Table(
+        title=title,
+        columns=columns,
+        rows=[
+            (
+                row,
+                ARMS.get(row, ""),
+                [
+                    _cell(results, rows[row][m], top[m]) if m in rows[row] else Cell()
+                    for m in columns
+                ],
+            )
+            for row in sorted(rows, key=_rank)
+        ],
+    )
+
+
+def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cell]]:
+    """The few numbers that stand on top of the page."""
+    chosen = [name for name in _HEADLINES if is_number(results.get(name))]
+    if not chosen:
+        chosen = [name for name, value in results.items() if is_number(value)]
+    return [(name, _cell(results, name)) for name in chosen[:limit]]
+
+
+def by_ratio(
+    results: Mapping[str, Any], task: str = "squad", measure: str = "f1"
+) -> dict[str, dict[str, dict[float, tuple[float, tuple[float, float] | None]]]]:
+    """Scores of every arm over compression ratios: reader → arm → ratio → (score, interval).
+
+    The config's main reader is called "". Its ratio is the result `ratio`.
+    """
+    found: dict[str, dict[str, dict[float, Any]]] = {}
+    main = re.compile(rf"{re.escape(task)}\.{measure}\.([^.]+)")
+    other = re.compile(rf"{re.escape(task)}\.(.+)\.x([0-9.]+?)\.{measure}\.([^.]+)")
+    for name, value in results.items():
+        if not is_number(value):
+            continue
+        if match := main.fullmatch(name):
+            reader, ratio, arm = "", results.get("ratio", 1.0), match.group(1)
+        elif match := other.fullmatch(name):
+            reader, ratio, arm = match.group(1), float(match.group(2)), match.group(3)
+        else:
+            continue
+        ratio = float(ratio) if is_number(ratio) else 1.0
+        point = (float(value), interval_of(results, name))
+        found.setdefault(reader, {}).setdefault(arm, {})[ratio] = point
+    return found
