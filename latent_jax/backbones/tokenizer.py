@@ -1,0 +1,234 @@
+"""One tokenizer interface over GGUF fields, ``tokenizer.json``, llama2.c vocabularies and plain bytes."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2.ext
+import jinja2.sandbox
+import tokenizers
+
+from latent_jax.backbones import vocabularies
+from latent_jax.core.errors import BackboneError
+
+
+class Tokenizer:
+    """Text ↔ ids, with the model's special tokens and chat format.
+
+    Args:
+      backend: the underlying `tokenizers.Tokenizer`.
+      bos_id: id that starts a sequence, or None.
+      eos_id: id that ends one, or None.
+      pad_id: id used for padding; defaults to ``eos_id``, else 0 (padding is masked everywhere).
+      chat_template: Jinja2 source of the chat format, or None.
+      stop_ids: further ids that end a generation.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_id: int | None = None,
+        chat_template: str | None = None,
+        stop_ids: Sequence[int] = (),
+    ):
+        backend.no_padding()
+        backend.no_truncation()
+        self.backend = backend
+        self.bos_id = bos_id
+        self.eos_id = eos_id
+        self.pad_id = pad_id if pad_id is not None else eos_id if eos_id is not None else 0
+        self.chat_template = chat_template
+        self.stop_ids = tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *stop_ids]))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`; no BOS or EOS is added, special tokens written out in it are recognised."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of several texts, in parallel."""
+        return [e.ids for e in self.backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Character span of each token of ``encode(text)``."""
+        return self.backend.encode(text, add_special_tokens=False).offsets
+
+    def token_to_id(self, token: str) -> int | None:
+        """Id of one token's own string, or None."""
+        return self.backend.token_to_id(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        """A token's own string, or None."""
+        return self.backend.id_to_token(int(index))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included (a model's table may have more rows)."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Digest of everything that decides ids and chat text."""
+        state = [self.backend.to_str(), self.bos_id, self.eos_id, self.pad_id, self.chat_template]
+        return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+    def apply_chat(
+        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Text of a conversation in the model's own format.
+
+        Args:
+          messages: ``{'role': 'system' | 'user' | 'assistant', 'content': str}`` each.
+          add_generation_prompt: end with the start of the assistant's turn.
+
+        Raises:
+          BackboneError: the model has no chat template, or the template refuses the messages.
+        """
+        if not self.chat_template:
+            raise BackboneError("This model has no chat template; prompt it with plain text instead.")
+        try:
+            return _template(self.chat_template).render(
+                messages=[dict(m) for m in messages],
+                add_generation_prompt=add_generation_prompt,
+                bos_token="" if self.bos_id is None else self.id_to_token(self.bos_id),
+                eos_token="" if self.eos_id is None else self.id_to_token(self.eos_id),
+            )
+        except jinja2.TemplateError as error:
+            raise BackboneError(f"The model's chat template refuses these messages: {error}.") from error
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, readable by `from_directory` and transformers."""
+        directory = Path(directory)
+        self.backend.save(str(directory / "tokenizer.json"))
+        special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        config: dict[str, Any] = {
+            key: self.id_to_token(index) for key, index in special.items() if index is not None
+        }
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+        (directory / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    @classmethod
+    def from_gguf(cls, fields: Mapping[str, Any], where: str = "GGUF") -> Tokenizer:
+        """Builds the tokenizer from a GGUF file's ``tokenizer.*`` fields."""
+
+        def special(name: str) -> int | None:
+            value = fields.get(f"tokenizer.ggml.{name}_token_id")
+            return None if value is None else int(value)
+
+        backend = vocabularies.from_gguf(fields, where)
+        stops = [special(name) for name in ("eot", "eom")]
+        return cls(
+            backend,
+            bos_id=special("bos"),
+            eos_id=special("eos"),
+            pad_id=special("padding"),
+            chat_template=fields.get("tokenizer.chat_template"),
+            stop_ids=[s for s in stops if s is not None],
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> Tokenizer:
+        """Reads ``tokenizer.json`` with the special tokens of the configs beside it."""
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise BackboneError(
+                f"{directory}: no tokenizer.json; save one there with transformers' "
+                "AutoTokenizer.from_pretrained(…).save_pretrained(…)."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BackboneError(f"{path}: cannot read it as a tokenizer ({error}).") from error
+        tok = _read_json(directory / "tokenizer_config.json")
+        model = _read_json(directory / "config.json")
+        generation = _read_json(directory / "generation_config.json")
+
+        def special(name: str) -> int | None:
+            token = tok.get(f"{name}_token")
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if token is not None and (index := backend.token_to_id(token)) is not None:
+                return index
+            return next(iter(ids(model.get(f"{name}_token_id"))), None)
+
+        def ids(value: Any) -> list[int]:
+            return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+        chat = tok.get("chat_template")
+        if isinstance(chat, list):
+            chat = next((c["template"] for c in chat if c.get("name") == "default"), None)
+        if chat is None and (directory / "chat_template.jinja").is_file():
+            chat = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        return cls(
+            backend,
+            bos_id=special("bos"),
+            eos_id=special("eos"),
+            pad_id=special("pad"),
+            chat_template=chat,
+            stop_ids=ids(generation.get("eos_token_id")) + ids(model.get("eos_token_id")),
+        )
+
+    @classmethod
+    def from_llama2c(cls, path: str | Path, vocab_size: int) -> Tokenizer:
+        """Reads a llama2.c vocabulary (``tok512.bin``)."""
+        return cls(vocabularies.from_llama2c(path, vocab_size), bos_id=1, eos_id=2)
+
+
+class ByteTokenizer(Tokenizer):
+    """Ids 0–255 are UTF-8 bytes; special tokens follow, so no text is ever unknown.
+
+    Args:
+      special: strings of the tokens from id 256 on; the first three are BOS, EOS and padding.
+
+    Example:
+      >>> ByteTokenizer().encode('hé')
+      [104, 195, 169]
+    """
+
+    def __init__(self, special: Sequence[str] = ("<|bos|>", "<|eos|>", "<|pad|>")):
+        backend = vocabularies.of_bytes(special)
+        ids = [backend.token_to_id(s) for s in special[:3]] + [None] * 3
+        super().__init__(backend, bos_id=ids[0], eos_id=ids[1], pad_id=ids[2])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BackboneError(f"{path}: not valid JSON ({error}).") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _template(source: str) -> jinja2.Template:
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    # As transformers renders them: sandboxed, since a template comes with the weights.
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = to_json
+    env.globals["raise_exception"] = refuse
+    env.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return env.from_string(source)
