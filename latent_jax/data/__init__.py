@@ -1,0 +1,25 @@
+"""Data sources and resumable input pipelines."""
+
+from __future__ import annotations
+
+from latent_jax.data.lookup import lookup_examples, lookup_texts
+from latent_jax.data.mixture import Mixture, mix
+from latent_jax.data.packing import pack
+from latent_jax.data.pipeline import BatchIterator, collate, pipeline
+from latent_jax.data.squad import QAExample, load_squad
+from latent_jax.data.text import load_texts, segments
+
+__all__ = [
+    "BatchIterator",
+    "Mixture",
+    "QAExample",
+    "collate",
+    "load_squad",
+    "load_texts",
+    "lookup_examples",
+    "lookup_texts",
+    "mix",
+    "pack",
+    "pipeline",
+    "segments",
+]
