@@ -1,0 +1,378 @@
+"""The training loop: set up, resume, step, log, evaluate, save.
+
+The inner loop never waits for the device: a step's metrics are read when they are due in the log,
+and then only those of finished steps.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from latent_jax.core import rng as rng_lib
+from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.sharding import make_mesh, replicated, shard_batch, tree_shardings
+from latent_jax.train.checkpoints import Checkpoints, resume_hash
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import init_gates
+from latent_jax.train.guards import Guards
+from latent_jax.train.init_from import apply_init_from
+from latent_jax.train.optimizers import GroupedOptimizer
+from latent_jax.train.phases import active_labels, phase_at
+from latent_jax.train.preemption import Preempted, PreemptionWatch
+from latent_jax.train.progress import ProgressEvent, ProgressFn
+from latent_jax.train.protocol import System
+from latent_jax.train.selection import Selection
+from latent_jax.train.state import TrainState, create_state, state_shardings
+from latent_jax.train.step import DEFAULT_RNGS, StepFn, make_train_step
+from latent_jax.train.writers import Writers, open_writers
+
+# Steps that may wait on the device before the host pauses; bounds queued batches and the delay
+# until a preemption signal is seen.
+_MAX_IN_FLIGHT = 8
+
+
+def fit(
+    system: System,
+    config: RunBase,
+    out: str | Path,
+    mesh: Mesh | None = None,
+    progress: ProgressFn | None = None,
+) -> TrainState:
+    """Trains a system to ``config.train.steps``, resuming by itself.
+
+    Writes ``metrics.jsonl``, ``warnings.jsonl``, ``tensorboard/`` and ``checkpoints/`` in ``out``.
+
+    Args:
+      system: what to train.
+      config: the run's config (only the fields of `RunBase` are read).
+      out: run directory; made if missing.
+      mesh: device mesh; default from ``config.mesh``.
+      progress: called with `ProgressEvent`s.
+
+    Returns:
+      The final state. If ``out`` holds checkpoints of the same config, training continues from the
+      newest readable one (and returns at once if it was finished).
+
+    Raises:
+      CheckpointError: the checkpoints in ``out`` are of another configuration, or unwritable.
+      Preempted: SIGTERM came; the state is saved (exit code 75).
+      RunError: ``out`` is not writable, or too many non-finite steps in a row.
+    """
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"cannot make the run directory {out}: {e.strerror}") from e
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    with jax.set_mesh(mesh), PreemptionWatch() as watch:
+        return _Run(system, config, out, mesh, progress).train(watch)
+
+
+class _Run:
+    """One call of `fit`."""
+
+    def __init__(self, system: System, config: RunBase, out: Path, mesh: Mesh,
+                 progress: ProgressFn | None) -> None:
+        self.system, self.config, self.out, self.mesh = system, config, out, mesh
+        self.cfg = config.train
+        self._progress = progress
+        self._main = jax.process_index() == 0
+        self.selection = Selection(self.cfg.checkpoint)
+        rules = (*self.cfg.guards, *getattr(system, "guards", ()))
+        self.guards = Guards(rules, self.cfg.max_nonfinite,
+                             out / "warnings.jsonl" if self._main else None, self.message)
+        self.step = 0
+        self.phase = "main"
+        self._data: dict[str, Any] = {}
+        self._data_states: dict[str, Any] = {}
+        self._steps: dict[int, StepFn] = {}
+        self._pending: collections.deque[tuple[int, str, dict[str, jax.Array]]] = collections.deque()
+        self._latest: dict[str, float] = {}
+        self._meter = _Meter()
+
+    # ---- set-up -------------------------------------------------------------------------------
+
+    def _set_up(self) -> TrainState:
+        """Makes or restores the state; every array lands on its sharding."""
+        system, cfg = self.system, self.cfg
+        _, phase = phase_at(cfg, 0)
+        sample = self._sample_batch(phase.data)
+        rngs = rng_lib.named(
+            self.config.seed, ("params", *getattr(system, "rng_names", DEFAULT_RNGS))
+        )
+        weights = dict(system.weights)
+        for p in cfg.phases:
+            weights |= {f"{k}": v for k, v in p.weights.items() if k not in weights}
+        batch = shard_batch(sample, self.mesh)
+        if getattr(system, "jit_init", True):
+            variables = jax.eval_shape(lambda r: system.init(r, batch), rngs)
+        else:
+            variables = system.init(rngs, batch)
+            variables = jax.tree.map(jnp.asarray, variables)
+        labels = system.param_labels(variables["params"])
+        self.optimizer = GroupedOptimizer.create(cfg.optimizer, labels, cfg.steps)
+
+        def create(variables: dict[str, Any]) -> TrainState:
+            return create_state(variables, self.optimizer.init(variables["params"]),
+                                init_gates(weights))
+
+        abstract = jax.eval_shape(create, variables)
+        self.shardings = state_shardings(abstract, system.logical_rules, self.mesh)
+        self.frozen = jax.device_put(
+            system.frozen, tree_shardings(system.frozen, system.logical_rules, self.mesh)
+        )
+        self.checkpoints = Checkpoints(
+            self.out / "checkpoints", cfg.checkpoint, resume_hash(self.config)
+        )
+        restored = self.checkpoints.restore(abstract, self.shardings, self._warn_restore)
+        if restored is not None:
+            state, self._data_states, host = restored
+            self.step = int(state.step)
+            self.selection.set_state(host.get("selection", {}))
+            self.guards.set_state(host.get("guards", {}), self.step)
+            self.message(f"resumed from step {self.step} in {self.out}")
+            return state
+        self.guards.set_state({}, 0)
+        if getattr(system, "jit_init", True):
+            make = jax.jit(lambda r: create(system.init(r, batch)), out_shardings=self.shardings)
+            state = make(rngs)
+        else:
+            # Copied: the step donates the state, and init may hand out arrays it shares.
+            own = jax.jit(lambda v: create(jax.tree.map(jnp.copy, v)), out_shardings=self.shardings)
+            state = own(variables)
+        if cfg.init_from:
+            state, line = apply_init_from(state, cfg.init_from, cfg.init_partial, self.shardings)
+            self.message(line)
+        return state
+
+    def _sample_batch(self, name: str) -> Mapping[str, Any]:
+        try:
+            return next(iter(self.system.train_data(name, None)))
+        except StopIteration:
+            raise ConfigError(f"train_data({name!r}) gave no batch") from None
+
+    def _warn_restore(self, text: str) -> None:
+        # Kept for after the file's rows past the restored step have been dropped.
+        self.message(f"warning: {text}")
+        self._restore_warning = text
+
+    def _step_fn(self, index: int) -> StepFn:
+        """The compiled step of a phase (one per distinct phase)."""
+        if index not in self._steps:
+            phase = self.cfg.phases[index] if self.cfg.phases else None
+            self._steps[index] = make_train_step(
+                self.system,
+                self.optimizer,
+                seed=self.config.seed,
+                accumulate=self.cfg.accumulate,
+                active=active_labels(phase, self.optimizer.names) if phase else None,
+                weights={**self.system.weights, **phase.weights} if phase else None,
+                shardings=self.shardings,
+                metric_sharding=replicated(self.mesh),
+            )
+        return self._steps[index]
+
+    def _next_batch(self, name: str) -> Mapping[str, Any]:
+        if name not in self._data:
+            self._data[name] = self.system.train_data(name, self._data_states.get(name))
+        try:
+            return next(self._data[name])
+        except StopIteration:
+            raise RunError(
+                f"the training data {name!r} ended at step {self.step}; it must repeat"
+            ) from None
+
+    # ---- the loop -----------------------------------------------------------------------------
+
+    def train(self, watch: PreemptionWatch) -> TrainState:
+        self._restore_warning: str | None = None
+        state = self._set_up()
+        self.writers: Writers | None = None
+        if self._main:
+            self.writers = open_writers(self.cfg.log, self.out, self.config.name, self.step)
+        if self._restore_warning:
+            self.guards.warn(self.step, "checkpoint", "checkpoint", 0.0, self._restore_warning)
+        done = False
+        try:
+            state = self._loop(state, watch)
+            done = True
+        finally:
+            self._finish(done)
+        return state
+
+    def _loop(self, state: TrainState, watch: PreemptionWatch) -> TrainState:
+        cfg, total = self.cfg, self.cfg.steps
+        saved = self.step if self.checkpoints.steps() else -1
+        self._meter.start(self.step)
+        while self.step < total and self.guards.stop_reason is None:
+            index, phase = phase_at(cfg, self.step)
+            self.phase = phase.name
+            batch = self._next_batch(phase.data)
+            self._meter.count(self._units(batch))
+            state, metrics = self._step_fn(index)(state, self.frozen, shard_batch(batch, self.mesh))
+            self.step += 1
+            self._pending.append((self.step, phase.name, metrics))
+            if len(self._pending) > _MAX_IN_FLIGHT:
+                jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
+            if self.step % cfg.log_every == 0:
+                self._log(keep=1)
+            last = self.step == total
+            due = last or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0)
+            evaluated = self._quick_eval(state, last)
+            preempted = watch.requested(self.step)
+            if due or preempted or evaluated is not None:
+                self._log(keep=0)
+                observed = None
+                if due or evaluated is not None:
+                    observed = self.selection.observe(
+                        self.step, {**self._latest, **(evaluated or {})}
+                    )
+                better = evaluated is not None and self.selection.improved(self.step)
+                if due or preempted or better or self.guards.stop_reason is not None:
+                    self._save(state, observed, wait=preempted or last)
+                    saved = self.step
+            if preempted and not last:
+                self.message(f"preempted at step {self.step}: saved")
+                raise Preempted(
+                    f"preempted: saved step {self.step} of {total} in {self.out}; run the same "
+                    "command again to resume"
+                )
+        self._log(keep=0)
+        if self.guards.stop_reason is not None:
+            self.message(f"stopped at step {self.step}: {self.guards.stop_reason}")
+        if saved != self.step and self.step > 0:
+            self._save(state, None, wait=True)
+        return state
+
+    def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        counter = getattr(self.system, "unit_counts", None)
+        return dict(counter(batch)) if counter else {}
+
+    def _quick_eval(self, state: TrainState, last: bool) -> dict[str, float] | None:
+        every = self.cfg.eval_every
+        evaluate = getattr(self.system, "quick_eval", None)
+        if not every or evaluate is None or (self.step % every and not last):
+            return None
+        began = time.perf_counter()
+        values = evaluate(state.variables, self.frozen)
+        row = {f"eval.{k}": float(v) for k, v in values.items()}
+        self._meter.pause(time.perf_counter() - began)
+        self._log(keep=0)
+        if self.writers is not None:
+            self.writers.write(self.step, row)
+        self.guards.observe(self.step, row)
+        self._latest |= row
+        return row
+
+    def _log(self, keep: int) -> None:
+        """Writes the rows of finished steps, all but the newest ``keep`` of them."""
+        n = max(len(self._pending) - keep, 0)
+        rows = [self._pending.popleft() for _ in range(n)]
+        if not rows:
+            return
+        values = jax.device_get([metrics for _, _, metrics in rows])
+        self._meter.seen(rows[-1][0])
+        for (step, phase, _), row in zip(rows, values, strict=True):
+            row = {k: float(v) for k, v in row.items()}
+            self._latest = {k: v for k, v in self._latest.items() if k.startswith("eval.")} | row
+            if self.writers is not None:
+                self.writers.write(step, {"phase": phase, **row})
+            self.guards.observe(step, row)
+        if self.writers is not None:
+            self.writers.flush()
+        self._report(rows[-1][0])
+
+    def _save(self, state: TrainState, metrics: dict[str, float] | None, wait: bool) -> None:
+        if self.writers is not None:
+            self.writers.flush()
+        # Iterators of later phases keep the position they were restored with.
+        self._data_states |= {name: it.get_state() for name, it in self._data.items()}
+        began = time.perf_counter()
+        self.checkpoints.save(
+            state,
+            self.step,
+            data=self._data_states,
+            host={"selection": self.selection.get_state(), "guards": self.guards.get_state()},
+            metrics=metrics,
+            wait=wait,
+        )
+        self._meter.pause(time.perf_counter() - began)
+
+    def _finish(self, done: bool) -> None:
+        """Makes rows and pending saves durable, also on the way out of an error."""
+        try:
+            if not done:
+                self._log_quietly()
+            self.checkpoints.wait()
+        finally:
+            if self.writers is not None:
+                self.writers.close()
+            self.checkpoints.close()
+
+    def _log_quietly(self) -> None:
+        try:
+            self._log(keep=0)
+        except Exception:  # noqa: BLE001 - the first error is the one to show
+            self._pending.clear()
+
+    # ---- progress -----------------------------------------------------------------------------
+
+    def message(self, text: str) -> None:
+        if self._progress is not None and self._main:
+            self._progress(ProgressEvent(self.step, self.cfg.steps, self.phase, message=text))
+
+    def _report(self, step: int) -> None:
+        if self._progress is None or not self._main:
+            return
+        rates = self._meter.rates()
+        eta = (self.cfg.steps - step) / rates["steps"] if rates.get("steps") else None
+        self._progress(ProgressEvent(step, self.cfg.steps, self.phase, self._latest, rates, eta))
+
+
+class _Meter:
+    """Throughput over finished steps, without compile time and evaluations."""
+
+    def __init__(self) -> None:
+        self._units: collections.Counter[str] = collections.Counter()
+        self._queue: collections.deque[dict[str, int]] = collections.deque()
+        self._began: float | None = None
+        self._rates: dict[str, float] = {}
+
+    def start(self, step: int) -> None:
+        self._step = step
+
+    def count(self, units: dict[str, int]) -> None:
+        self._queue.append({"steps": 1, **units})
+
+    def pause(self, seconds: float) -> None:
+        if self._began is not None:
+            self._began += seconds
+
+    def seen(self, step: int) -> None:
+        """Steps up to ``step`` are finished; the first call only starts the clock (compiling)."""
+        now = time.perf_counter()
+        first = self._began is None
+        while self._step < step and self._queue:
+            units = self._queue.popleft()
+            self._step += 1
+            if not first:
+                self._units.update(units)
+        if first:
+            self._began = now
+            return
+        seconds = max(now - self._began, 1e-9)
+        self._rates = {k: v / seconds for k, v in self._units.items() if math.isfinite(seconds)}
+
+    def rates(self) -> dict[str, float]:
+        return dict(self._rates)
+
+
