@@ -8,6 +8,7 @@ so every control of the real evaluation means something at toy scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,6 +93,33 @@ def lookup_examples(
         ident = f"lookup-{split}-{seed}-{index}"
         examples.append(QAExample(ident, "lookup", context, f"{key}?", (value,), (start,)))
     return examples
+
+
+def load_lookup(source: str, split: str) -> list[QAExample]:
+    """Examples of a source string such as ``lookup:pairs=2-4,values=word,n=500,seed=1``.
+
+    Raises:
+        DataError: an option that `lookup_examples` does not have, or a value it cannot read.
+    """
+    options: dict[str, Any] = {}
+    for item in filter(None, source.partition(":")[2].split(",")):
+        name, _, value = (part.strip() for part in item.partition("="))
+        try:
+            if name in ("n", "seed"):
+                options[name] = int(value)
+            elif name == "pairs":
+                low, _, high = value.partition("-")
+                options[name] = (int(low), int(high or low))
+            elif name == "values":
+                options[name] = value
+            else:
+                raise ValueError
+        except ValueError:
+            raise DataError(
+                f"source '{source}': '{item}' is not one of pairs=4-8, values=number|word, "
+                "n=500, seed=0"
+            ) from None
+    return lookup_examples(split=split, **options)
 
 
 def lookup_texts(

@@ -1,8 +1,9 @@
 """Input pipelines on Grain: shuffled, bucketed, padded, sliced per process, resumable.
 
 A *batch* is a flat dict of numpy arrays with a leading batch axis. Next to every padded field
-``x`` it holds ``x_mask`` (True on real entries), and always ``valid`` (False on rows that only
-fill an evaluation batch up).
+``x`` it holds ``x_mask`` (True on real entries), unless the records bring an ``x_mask`` of their
+own or ``x`` is boolean (a mask itself, padded with False); and always ``valid`` (False on rows
+that only fill an evaluation batch up).
 """
 
 from __future__ import annotations
@@ -219,7 +220,8 @@ def collate(
         indices: the records' numbers, for error messages.
 
     Returns:
-        Stacked fields, and a ``<field>_mask`` for each field in `widths`.
+        Stacked fields, and a ``<field>_mask`` for each field in `widths` that is not boolean and
+        has none of its own.
 
     Raises:
         DataError: a missing field, a record that is too long, or unequal shapes.
@@ -233,9 +235,10 @@ def collate(
                 raise DataError(f"pipeline: record {number} has no field '{name}'")
             values.append(np.asarray(record[name]))
         if name in widths:
-            batch[name], batch[f"{name}_mask"] = _pad(
-                name, values, widths[name], (pad or {}).get(name, 0), overflow, numbers
-            )
+            fill = (pad or {}).get(name, 0)
+            batch[name], mask = _pad(name, values, widths[name], fill, overflow, numbers)
+            if f"{name}_mask" not in records[0] and batch[name].dtype != bool:
+                batch[f"{name}_mask"] = mask
             continue
         shapes = {value.shape for value in values}
         if len(shapes) > 1:

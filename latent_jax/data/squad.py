@@ -50,7 +50,7 @@ def load_squad(
     """Loads question-answering examples.
 
     Args:
-        source: one of `SOURCES`, ``hf:ID``, a SQuAD-format ``.json`` file (also ``.xz``/``.gz``),
+        source: one of `SOURCES`, ``lookup:pairs=2-4,values=word,n=500,seed=1``, ``hf:ID``, a SQuAD-format ``.json`` file (also ``.xz``/``.gz``),
             or a folder with ``train*.json*`` and ``dev*.json*`` or ``validation*.json*``. A
             single file is split by passage, unless its articles carry a ``split`` field.
         split: ``train``, ``validation`` or ``all``.
@@ -73,11 +73,11 @@ def load_squad(
         return [e for part in parts for e in read(files.in_root(table[part], source, root))]
     if source == "embedded":
         return _select(asset("passages.json"), split)
-    if source == "lookup":
-        from latent_jax.data.lookup import lookup_examples
+    if source.partition(":")[0] == "lookup":
+        from latent_jax.data.lookup import load_lookup
 
         parts = ("train", "validation") if split == "all" else (split,)
-        return [e for part in parts for e in lookup_examples(split=part)]
+        return [e for part in parts for e in load_lookup(source, part)]
     if source.startswith("hf:"):
         return _read_hub(source[3:], split)
     return _read_local(source, split)
