@@ -17,7 +17,6 @@ once its fields are filled, to reject impossible combinations (raise `ConfigErro
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -28,6 +27,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 from latent_jax.core.errors import ConfigError
+from latent_jax.core.fields import (
+    NONE,
+    allowed,
+    describe,
+    field,
+    hints,
+    is_config,
+    join,
+    required,
+    to_dict,
+    type_name,
+)
 from latent_jax.core.yamlio import (
     apply_overrides,
     deep_merge,
@@ -52,40 +63,6 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-_NONE = type(None)
-_BOUNDS = {"ge": ">=", "le": "<=", "gt": ">", "lt": "<"}
-
-
-def field(
-    *,
-    default: Any = dataclasses.MISSING,
-    default_factory: Any = dataclasses.MISSING,
-    help: str = "",
-    choices: tuple[Any, ...] | None = None,
-    ge: float | None = None,
-    le: float | None = None,
-    gt: float | None = None,
-    lt: float | None = None,
-) -> Any:
-    """A dataclass field with its meaning and its range.
-
-    Args:
-      default: the default value; without one the key is required.
-      default_factory: makes the default, as in `dataclasses.field`.
-      help: one line on what the field means and in which unit.
-      choices: the allowed values, where a Literal type would be unwieldy.
-      ge, le, gt, lt: bounds on a number, or on every number in a tuple.
-    """
-    bounds = {"ge": ge, "le": le, "gt": gt, "lt": lt}
-    metadata = {
-        "help": help,
-        "choices": tuple(choices) if choices is not None else None,
-        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
-    }
-    if default is not dataclasses.MISSING and dataclasses.is_dataclass(default):
-        made = default
-        default, default_factory = dataclasses.MISSING, lambda: made
-    return dataclasses.field(default=default, default_factory=default_factory, metadata=metadata)
 
 
 def parse(cls: type[C], tree: Mapping[str, Any] | None, where: str = "") -> C:
@@ -101,19 +78,6 @@ def parse(cls: type[C], tree: Mapping[str, Any] | None, where: str = "") -> C:
       ConfigError: unknown or missing key, wrong type, out of range, impossible combination.
     """
     return _Parser(cls, where).section(cls, {} if tree is None else tree, where)
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _is_config(tp: Any) -> bool:
-    return isinstance(tp, type) and dataclasses.is_dataclass(tp)
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
 
 
 class _Parser:
@@ -137,13 +101,13 @@ class _Parser:
             raise ConfigError(self._unknown(unknown, list(known), tree, path))
         values = {}
         for name, spec in known.items():
-            at = _join(path, name)
+            at = join(path, name)
             if name in tree:
-                values[name] = self.value(_hints(cls)[name], tree[name], at, spec.metadata)
-            elif _required(spec):
+                values[name] = self.value(hints(cls)[name], tree[name], at, spec.metadata)
+            elif required(spec):
                 hint = spec.metadata.get("help", "")
                 raise ConfigError(
-                    f"{at}: missing; give it {type_name(_hints(cls)[name])}"
+                    f"{at}: missing; give it {type_name(hints(cls)[name])}"
                     + (f" ({hint})" if hint else "")
                 )
         return self._build(cls, values, path)
@@ -153,10 +117,10 @@ class _Parser:
         hint = suggest(key, known)
         if not hint:
             places = [p for p, *_ in describe(self.root) if p.rpartition(".")[2] == key]
-            hint = f"; did you mean {_join(self.where, places[0])!r}?" if places else ""
+            hint = f"; did you mean {join(self.where, places[0])!r}?" if places else ""
         more = f" (and {', '.join(map(repr, unknown[1:]))})" if len(unknown) > 1 else ""
         return (
-            f"{_join(path, key)} = {_show(tree[key])}: unknown key{more}{hint}; "
+            f"{join(path, key)} = {_show(tree[key])}: unknown key{more}{hint}; "
             f"allowed: {', '.join(known)}"
         )
 
@@ -178,7 +142,7 @@ class _Parser:
             return value
         if origin in (Union, types.UnionType):
             return self._union(tp, value, path, meta)
-        if _is_config(tp):
+        if is_config(tp):
             return self.section(tp, {} if value is None else value, path)
         if origin is Literal:
             return self._literal(tp, value, path)
@@ -188,10 +152,9 @@ class _Parser:
             if not isinstance(value, Mapping):
                 raise self._wrong(tp, value, path)
             key_type, item = typing.get_args(tp) or (Any, Any)
-            return {
-                self.value(key_type, k, f"{path} (key)", {}): self.value(item, v, _join(path, k), meta)
-                for k, v in value.items()
-            }
+            keys = [self.value(key_type, key, f"{path} (key)", {}) for key in value]
+            items = [self.value(item, v, join(path, k), meta) for k, v in value.items()]
+            return dict(zip(keys, items, strict=True))
         return _check(self._scalar(tp, value, path, meta), path, meta)
 
     def _scalar(self, tp: Any, value: Any, path: str, meta: Mapping[str, Any]) -> Any:
@@ -209,9 +172,9 @@ class _Parser:
             return value
         if tp is Path and isinstance(value, str | Path) and str(value):
             return Path(value)
-        if tp is _NONE and value is None:
+        if tp is NONE and value is None:
             return None
-        if isinstance(tp, type) and tp not in (bool, int, float, str, Path, _NONE):
+        if isinstance(tp, type) and tp not in (bool, int, float, str, Path, NONE):
             if isinstance(value, tp):
                 return value
         raise self._wrong(tp, value, path, meta)
@@ -232,7 +195,9 @@ class _Parser:
             if type(option) is type(value) and option == value:
                 return option
         hint = suggest(value, options) if isinstance(value, str) else ""
-        raise ConfigError(f"{path} = {_show(value)}: not a choice{hint}; allowed: {allowed(tp, {})}")
+        raise ConfigError(
+            f"{path} = {_show(value)}: not a choice{hint}; allowed: {allowed(tp, {})}"
+        )
 
     def _sequence(self, tp: Any, value: Any, path: str, meta: Mapping[str, Any]) -> Any:
         if not isinstance(value, list | tuple):
@@ -252,23 +217,26 @@ class _Parser:
 
     def _union(self, tp: Any, value: Any, path: str, meta: Mapping[str, Any]) -> Any:
         members = [m for m in typing.get_args(tp) if _accepts(m, value)]
-        if value is None and _NONE in typing.get_args(tp):
+        if value is None and NONE in typing.get_args(tp):
             return None
         if len(members) > 1 and isinstance(value, Mapping):
-            members = _by_tag(members, value)
+            members = _by_tag(members, value, path)
         errors = []
         for member in members:
             try:
                 return self.value(member, value, path, meta)
             except ConfigError as error:
                 errors.append(error)
-        raise errors[0] if len(errors) == 1 else self._wrong(tp, value, path, meta)
+        # Of several sections the likeliest comes first, and its complaint is the useful one.
+        if len(errors) == 1 or (errors and isinstance(value, Mapping)):
+            raise errors[0]
+        raise self._wrong(tp, value, path, meta)
 
 
 def _accepts(tp: Any, value: Any) -> bool:
     """Whether a union member can be meant by this kind of YAML value (its content aside)."""
     origin = typing.get_origin(tp) or tp
-    if _is_config(tp):
+    if is_config(tp):
         return isinstance(value, Mapping | tp)
     if origin is Literal:
         return any(type(value) is type(option) for option in typing.get_args(tp))
@@ -287,16 +255,24 @@ def _accepts(tp: Any, value: Any) -> bool:
     return tp is Any or (isinstance(tp, type) and isinstance(value, tp))
 
 
-def _by_tag(members: list[Any], value: Mapping[str, Any]) -> list[Any]:
-    """Among dataclasses, picks those that have the keys; a Literal field such as ``kind`` decides."""
+def _by_tag(members: list[Any], value: Mapping[str, Any], path: str) -> list[Any]:
+    """Among dataclasses, a Literal field such as ``kind`` decides, else who knows the keys."""
+    options: dict[str, list[Any]] = {}
     for member in members:
-        if _is_config(member):
-            for name, hint in _hints(member).items():
-                if typing.get_origin(hint) is Literal and value.get(name) in typing.get_args(hint):
+        for name, hint in hints(member).items() if is_config(member) else ():
+            if typing.get_origin(hint) is Literal and name in value:
+                if value[name] in typing.get_args(hint):
                     return [member]
+                options.setdefault(name, []).extend(typing.get_args(hint))
+    for name, known in options.items():
+        hint = suggest(value[name], known)
+        raise ConfigError(
+            f"{join(path, name)} = {_show(value[name])}: not a choice{hint}; "
+            f"allowed: {', '.join(map(str, known))}"
+        )
 
     def strangers(member: Any) -> int:
-        return len(set(value) - set(_hints(member))) if _is_config(member) else 0
+        return len(set(value) - set(hints(member))) if is_config(member) else 0
 
     return sorted(members, key=strangers)
 
@@ -318,51 +294,9 @@ def _check(value: Any, path: str, meta: Mapping[str, Any]) -> Any:
     return value
 
 
-def _required(spec: dataclasses.Field[Any]) -> bool:
-    missing = dataclasses.MISSING
-    return spec.default is missing and spec.default_factory is missing
-
-
 def _show(value: Any) -> str:
     text = repr(value) if not isinstance(value, bool) else str(value).lower()
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def type_name(tp: Any) -> str:
-    """Names a type as a person writes it in YAML."""
-    origin, args = typing.get_origin(tp), typing.get_args(tp)
-    if origin in (Union, types.UnionType):
-        return " | ".join(type_name(a) for a in args)
-    if origin is Literal:
-        return " | ".join(map(str, args))
-    if origin in (tuple, list):
-        if len(args) == 1 or args[-1] is Ellipsis:
-            return f"list of {type_name(args[0])}"
-        return f"[{', '.join(type_name(a) for a in args)}]"
-    if origin in (dict, Mapping):
-        return f"mapping of {type_name(args[0])} to {type_name(args[1])}"
-    names = {_NONE: "null", str: "text", int: "int", float: "float", bool: "true | false", Path: "path"}
-    return names.get(tp) or getattr(tp, "__name__", str(tp))
-
-
-def allowed(tp: Any, meta: Mapping[str, Any]) -> str:
-    """Says what a field accepts: its type, choices and bounds."""
-    if meta.get("choices") is not None:
-        return ", ".join(map(str, meta["choices"]))
-    bounds = [f"{_BOUNDS[name]} {bound:g}" for name, bound in (meta.get("bounds") or {}).items()]
-    return " ".join([type_name(tp), " and ".join(bounds)]).strip()
-
-
-def to_dict(config: Any) -> Any:
-    """Turns a config into plain data that YAML and JSON can hold and `parse` reads back."""
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = (f for f in dataclasses.fields(config) if f.init)
-        return {f.name: to_dict(getattr(config, f.name)) for f in fields}
-    if isinstance(config, Mapping):
-        return {k: to_dict(v) for k, v in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_dict(v) for v in config]
-    return str(config) if isinstance(config, Path) else config
 
 
 def config_hash(config: Any, exclude: tuple[str, ...] = ("out", "name")) -> str:
@@ -382,35 +316,3 @@ def config_hash(config: Any, exclude: tuple[str, ...] = ("out", "name")) -> str:
             node.pop(last, None)
     text = json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def describe(config: Any, where: str = "") -> list[tuple[str, str, Any, str]]:
-    """Lists every setting as (dotted path, type with its range, value, help).
-
-    Args:
-      config: a dataclass (values are its defaults, ``"required"`` without one) or an instance.
-      where: dotted path put before every path.
-    """
-    cls = config if isinstance(config, type) else type(config)
-    rows: list[tuple[str, str, Any, str]] = []
-    for spec in dataclasses.fields(cls):
-        if not spec.init:
-            continue
-        hint, path = _hints(cls)[spec.name], _join(where, spec.name)
-        value = _default(spec) if isinstance(config, type) else getattr(config, spec.name)
-        if _is_config(hint) and value == "required":
-            rows += describe(hint, path)
-        elif dataclasses.is_dataclass(value):
-            rows += describe(value, path)
-        else:
-            text = spec.metadata.get("help", "")
-            rows.append((path, allowed(hint, spec.metadata), to_dict(value), text))
-    return rows
-
-
-def _default(spec: dataclasses.Field[Any]) -> Any:
-    if spec.default is not dataclasses.MISSING:
-        return spec.default
-    if spec.default_factory is dataclasses.MISSING:
-        return "required"
-    return spec.default_factory()

@@ -22,7 +22,7 @@ class DataError(UserError):
 
 
 class BackboneError(UserError):
-    """A language model that cannot be loaded: truncated file, wrong architecture, missing tensor."""
+    """A language model that cannot be loaded: truncated, wrong architecture, missing tensor."""
 
 
 class CheckpointError(UserError):

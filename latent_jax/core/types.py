@@ -35,7 +35,9 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(
-        cls, values: Float[Array, "..."], mask: Bool[Array, "..."] | Float[Array, "..."] | None = None
+        cls,
+        values: Float[Array, "*shape"],
+        mask: Bool[Array, "*#shape"] | Float[Array, "*#shape"] | None = None,
     ) -> Mean:
         """Reduces ``values`` in fp32 where ``mask`` (broadcast to them; weights allowed) is set."""
         values = jnp.asarray(values, jnp.float32)

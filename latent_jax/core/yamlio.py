@@ -65,7 +65,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{at}: not valid YAML: {error.problem or error.context}") from None
+        problem = error.problem or error.context
+        raise ConfigError(f"{where}{at}: not valid YAML: {problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -80,6 +81,8 @@ class _Dumper(yaml.SafeDumper):
         return True  # a person reads this file: no &id001 anchors
 
 
+# Text that looks like a number to `parse_yaml` is quoted, like what looks like one to YAML 1.1.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Dumper.add_multi_representer(tuple, lambda d, x: d.represent_list(list(x)))
 _Dumper.add_multi_representer(Path, lambda d, x: d.represent_str(str(x)))
 

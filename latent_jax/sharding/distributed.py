@@ -108,7 +108,8 @@ def _flags(coordinator: str | None, count: int | None, index: int | None) -> dic
         raise MeshError(f"distributed start-up: coordinator {coordinator!r}: write it as host:port")
     if count < 1 or not 0 <= index < count:
         raise MeshError(
-            f"distributed start-up: process_id = {index}: allowed: 0 to num_processes - 1 = {count - 1}"
+            f"distributed start-up: process_id = {index}: allowed: 0 to {count - 1} "
+            "(num_processes - 1)"
         )
     return {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
 

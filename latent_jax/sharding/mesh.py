@@ -38,7 +38,7 @@ class MeshConfig:
         """Rejects a zero axis and more than one -1."""
         for axis in AXES:
             if getattr(self, axis) == 0:
-                raise ConfigError(f"{axis} = 0: a mesh axis has 1 or more devices, or -1 for the rest")
+                raise ConfigError(f"{axis} = 0: allowed: 1 or more devices, or -1 for the rest")
         if self.shape.count(-1) > 1:
             sizes = ", ".join(f"{a} = {n}" for a, n in zip(AXES, self.shape, strict=True))
             raise ConfigError(f"{sizes}: only one axis can be -1 (the devices left over)")
@@ -49,7 +49,9 @@ class MeshConfig:
         return (self.data, self.fsdp, self.tensor)
 
 
-def make_mesh(config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Builds the mesh.
 
     With one axis at -1 all devices are used. With all three given, a mesh that divides the devices
@@ -102,8 +104,9 @@ def _resolve(shape: tuple[int, int, int], count: int) -> tuple[int, int, int]:
         if count % fixed:
             axis = AXES[shape.index(-1)]
             raise MeshError(
-                f"mesh data x fsdp x tensor = {text}: the other axes take {fixed} devices, which does "
-                f"not divide {count}; allowed beside {axis} = -1: a product in {_divisors(count)}"
+                f"mesh data x fsdp x tensor = {text}: the other axes take {fixed} devices, "
+                f"which does not divide {count}; allowed beside {axis} = -1: a product in "
+                f"{_divisors(count)}"
             )
         return tuple(count // fixed if n == -1 else n for n in shape)  # type: ignore[return-value]
     if fixed == count or (fixed < count and count % fixed == 0 and jax.process_count() == 1):

@@ -149,6 +149,7 @@ def sharding_table(tree: PyTree, shardings: PyTree) -> list[tuple[str, tuple[int
     for path, leaf in trees.flatten(tree).items():
         sharding = places[path]
         local = jax.ShapeDtypeStruct(sharding.shard_shape(leaf.shape), leaf.dtype)
-        spec = ", ".join("+".join(e) if isinstance(e, tuple) else str(e or "-") for e in sharding.spec)
+        names = ("+".join(e) if isinstance(e, tuple) else str(e or "-") for e in sharding.spec)
+        spec = ", ".join(names)
         rows.append((path, tuple(leaf.shape), spec or "replicated", trees.bytes_of(local)))
     return rows
