@@ -50,9 +50,10 @@ def load_squad(
     """Loads question-answering examples.
 
     Args:
-        source: one of `SOURCES`, ``lookup:pairs=2-4,values=word,n=500,seed=1``, ``hf:ID``, a SQuAD-format ``.json`` file (also ``.xz``/``.gz``),
-            or a folder with ``train*.json*`` and ``dev*.json*`` or ``validation*.json*``. A
-            single file is split by passage, unless its articles carry a ``split`` field.
+        source: one of `SOURCES`, ``lookup:pairs=2-4,values=word,n=500,seed=1``, ``hf:ID``, a
+            SQuAD-format ``.json`` file (also ``.xz``/``.gz``), or a folder with ``train*.json*``
+            and ``dev*.json*`` or ``validation*.json*``. A single file is split by passage, unless
+            its articles carry a ``split`` field.
         split: ``train``, ``validation`` or ``all``.
         root: data folder; default the environment variable ``LATENT_JAX_DATA``.
 
