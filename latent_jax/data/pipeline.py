@@ -13,7 +13,6 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import grain
 import numpy as np
 
 from latent_jax.core.errors import DataError
@@ -37,6 +36,8 @@ class BatchIterator:
     def __init__(
         self, plan: BatchPlan, fetch: Callable[[int], Batch], fingerprint: str, read_threads: int
     ):
+        import grain  # takes seconds, and who only loads examples does not need it
+
         self.plan = plan
         self.fingerprint = fingerprint
         steps = 2**40 if plan.repeat else len(plan)
