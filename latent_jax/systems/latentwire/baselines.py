@@ -1,0 +1,318 @@
+"""Evaluation arms: what the frozen reader is given in place of a text.
+
+Every arm ends in a `Given`, and every `Given` is continued by the same prompt: the arms differ in nothing else. Arms
+that stand for the whole text (latents, soft tokens, selections of its cache) leave the prompt at rotary position T, the
+text's length; arms that are a shorter text of their own leave it where that text ends.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.systems.latentwire import selection
+from latent_jax.systems.latentwire.model import Prefix, num_latents
+
+#: Arms of the reader's own text, no training anywhere.
+TEXT_ARMS = (
+    "full_text", "embedding_replay", "embedding_replay_anchor", "no_context",
+    "token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens",
+)  # fmt: skip
+#: Arms of soft tokens or selected keys and values, no training anywhere.
+FROZEN_ARMS = ("mean_pool", "pca", "kv_stride", "kv_topk", "kv_question")
+#: Arms of a trained compressor, with their controls.
+LATENT_ARMS = ("latent", "shuffled", "scrambled", "zero")
+ARMS = TEXT_ARMS + FROZEN_ARMS + LATENT_ARMS
+#: Arms whose budget is one slot per `ratio` tokens.
+BUDGETED = frozenset(
+    {"token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens", *FROZEN_ARMS}
+)
+#: Arms that start from the frozen cache of the whole text.
+CACHED = frozenset({"full_text", "kv_stride", "kv_topk", "kv_question"})
+
+
+class Given(NamedTuple):
+    """What the reader holds before the prompt.
+
+    Attributes:
+      kv: keys and values that the prompt sees, or None.
+      embeds: embeddings that precede the prompt in one sequence, or None.
+      mask: which of ``embeds`` are real.
+      start: rotary position of the first of ``embeds``, or of the prompt without them.
+    """
+
+    kv: KV | None
+    embeds: Float[Array, "b n d"] | None
+    mask: Bool[Array, "b n"] | None
+    start: Int[Array, " b"]
+
+
+class Compressed(Protocol):
+    """A trained compressor bound to its weights; a pytree, so that weights are an argument of jit."""
+
+    def compress(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
+        """Right-padded texts → wire (a pytree of arrays with a leading batch axis)."""
+
+    def prefix(self, wire: Any) -> Prefix:
+        """Wire → what the reader gets."""
+
+    def task(self, name: str, batch: int) -> Float[Array, "b n d"] | None:
+        """Learned embeddings between the latents and the prompt, if any."""
+
+
+@flax.struct.dataclass
+class Latents:
+    """A `Compressor` module with its parameters and the frozen body it runs on (implements `Compressed`)."""
+
+    module: Any = flax.struct.field(pytree_node=False)
+    params: Any
+    frozen: Any
+
+    def compress(self, ids, mask):
+        """See `Compressed.compress`."""
+        return self._run(self.frozen, ids, mask, method="compress")
+
+    def prefix(self, wire):
+        """See `Compressed.prefix`."""
+        return self._run(wire, method="prefix")
+
+    def task(self, name, batch):
+        """See `Compressed.task`."""
+        from latent_jax.systems.latentwire.model import TASKS
+
+        return self._run(jnp.full((batch,), TASKS.index(name), jnp.int32), method="task_embedding")
+
+    def _run(self, *args, method):
+        return self.module.apply({"params": self.params}, *args, method=method)
+
+
+def embed(decoder: Decoder, params: Any, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    """Input embeddings of token ids."""
+    return decoder.apply({"params": params}, ids, method="embed")
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def prefill(decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> KV:
+    """The frozen reader's cache of right-padded texts."""
+    return decoder.apply({"params": params}, embed(decoder, params, ids), mask=mask).kv
+
+
+def prefix_to_given(decoder: Decoder, params: Any, prefix: Prefix) -> Given:
+    """Any prefix as keys and values: soft tokens are run through the reader once, at their own positions."""
+    kv = prefix.kv
+    if kv is None:
+        kv = decoder.apply({"params": params}, prefix.embeds, prefix.positions, prefix.mask).kv
+    return Given(kv, None, None, prefix.start)
+
+
+def budget(mask: Bool[Array, "b t"], ratio: float) -> Int[Array, " b"]:
+    """M of each text: ``ceil(T / ratio)``."""
+    return jnp.ceil(mask.sum(-1) / ratio - 1e-6).astype(jnp.int32)
+
+
+def subset_index(
+    arm: str, mask: Bool[Array, "b t"], ratio: float, rows: Int[Array, " b"], key: Array
+) -> tuple[Int[Array, "b m"], Bool[Array, "b m"]]:
+    """Which M tokens of each text an arm keeps, in text order, and which of the slots hold one.
+
+    Args:
+      arm: ``token_budget_head``, ``token_budget_tail``, ``random_tokens``, or a stride arm.
+      rows: example numbers; random choices depend on them and not on the batch.
+    """
+    b, t = mask.shape
+    length, keep = mask.sum(-1), budget(mask, ratio)
+    slot = jnp.arange(num_latents(t, ratio))
+    valid = slot[None] < keep[:, None]
+    if arm == "token_budget_head":
+        index = jnp.broadcast_to(slot, valid.shape)
+    elif arm == "token_budget_tail":
+        index = (length - keep)[:, None] + slot
+    elif arm == "random_tokens":
+        noise = jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r), (t,)))(rows)
+        order = jnp.argsort(jnp.where(mask, noise, jnp.inf), axis=1)[:, : len(slot)]
+        index = jnp.sort(jnp.where(valid, order, t), axis=1)
+    else:
+        index = jnp.broadcast_to(jnp.floor(slot * ratio + 1e-6).astype(jnp.int32), valid.shape)
+    return jnp.clip(index, 0, t - 1), valid
+
+
+def span_means(
+    decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], ratio: float
+) -> Prefix:
+    """The mean embedding of each span, as a soft token at the span's middle position."""
+    t = ids.shape[1]
+    slot = jnp.arange(num_latents(t, ratio))
+    span = jnp.floor(jnp.arange(t) / ratio + 1e-6).astype(jnp.int32)
+    weight = (span[None] == slot[:, None])[None] & mask[:, None]
+    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
+    vectors = embed(decoder, params, ids)
+    pooled = jnp.einsum("bmt,btd->bmd", weight, vectors).astype(vectors.dtype)
+    middle = jnp.floor(slot * ratio + (ratio - 1) / 2).astype(jnp.int32)
+    valid = slot[None] < budget(mask, ratio)[:, None]
+    return Prefix(None, pooled, valid, jnp.broadcast_to(middle, valid.shape), mask.sum(-1))
+
+
+def principal_projection(table: Float[Array, "v d"], rank: int) -> tuple[Array, Array]:
+    """Mean of the vocabulary's embeddings and the projector onto their ``rank`` leading components."""
+    table = table.astype(jnp.float32)
+    mean = table.mean(0)
+    centred = table - mean
+    _, vectors = jnp.linalg.eigh(centred.T @ centred / len(table))
+    top = vectors[:, -rank:]
+    return mean, top @ top.T
+
+
+def scramble(wire: Any, rows: Int[Array, " b"], key: Array) -> Any:
+    """The wire's own latents in random order over its own (valid) places."""
+    mask = wire.mask
+    noise = jax.vmap(lambda r: jax.random.uniform(jax.random.fold_in(key, r), mask.shape[1:]))(rows)
+    drawn = jnp.argsort(jnp.where(mask, noise, jnp.inf), axis=1)
+    places = jnp.argsort(~mask, axis=1, stable=True)
+    source = jax.vmap(lambda p, d: jnp.zeros_like(p).at[p].set(d))(places, drawn)
+    return wire._replace(z=jnp.take_along_axis(wire.z, source[..., None], axis=1))
+
+
+def latent_given(
+    arm: str, decoder: Decoder, params: Any, latents: Compressed,
+    ids: Int[Array, "b t"], mask: Bool[Array, "b t"], rows: Int[Array, " b"], key: Array,
+) -> Given:  # fmt: skip
+    """The latent arm or one of its controls; for ``shuffled`` the caller passes another example's text."""
+    wire = latents.compress(ids, mask)
+    if arm == "zero":
+        wire = wire._replace(z=jnp.zeros_like(wire.z))
+    elif arm == "scrambled":
+        wire = scramble(wire, rows, key)
+    return prefix_to_given(decoder, params, latents.prefix(wire))
+
+
+@functools.partial(jax.jit, static_argnames=("arm", "decoder", "ratio"))
+def build(
+    arm: str,
+    decoder: Decoder,
+    params: Any,
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    prompt_ids: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    rows: Int[Array, " b"],
+    *,
+    ratio: float = 4.0,
+    context: KV | None = None,
+    latents: Compressed | None = None,
+    anchor_ids: Int[Array, " a"] | None = None,
+    key: Array | None = None,
+) -> Given:
+    """What the reader is given in one arm.
+
+    Args:
+      arm: one of `ARMS`.
+      decoder: the reader.
+      params: its frozen parameters.
+      ids: context tokens, right-padded (for ``shuffled``: another example's).
+      mask: which of them are real.
+      prompt_ids: the question's tokens; only ``kv_question`` looks at them.
+      prompt_mask: which of them are real.
+      rows: example numbers, for reproducible random choices.
+      ratio: context tokens per slot.
+      context: `prefill` of the same texts, where several arms share it.
+      latents: the trained compressor, for the latent arms.
+      anchor_ids: text after the context in ``embedding_replay_anchor``.
+      key: PRNG key of the random arms.
+
+    Raises:
+      ValueError: unknown arm, or a latent arm without a compressor.
+    """
+    b, t = ids.shape
+    length, zero = mask.sum(-1), jnp.zeros((b,), jnp.int32)
+    key = jax.random.key(0) if key is None else key
+    if arm in CACHED and context is None:
+        context = prefill(decoder, params, ids, mask)
+    if arm == "no_context":
+        return Given(None, None, None, zero)
+    if arm == "full_text":
+        return Given(context, None, None, length)
+    if arm in ("embedding_replay", "embedding_replay_anchor"):
+        vectors = embed(decoder, params, ids)
+        if arm == "embedding_replay_anchor" and anchor_ids is not None and anchor_ids.size:
+            anchor = jnp.broadcast_to(anchor_ids, (b, anchor_ids.shape[0]))
+            vectors = jnp.concatenate([vectors, embed(decoder, params, anchor)], axis=1)
+            mask = jnp.concatenate([mask, jnp.ones(anchor.shape, bool)], axis=1)
+        return Given(None, vectors, mask, zero)
+    if arm in ("token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens"):
+        index, valid = subset_index(arm, mask, ratio, rows, key)
+        kept = jnp.take_along_axis(ids, index, axis=1)
+        return Given(prefill(decoder, params, kept, valid), None, None, valid.sum(-1))
+    if arm in ("mean_pool", "pca"):
+        prefix = span_means(decoder, params, ids, mask, ratio)
+        if arm == "pca":
+            rank = max(1, round(decoder.config.hidden_size / ratio))
+            mean, project = principal_projection(params["embed"], rank)
+            low = (prefix.embeds - mean) @ project + mean
+            prefix = prefix._replace(embeds=low.astype(prefix.embeds.dtype))
+        return prefix_to_given(decoder, params, prefix)
+    if arm == "kv_stride":
+        index, valid = subset_index(arm, mask, ratio, rows, key)
+        return Given(selection.keep_positions(context, index, valid), None, None, length)
+    if arm in ("kv_topk", "kv_question"):
+        if arm == "kv_topk":
+            score = selection.mass_from_tail(decoder, params, ids, mask)
+        else:
+            score = selection.mass_from_question(
+                decoder, params, context, length, prompt_ids, prompt_mask
+            )
+        kept = selection.keep_best(context, score, budget(mask, ratio), num_latents(t, ratio))
+        return Given(kept, None, None, length)
+    if arm not in LATENT_ARMS:
+        raise ValueError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
+    if latents is None:
+        raise ValueError(f"arm {arm!r} needs a compressor")
+    return latent_given(arm, decoder, params, latents, ids, mask, rows, key)
+
+
+def join(
+    decoder: Decoder,
+    params: Any,
+    given: Given,
+    prompt_ids: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    lead: Float[Array, "b n d"] | None = None,
+) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+    """Embeddings and mask of everything after ``given.kv``: its own embeddings, learned ones, then the prompt."""
+    prompt = embed(decoder, params, prompt_ids)
+    parts = [] if given.embeds is None else [(given.embeds, given.mask)]
+    if lead is not None:
+        parts.append((lead, jnp.ones(lead.shape[:2], bool)))
+    parts.append((prompt, prompt_mask))
+    return (
+        jnp.concatenate([x.astype(prompt.dtype) for x, _ in parts], axis=1),
+        jnp.concatenate([m for _, m in parts], axis=1),
+    )
+
+
+def answer_hidden(
+    decoder: Decoder,
+    params: Any,
+    given: Given,
+    prompt_ids: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    answer_ids: Int[Array, "b a"],
+    answer_mask: Bool[Array, "b a"],
+    lead: Float[Array, "b n d"] | None = None,
+) -> Float[Array, "b a d"]:
+    """Hidden states that predict each answer token, teacher-forced (prompts left-padded).
+
+    The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the same sequence.
+    """
+    x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead)
+    gold = embed(decoder, params, answer_ids[:, :-1])
+    x = jnp.concatenate([x, gold.astype(x.dtype)], axis=1)
+    mask = jnp.concatenate([mask, answer_mask[:, :-1]], axis=1)
+    positions = given.start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    out = decoder.apply({"params": params}, x, positions, mask, prefix=given.kv)
+    return out.hidden[:, -answer_ids.shape[1] :]

@@ -1,0 +1,141 @@
+"""Keeping some of a frozen prefill's keys and values: the untrained rivals of a deep prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.ops import rope
+from latent_jax.ops.attention import MASKED
+
+
+def keep_positions(kv: KV, index: Int[Array, "b m"], valid: Bool[Array, "b m"]) -> KV:
+    """The entries at ``index`` of each row, the same for all layers and heads."""
+    where = index[None, :, :, None, None]
+    return KV(jnp.take_along_axis(kv.k, where, axis=2), jnp.take_along_axis(kv.v, where, axis=2), valid)
+
+
+def keep_best(
+    kv: KV, score: Float[Array, "l b t g"], budget: Int[Array, " b"], slots: int
+) -> KV:
+    """Each head's own ``budget[i]`` best-scored entries, in ``slots`` places.
+
+    Position 0 is always kept: decoders park attention there, and without it any selection fails for a reason that
+    has nothing to do with the text (Xiao et al. 2023, "attention sinks").
+    """
+    score = jnp.where(kv.mask[None, :, :, None], score, -jnp.inf).at[:, :, 0].set(jnp.inf)
+    index = jax.lax.top_k(jnp.moveaxis(score, 2, -1), slots)[1]
+    index = jnp.moveaxis(index, -1, 2)[..., None]  # l b m g 1
+    valid = jnp.arange(slots)[None] < budget[:, None]
+    return KV(
+        jnp.take_along_axis(kv.k, index, axis=2), jnp.take_along_axis(kv.v, index, axis=2), valid
+    )
+
+
+def queries(
+    decoder: Decoder,
+    params: Any,
+    embeds: Float[Array, "b t d"],
+    positions: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    rows: Int[Array, "b w"],
+    prefix: KV | None = None,
+) -> tuple[Float[Array, "l b w h d"], KV]:
+    """Rotated attention queries of every layer at ``rows``, and the call's own keys and values.
+
+    The decoder does not hand out its queries. A method interceptor takes them from the projection named ``q`` (or
+    its ``q_norm``) and returns them beside the values, so that the scan over layers stacks them.
+    """
+    config = decoder.config
+    source = "q_norm" if config.qk_norm else "q"
+    taken: list[jax.Array] = []
+
+    def intercept(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name != "__call__":
+            return out
+        if context.module.name == source:
+            shape = (*out.shape[:2], config.num_heads, config.head_dim)
+            # Only the observed rows: all of them would be as large as the whole prefill.
+            taken.append(jnp.take_along_axis(out.reshape(shape), rows[:, :, None, None], axis=1))
+        elif context.module.name == "layers" and taken:
+            hidden, (k, v) = out
+            return hidden, (k, (v, taken.pop()))
+        return out
+
+    with nn.intercept_methods(intercept):
+        out = decoder.apply({"params": params}, embeds, positions, mask, prefix=prefix)
+    values, q = out.kv.v
+    at = jnp.take_along_axis(positions, rows, axis=1)
+    q = rope.rotate_layers(q, at, jnp.asarray(inverse_frequencies(config)))
+    return q, KV(out.kv.k, values, mask)
+
+
+def attention_mass(
+    q: Float[Array, "l b w h d"], k: Float[Array, "l b s g d"], visible: Bool[Array, "b w s"]
+) -> Float[Array, "l b s g"]:
+    """Attention that each key receives from the given queries, summed over them and over its query heads."""
+    b, w, s = visible.shape
+    heads, groups, width = q.shape[3], k.shape[3], q.shape[4]
+
+    def layer(pair):
+        q, k = pair
+        q = q.reshape(b, w, groups, heads // groups, width) * width**-0.5
+        logits = jnp.einsum("bwgrd,bsgd->bgrws", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, MASKED), axis=-1)
+        weights = weights * visible.any(-1)[:, None, None, :, None]  # rows that stand for no token
+        return jnp.moveaxis(weights.sum((2, 3)), 1, -1)
+
+    return jax.lax.map(layer, (q, k))
+
+
+def mass_from_tail(
+    decoder: Decoder,
+    params: Any,
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    window: int = 16,
+) -> Float[Array, "l b t g"]:
+    """Attention mass that each position receives from the text's last ``window`` tokens.
+
+    The observation window of SnapKV (Li et al. 2024), question-agnostic: what a stored cache could have done.
+    """
+    b, t = ids.shape
+    window = min(window, t)
+    length = mask.sum(-1)
+    rows = length[:, None] - window + jnp.arange(window)
+    real, rows = rows >= 0, jnp.maximum(rows, 0)
+    positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+    embeds = decoder.apply({"params": params}, ids, method="embed")
+    q, kv = queries(decoder, params, embeds, positions, mask, rows)
+    visible = (jnp.arange(t)[None, None] <= rows[:, :, None]) & real[:, :, None] & mask[:, None]
+    return attention_mass(q, kv.k, visible)
+
+
+def mass_from_question(
+    decoder: Decoder,
+    params: Any,
+    context: KV,
+    start: Int[Array, " b"],
+    ids: Int[Array, "b p"],
+    mask: Bool[Array, "b p"],
+) -> Float[Array, "l b t g"]:
+    """Attention mass that each context position receives from the question's tokens.
+
+    It sees the question before it selects, which no stored latent can: an upper reference, not an equal.
+    """
+    b, p = ids.shape
+    positions = start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    rows = jnp.broadcast_to(jnp.arange(p), (b, p))
+    embeds = decoder.apply({"params": params}, ids, method="embed")
+    q, own = queries(decoder, params, embeds, positions, mask, rows, context)
+    causal = jnp.tril(jnp.ones((p, p), bool))[None] & mask[:, None]
+    before = jnp.broadcast_to(context.mask[:, None], (b, p, context.mask.shape[1]))
+    visible = jnp.concatenate([before, causal], axis=-1) & mask[:, :, None]
+    mass = attention_mass(q, jnp.concatenate([context.k, own.k], axis=2), visible)
+    return mass[:, :, : context.mask.shape[1]]
