@@ -308,7 +308,9 @@ def _join(abstract: TrainState, variables: Any, training: Any) -> TrainState:
 
 
 def _encode(value: Any) -> Any:
-    return {"b64": base64.b64encode(value).decode()} if isinstance(value, bytes) else {"json": value}
+    if isinstance(value, bytes):
+        return {"b64": base64.b64encode(value).decode()}
+    return {"json": value}
 
 
 def _decode(value: Mapping[str, Any]) -> Any:
@@ -329,6 +331,8 @@ def _gather(data: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _scatter(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if all(row == rows[0] for row in rows):  # positions that count global batches
+        return {name: _decode(state) for name, state in rows[0].items()}
     if len(rows) != jax.process_count():
         raise CheckpointError(
             f"the checkpoint was saved by {len(rows)} processes and this run has "

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
+from latent_jax.core.types import Mean
 
 ScheduleFn = Callable[[Int[Array, ""]], Float[Array, ""]]
 GateStates = dict[str, dict[str, Array]]
@@ -159,10 +160,13 @@ def make_schedule(schedule: Schedule | ScheduleFn) -> ScheduleFn:
     return fn
 
 
-def init_gates(weights: Mapping[str, Any]) -> GateStates:
-    """Returns the adaptive state of every weight that has a gate or an auto-scale."""
+def init_gates(*tables: Mapping[str, Any]) -> GateStates:
+    """Returns the adaptive state of every weight with a gate or an auto-scale in any table.
+
+    Several tables (the system's weights and each phase's) share one state per term.
+    """
     gates: GateStates = {}
-    for name, schedule in weights.items():
+    for name, schedule in (item for table in tables for item in table.items()):
         cfg = as_config(schedule)
         if not isinstance(cfg, ScheduleConfig):
             continue
@@ -182,7 +186,7 @@ def init_gates(weights: Mapping[str, Any]) -> GateStates:
                 "count": jnp.asarray(0, jnp.int32),
             }
         if state:
-            gates[name] = state
+            gates[name] = {**gates.get(name, {}), **state}
     return gates
 
 
@@ -204,9 +208,11 @@ def weight_at(
 
 
 def update_gates(
-    weights: Mapping[str, Any], gates: GateStates, values: Mapping[str, Float[Array, ""]]
+    weights: Mapping[str, Any], gates: GateStates, values: Mapping[str, Any]
 ) -> GateStates:
-    """Advances the adaptive state by one step's values (loss terms and aux).
+    """Advances the adaptive state by one step's values (loss terms and aux; scalars or `Mean`).
+
+    An empty `Mean` is no observation: what depends on it stays as it was.
 
     Raises:
       ConfigError: at trace time, if a gate monitors a value that the step does not produce.
@@ -216,16 +222,18 @@ def update_gates(
         cfg = as_config(weights[name])
         state = dict(state)
         if cfg.gate is not None:
-            state |= _step_gate(cfg.gate, state, _lookup(values, cfg.gate.metric, name, "gate"))
+            value, seen = _lookup(values, cfg.gate.metric, name, "gate")
+            moved = _step_gate(cfg.gate, state, value)
+            state |= {k: jnp.where(seen, v, state[k]) for k, v in moved.items()}
         if cfg.auto_scale is not None:
             auto = cfg.auto_scale
-            term = _lookup(values, name, name, "auto_scale")
-            reference = _lookup(values, auto.reference, name, "auto_scale")
-            first = state["count"] == 0
+            term, seen_term = _lookup(values, name, name, "auto_scale")
+            reference, seen_ref = _lookup(values, auto.reference, name, "auto_scale")
+            seen, first = seen_term & seen_ref, state["count"] == 0
             for key, value in (("term", term), ("reference", reference)):
-                ema = auto.decay * state[key] + (1.0 - auto.decay) * value
-                state[key] = jnp.where(first, value, ema)
-            state["count"] = state["count"] + 1
+                ema = jnp.where(first, value, auto.decay * state[key] + (1.0 - auto.decay) * value)
+                state[key] = jnp.where(seen, ema, state[key])
+            state["count"] = state["count"] + seen.astype(jnp.int32)
         new[name] = state
     return new
 
@@ -254,10 +262,16 @@ def _step_gate(
     }
 
 
-def _lookup(values: Mapping[str, Any], key: str, name: str, what: str) -> Float[Array, ""]:
+def _lookup(
+    values: Mapping[str, Any], key: str, name: str, what: str
+) -> tuple[Float[Array, ""], Bool[Array, ""]]:
+    """Returns the value, and whether there was anything of it in the batch."""
     if key not in values:
         raise ConfigError(
             f"weights.{name}.{what}: no loss term or aux value {key!r}; there are: "
             + ", ".join(sorted(values))
         )
-    return jnp.asarray(values[key], jnp.float32)
+    value = values[key]
+    if isinstance(value, Mean):
+        return value.value, jnp.asarray(value.count) > 0
+    return jnp.asarray(value, jnp.float32), jnp.asarray(True)

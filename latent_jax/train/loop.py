@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from latent_jax.core import rng as rng_lib
 from latent_jax.core.errors import ConfigError, RunError
-from latent_jax.sharding import make_mesh, replicated, shard_batch, tree_shardings
+from latent_jax.sharding import check_batch, make_mesh, replicated, shard_batch, tree_shardings
 from latent_jax.train.checkpoints import Checkpoints, resume_hash
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import init_gates
@@ -38,6 +38,8 @@ from latent_jax.train.writers import Writers, open_writers
 # Steps that may wait on the device before the host pauses; bounds queued batches and the delay
 # until a preemption signal is seen.
 _MAX_IN_FLIGHT = 8
+
+_Row = tuple[int, str, dict[str, jax.Array]]  # step, phase, metrics still on the device
 
 
 def fit(
@@ -95,9 +97,11 @@ class _Run:
         self._data: dict[str, Any] = {}
         self._data_states: dict[str, Any] = {}
         self._steps: dict[int, StepFn] = {}
-        self._pending: collections.deque[tuple[int, str, dict[str, jax.Array]]] = collections.deque()
+        self._pending: collections.deque[_Row] = collections.deque()
         self._latest: dict[str, float] = {}
         self._meter = _Meter()
+        self.writers: Writers | None = None
+        self._restore_warning: str | None = None
 
     # ---- set-up -------------------------------------------------------------------------------
 
@@ -105,13 +109,12 @@ class _Run:
         """Makes or restores the state; every array lands on its sharding."""
         system, cfg = self.system, self.cfg
         _, phase = phase_at(cfg, 0)
+        check_batch(cfg.batch_size, self.mesh)
         sample = self._sample_batch(phase.data)
         rngs = rng_lib.named(
             self.config.seed, ("params", *getattr(system, "rng_names", DEFAULT_RNGS))
         )
-        weights = dict(system.weights)
-        for p in cfg.phases:
-            weights |= {f"{k}": v for k, v in p.weights.items() if k not in weights}
+        tables = (system.weights, *(p.weights for p in cfg.phases))
         batch = shard_batch(sample, self.mesh)
         if getattr(system, "jit_init", True):
             variables = jax.eval_shape(lambda r: system.init(r, batch), rngs)
@@ -123,7 +126,7 @@ class _Run:
 
         def create(variables: dict[str, Any]) -> TrainState:
             return create_state(variables, self.optimizer.init(variables["params"]),
-                                init_gates(weights))
+                                init_gates(*tables))
 
         abstract = jax.eval_shape(create, variables)
         self.shardings = state_shardings(abstract, system.logical_rules, self.mesh)
@@ -137,6 +140,8 @@ class _Run:
         if restored is not None:
             state, self._data_states, host = restored
             self.step = int(state.step)
+            for name in self._data.keys() & self._data_states.keys():
+                self._data[name].set_state(self._data_states[name])
             self.selection.set_state(host.get("selection", {}))
             self.guards.set_state(host.get("guards", {}), self.step)
             self.message(f"resumed from step {self.step} in {self.out}")
@@ -155,10 +160,15 @@ class _Run:
         return state
 
     def _sample_batch(self, name: str) -> Mapping[str, Any]:
+        """One batch for its shapes; the iterator goes back to where it was."""
+        data = self._data[name] = self.system.train_data(name, None)
+        start = data.get_state()
         try:
-            return next(iter(self.system.train_data(name, None)))
+            sample = next(data)
         except StopIteration:
             raise ConfigError(f"train_data({name!r}) gave no batch") from None
+        data.set_state(start)
+        return sample
 
     def _warn_restore(self, text: str) -> None:
         # Kept for after the file's rows past the restored step have been dropped.
@@ -194,9 +204,7 @@ class _Run:
     # ---- the loop -----------------------------------------------------------------------------
 
     def train(self, watch: PreemptionWatch) -> TrainState:
-        self._restore_warning: str | None = None
         state = self._set_up()
-        self.writers: Writers | None = None
         if self._main:
             self.writers = open_writers(self.cfg.log, self.out, self.config.name, self.step)
         if self._restore_warning:
@@ -282,7 +290,7 @@ class _Run:
         values = jax.device_get([metrics for _, _, metrics in rows])
         self._meter.seen(rows[-1][0])
         for (step, phase, _), row in zip(rows, values, strict=True):
-            row = {k: float(v) for k, v in row.items()}
+            row = _present({k: float(v) for k, v in row.items()})
             self._latest = {k: v for k, v in self._latest.items() if k.startswith("eval.")} | row
             if self.writers is not None:
                 self.writers.write(step, {"phase": phase, **row})
@@ -317,6 +325,9 @@ class _Run:
             if self.writers is not None:
                 self.writers.close()
             self.checkpoints.close()
+            for data in self._data.values():
+                if hasattr(data, "close"):
+                    data.close()
 
     def _log_quietly(self) -> None:
         try:
@@ -336,6 +347,13 @@ class _Run:
         rates = self._meter.rates()
         eta = (self.cfg.steps - step) / rates["steps"] if rates.get("steps") else None
         self._progress(ProgressEvent(step, self.cfg.steps, self.phase, self._latest, rates, eta))
+
+
+def _present(row: dict[str, float]) -> dict[str, float]:
+    """Drops the counts, and the means of what was not in the batch."""
+    empty = {k[6:] for k, v in row.items() if k.startswith("count.") and v == 0}
+    gone = empty | {f"{part}.{name}" for name in empty for part in ("term", "share")}
+    return {k: v for k, v in row.items() if k not in gone and not k.startswith("count.")}
 
 
 class _Meter:

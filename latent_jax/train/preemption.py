@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -29,9 +30,16 @@ class PreemptionWatch:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> PreemptionWatch:
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        if jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 self._old[number] = signal.signal(number, self._handle)
+        else:
+            # SIGTERM belongs to JAX's coordination service, which tells the other hosts.
+            self._old[signal.SIGUSR1] = signal.signal(
+                signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+            )
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -50,5 +58,4 @@ class PreemptionWatch:
             return self._flag.is_set()
         from jax.experimental import multihost_utils
 
-        # JAX's coordination service listens to SIGTERM too and picks one step for all hosts.
-        return multihost_utils.reached_preemption_sync_point(step) or self._flag.is_set()
+        return multihost_utils.reached_preemption_sync_point(step)

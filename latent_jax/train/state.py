@@ -43,9 +43,10 @@ class TrainState:
 def create_state(variables: dict[str, Any], opt_state: PyTree, gates: PyTree) -> TrainState:
     """Returns the state at step 0 for fresh variables."""
     collections = {k: v for k, v in variables.items() if k != "params"}
-    zero = jnp.zeros((), jnp.int32)
-    guard = {"skipped": zero, "in_a_row": jnp.zeros((), jnp.int32)}
-    return TrainState(zero, variables["params"], collections, opt_state, gates, guard)
+    # One array each: the step donates them, and a buffer cannot be donated twice.
+    guard = {name: jnp.zeros((), jnp.int32) for name in ("skipped", "in_a_row")}
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step, variables["params"], collections, opt_state, gates, guard)
 
 
 def state_shardings(abstract: TrainState, rules: Any, mesh: Mesh) -> TrainState:

@@ -53,7 +53,8 @@ def make_train_step(
       The step. ``metrics`` holds float32 scalars: ``loss``, ``term.<name>`` (mean),
       ``weight.<name>``, ``share.<name>`` (part of Σ|weight·mean|), ``grad_norm``,
       ``grad_norm.<label>``, ``lr`` and ``lr.<label>``, ``skipped``, ``skipped_total``,
-      ``gate.<name>`` and the system's aux values under their own names.
+      ``gate.<name>``, the system's aux values under their own names, and ``count.<name>`` of every
+      term and aux that is a `Mean` (0: nothing of it was in the batch, its mean says nothing).
 
     A non-finite loss or gradient leaves params, collections, optimizer and gates untouched; only
     ``step`` and the guard's counters move.
@@ -106,15 +107,14 @@ def make_train_step(
                 grad_fn, forward, state, trained, held, frozen, batch, accumulate
             )
         means = {name: term.value for name, term in terms.items()}
-        aux = {k: v.value if isinstance(v, Mean) else jnp.asarray(v, jnp.float32)
-               for k, v in aux.items()}
+        observed = {**aux, **terms}
+        counts = {k: v.count for k, v in observed.items() if isinstance(v, Mean)}
+        aux = {k: v.value if isinstance(v, Mean) else v for k, v in aux.items()}
 
         params, opt_state, norms = optimizer.update(
             grads, state.opt_state, state.params, state.step, active
         )
-        gates = curriculum.update_gates(
-            {**system.weights, **weights}, state.gates, {**aux, **means}
-        )
+        gates = curriculum.update_gates({**system.weights, **weights}, state.gates, observed)
         finite = jnp.isfinite(loss) & jnp.isfinite(norms["grad_norm"])
 
         def keep(new: PyTree, old: PyTree) -> PyTree:
@@ -144,6 +144,7 @@ def make_train_step(
             "skipped": bad,
             "skipped_total": guard["skipped"],
             **aux,
+            **{f"count.{n}": c for n, c in counts.items()},
         }
         return new_state, {k: jnp.asarray(v, jnp.float32) for k, v in metrics.items()}
 
