@@ -59,9 +59,12 @@ class Backbone:
         return _logits(self.decoder, self.params, ids, mask)
 
     def generate(
-        self, prompts: str | Sequence[str] | Sequence[Sequence[int]], max_new_tokens: int = 64, **options: Any
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        max_new_tokens: int = 64,
+        **options: Any,
     ) -> Any:
-        """Continues prompts; see `latent_jax.backbones.generate.generate_text` for options and result."""
+        """Continues prompts; options and result are `generate.generate_text`'s."""
         from latent_jax.backbones.generate import generate_text  # it needs Backbone's type
 
         return generate_text(self, prompts, max_new_tokens=max_new_tokens, **options)

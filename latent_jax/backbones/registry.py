@@ -23,24 +23,30 @@ FETCHED = ("smollm2",)
 
 
 def load(
-    name_or_path: str | Path, dtype: Any = jnp.float32, *, shardings: Any = None, remat: bool = False
+    name_or_path: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    shardings: Any = None,
+    remat: bool = False,
 ) -> Backbone:
     """Loads a frozen language model.
 
     Args:
-      name_or_path: ``'smollm2'`` (fetched once into the cache), ``'tiny'`` (in the package), a Hugging Face
-        directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such as ``'Qwen/Qwen2.5-0.5B'``.
+      name_or_path: ``'smollm2'`` (fetched once into the cache), ``'tiny'`` (in the package), a
+        Hugging Face directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such as
+        ``'Qwen/Qwen2.5-0.5B'``.
       dtype: of the weights and of the computation.
-      shardings: where each weight goes: a tree like the parameters, one sharding for all, or a function
-        ``(path, shape) -> Sharding``. Each process then reads only what its devices hold. The default device
-        holds everything otherwise.
+      shardings: where each weight goes: a tree like the parameters, one sharding for all, or a
+        function ``(path, shape) -> Sharding``. Each process then reads only what its devices hold.
+        The default device holds everything otherwise.
       remat: recompute each layer's activations in the backward pass.
 
     Returns:
       The model.
 
     Raises:
-      BackboneError: not found, unreadable, or of an unsupported architecture; the message says which.
+      BackboneError: not found, unreadable, or of an unsupported architecture; the message says
+        which.
     """
     path = locate(name_or_path)
     if path.is_dir():
@@ -51,7 +57,8 @@ def load(
         reader = llama2c.read
     else:
         raise BackboneError(
-            f"{path}: unknown model format; give a Hugging Face directory, a .gguf or a llama2.c .bin."
+            f"{path}: unknown model format; give a Hugging Face directory, a .gguf or a "
+            "llama2.c .bin."
         )
     config, params, tokenizer, sha256 = reader(path, dtype, shardings)
     if tokenizer.vocab_size > config.vocab_size:
@@ -61,7 +68,9 @@ def load(
         )
     if shardings is None:
         params = jax.tree.map(jnp.asarray, params)
-    return Backbone(str(name_or_path), config, params, tokenizer, sha256, Decoder(config, remat=remat))
+    return Backbone(
+        str(name_or_path), config, params, tokenizer, sha256, Decoder(config, remat=remat)
+    )
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -84,7 +93,8 @@ def locate(name_or_path: str | Path) -> Path:
     if path.suffix or name.count("/") != 1 or name.startswith((".", "~", "/")):
         known = ", ".join([*PACKAGED, *FETCHED])
         raise BackboneError(
-            f"{name}: no such model; known names: {known}; otherwise give a directory, a .gguf, a .bin or a hub id."
+            f"{name}: no such model; known names: {known}; otherwise give a directory, a "
+            ".gguf, a .bin or a hub id."
         )
     return _download(name)
 
@@ -109,9 +119,9 @@ def _download(hub_id: str) -> Path:
                 ignore_patterns=["original/*", "onnx/*"],
             )
         )
-    except Exception as error:  # offline, no such id, gated: many classes, also from the HTTP client
+    except Exception as error:  # offline, no such id, gated: many classes, the HTTP client's too
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BackboneError(
-            f"{hub_id}: no such path, and the hub gave no model ({reason}); check the id and the network, "
-            "or give a local path."
+            f"{hub_id}: no such path, and the hub gave no model ({reason}); check the id and "
+            "the network, or give a local path."
         ) from error

@@ -1,4 +1,4 @@
-"""One tokenizer interface over GGUF fields, ``tokenizer.json``, llama2.c vocabularies and plain bytes."""
+"""One tokenizer over GGUF fields, ``tokenizer.json``, llama2.c vocabularies and plain bytes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import jinja2.ext
 import jinja2.sandbox
 import tokenizers
+import tokenizers.processors
 
 from latent_jax.backbones import vocabularies
 from latent_jax.core.errors import BackboneError
@@ -28,6 +29,7 @@ class Tokenizer:
       pad_id: id used for padding; defaults to ``eos_id``, else 0 (padding is masked everywhere).
       chat_template: Jinja2 source of the chat format, or None.
       stop_ids: further ids that end a generation.
+      add_bos: whether the model expects every text to start with BOS (`encode` does not add it).
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: str | None = None,
         stop_ids: Sequence[int] = (),
+        add_bos: bool = False,
     ):
         backend.no_padding()
         backend.no_truncation()
@@ -47,10 +50,11 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = pad_id if pad_id is not None else eos_id if eos_id is not None else 0
         self.chat_template = chat_template
+        self.add_bos = add_bos and bos_id is not None
         self.stop_ids = tuple(dict.fromkeys([*([] if eos_id is None else [eos_id]), *stop_ids]))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`; no BOS or EOS is added, special tokens written out in it are recognised."""
+        """Ids of `text`: no BOS or EOS is added, special tokens written in it are recognised."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -97,7 +101,9 @@ class Tokenizer:
           BackboneError: the model has no chat template, or the template refuses the messages.
         """
         if not self.chat_template:
-            raise BackboneError("This model has no chat template; prompt it with plain text instead.")
+            raise BackboneError(
+                "This model has no chat template; prompt it with plain text instead."
+            )
         try:
             return _template(self.chat_template).render(
                 messages=[dict(m) for m in messages],
@@ -106,12 +112,20 @@ class Tokenizer:
                 eos_token="" if self.eos_id is None else self.id_to_token(self.eos_id),
             )
         except jinja2.TemplateError as error:
-            raise BackboneError(f"The model's chat template refuses these messages: {error}.") from error
+            raise BackboneError(
+                f"The model's chat template refuses these messages: {error}."
+            ) from error
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, readable by `from_directory` and transformers."""
+        """Writes ``tokenizer.json`` and ``tokenizer_config.json``, which transformers reads too."""
         directory = Path(directory)
-        self.backend.save(str(directory / "tokenizer.json"))
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.add_bos:
+            bos = self.id_to_token(self.bos_id)
+            backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, self.bos_id)]
+            )
+        backend.save(str(directory / "tokenizer.json"))
         special = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         config: dict[str, Any] = {
             key: self.id_to_token(index) for key, index in special.items() if index is not None
@@ -133,6 +147,10 @@ class Tokenizer:
 
         backend = vocabularies.from_gguf(fields, where)
         stops = [special(name) for name in ("eot", "eom")]
+        # llama.cpp's defaults for files without the field
+        sentencepiece = fields.get("tokenizer.ggml.model") == "llama"
+        llama3 = fields.get("tokenizer.ggml.pre") in vocabularies.LLAMA3_NAMES
+        add_bos = fields.get("tokenizer.ggml.add_bos_token", sentencepiece or llama3)
         return cls(
             backend,
             bos_id=special("bos"),
@@ -140,6 +158,7 @@ class Tokenizer:
             pad_id=special("padding"),
             chat_template=fields.get("tokenizer.chat_template"),
             stop_ids=[s for s in stops if s is not None],
+            add_bos=bool(add_bos),
         )
 
     @classmethod
@@ -175,19 +194,22 @@ class Tokenizer:
             chat = next((c["template"] for c in chat if c.get("name") == "default"), None)
         if chat is None and (directory / "chat_template.jinja").is_file():
             chat = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        bos_id = special("bos")
         return cls(
             backend,
-            bos_id=special("bos"),
+            bos_id=bos_id,
             eos_id=special("eos"),
             pad_id=special("pad"),
             chat_template=chat,
+            # tokenizer.json's post-processor says whether texts start with BOS.
+            add_bos=bos_id is not None and bos_id in backend.encode("a").ids[:1],
             stop_ids=ids(generation.get("eos_token_id")) + ids(model.get("eos_token_id")),
         )
 
     @classmethod
     def from_llama2c(cls, path: str | Path, vocab_size: int) -> Tokenizer:
         """Reads a llama2.c vocabulary (``tok512.bin``)."""
-        return cls(vocabularies.from_llama2c(path, vocab_size), bos_id=1, eos_id=2)
+        return cls(vocabularies.from_llama2c(path, vocab_size), bos_id=1, eos_id=2, add_bos=True)
 
 
 class ByteTokenizer(Tokenizer):

@@ -17,6 +17,9 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
+# GGUF's names of Llama 3's word splitting
+LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
+
 # ggml token types
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 
@@ -38,12 +41,13 @@ def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
         return pre_tokenizers.Sequence([digits, _byte_level(True)])
     if name in ("gpt-2", "default"):
         return _byte_level(True)
-    if name in ("llama-bpe", "llama3", "llama-v3"):
+    if name in LLAMA3_NAMES:
         return _split(_LLAMA3)
     if name in ("qwen2", "deepseek-r1-qwen"):
         return _split(_QWEN2)
     raise BackboneError(
-        f"{where}: pre-tokenizer '{name}' is not supported; load the Hugging Face directory instead."
+        f"{where}: pre-tokenizer '{name}' is not supported; load the Hugging Face directory "
+        f"instead."
     )
 
 
@@ -66,7 +70,7 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> Tokenizer:
         pre = fields.get("tokenizer.ggml.pre", "default")
         merges = [tuple(m.split(" ")) for m in need("merges")]
         backend = Tokenizer(
-            models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in ("llama-bpe", "llama3", "llama-v3"))
+            models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in LLAMA3_NAMES)
         )
         if pre == "qwen2":
             backend.normalizer = normalizers.NFC()
@@ -79,7 +83,9 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> Tokenizer:
         pieces = {t for t, k in zip(tokens, types, strict=True) if k not in (_CONTROL, _BYTE)}
         backend = _sentencepiece(vocab, scores, pieces, tokens[unknown], prefix)
     else:
-        raise BackboneError(f"{where}: tokenizer model '{kind}' is not supported (gpt2 and llama are).")
+        raise BackboneError(
+            f"{where}: tokenizer model '{kind}' is not supported (gpt2 and llama are)."
+        )
     added = [t for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in added])
     user = [t for t, k in zip(tokens, types, strict=True) if k == _USER_DEFINED]

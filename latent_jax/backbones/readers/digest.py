@@ -7,7 +7,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# Above this, a directory's digest samples its files: a full pass would read every byte on every host.
+# Above this, a directory's digest samples its files: a full pass would read every byte on every
+# host.
 _FULL_LIMIT = 4 << 30
 _BLOCK = 1 << 20
 
@@ -32,7 +33,8 @@ def _file_sha256(path: str, size: int, mtime_ns: int) -> str:
 def files_sha256(paths: Iterable[str | Path]) -> str:
     """One sha256 over several files (names and contents).
 
-    Files of more than 4 GiB together are sampled: size, first MiB, last MiB and 64 MiB spread between them.
+    Files of more than 4 GiB together are sampled: size, first MiB, last MiB and 64 MiB spread
+    between them.
     """
     paths = sorted(Path(p) for p in paths)
     sampled = sum(p.stat().st_size for p in paths) > _FULL_LIMIT

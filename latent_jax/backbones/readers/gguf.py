@@ -136,8 +136,11 @@ def _rope_scaling(file: GGUFFile, head_dim: int) -> RopeScaling | None:
     theta = float(file.metadata.get(f"{arch}.rope.freq_base", 10_000.0))
     turns = 8192 * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
     blend = np.clip((turns - 1.0) / 3.0, 0.0, 1.0)
-    if stored.shape != blend.shape or not np.allclose(stored, 1 / (blend + (1 - blend) / factor), rtol=1e-3):
+    if stored.shape != blend.shape or not np.allclose(
+        stored, 1 / (blend + (1 - blend) / factor), rtol=1e-3
+    ):
         raise BackboneError(
-            f"{file.path}: 'rope_freqs.weight' is not Llama 3 scaling; load the Hugging Face directory instead."
+            f"{file.path}: 'rope_freqs.weight' is not Llama 3 scaling; load the Hugging Face "
+            f"directory instead."
         )
     return scaling

@@ -1,8 +1,8 @@
 """GGUF container: header, metadata and memory-mapped tensors.
 
-The `gguf` package's own reader builds several arrays for every string of the vocabulary, which takes
-seconds for a 50 k vocabulary. The container is simple, so the header is parsed here in one pass; block
-layouts and dequantisation stay with the package.
+The `gguf` package's own reader builds several arrays for every string of the vocabulary, which
+takes seconds for a 50 k vocabulary. The container is simple, so the header is parsed here in one
+pass; block layouts and dequantisation stay with the package.
 
 References:
   https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,17 @@ import numpy as np
 from latent_jax.core.errors import BackboneError
 
 _SCALARS = {
-    0: np.uint8, 1: np.int8, 2: np.uint16, 3: np.int16, 4: np.uint32, 5: np.int32,
-    6: np.float32, 7: np.bool_, 10: np.uint64, 11: np.int64, 12: np.float64,
+    0: np.uint8,
+    1: np.int8,
+    2: np.uint16,
+    3: np.int16,
+    4: np.uint32,
+    5: np.int32,
+    6: np.float32,
+    7: np.bool_,
+    10: np.uint64,
+    11: np.int64,
+    12: np.float64,
 }
 _STRING, _ARRAY = 8, 9
 
@@ -92,7 +102,7 @@ class GGUFFile:
             raise BackboneError(f"{self.path}: cannot read it as GGUF ({error}).") from error
         try:
             self._parse_header()
-        except (IndexError, KeyError, struct.error, MemoryError, OverflowError) as error:
+        except (IndexError, KeyError, struct.error, MemoryError, OverflowError, ValueError) as error:
             raise BackboneError(
                 f"{self.path}: truncated or damaged GGUF header ({len(self._data):,} bytes); "
                 "fetch or copy the file again."
@@ -118,7 +128,7 @@ class GGUFFile:
             # ggml stores the fastest axis first.
             shape = tuple(cursor.u64() for _ in range(cursor.u32()))[::-1]
             raw.append((name, shape, cursor.u32(), cursor.u64()))
-        align = int(self.metadata.get("general.alignment", 32))
+        align = max(int(self.metadata.get("general.alignment", 32)), 1)
         start = -(-cursor.at // align) * align
         self.tensors: dict[str, TensorInfo] = {}
         for name, shape, kind, offset in raw:
@@ -134,7 +144,11 @@ class GGUFFile:
             raise BackboneError(
                 f"{self.path}: tensor '{name}' has an unknown quantisation type {kind}."
             ) from error
-        count = int(np.prod(shape, dtype=np.int64))
+        count = math.prod(shape)
+        if not shape or shape[-1] % block:
+            raise BackboneError(
+                f"{self.path}: tensor '{name}' of shape {shape} cannot be stored as {quant.name}."
+            )
         nbytes = count // block * block_bytes
         if offset + nbytes > len(self._data):
             raise BackboneError(

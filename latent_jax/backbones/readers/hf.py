@@ -1,4 +1,4 @@
-"""Hugging Face directories: ``config.json``, (sharded) safetensors, ``tokenizer.json``; and back."""
+"""Hugging Face directories (``config.json``, safetensors, ``tokenizer.json``), read and written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def rules(tied: bool) -> list[Rule]:
         *(Rule(attention + rf"{p}_proj\.weight", f"layers/{p}/kernel", True) for p in "qkvo"),
         *(Rule(attention + rf"{p}_proj\.bias", f"layers/{p}/bias") for p in "qkv"),
         *(Rule(attention + rf"{p}_norm\.weight", f"layers/{p}_norm/scale") for p in "qk"),
-        *(Rule(mlp + rf"{p}_proj\.weight", f"layers/{p}/kernel", True) for p in ("gate", "up", "down")),
+        *(
+            Rule(mlp + rf"{p}_proj\.weight", f"layers/{p}/kernel", True)
+            for p in ("gate", "up", "down")
+        ),
     ]
 
 
@@ -52,7 +55,7 @@ class SafetensorsFiles:
     """The tensors of a directory's safetensors files, read lazily, whole or in slices.
 
     Raises:
-      BackboneError: no such files, one is missing, unreadable or truncated, or a tensor is stored twice.
+      BackboneError: no such files, one is missing or truncated, or a tensor is stored twice.
     """
 
     def __init__(self, directory: str | Path):
@@ -135,14 +138,15 @@ def config_from(directory: str | Path) -> DecoderConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise BackboneError(f"{path.parent}: no readable config.json ({error.strerror}).") from error
+        raise BackboneError(
+            f"{path.parent}: no readable config.json ({error.strerror})."
+        ) from error
     except ValueError as error:
         raise BackboneError(f"{path}: not valid JSON ({error}).") from error
     family = raw.get("model_type")
     if family not in ARCHITECTURES:
-        raise BackboneError(
-            f"{path}: model_type '{family}' is not supported; supported: {', '.join(sorted(ARCHITECTURES))}."
-        )
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise BackboneError(f"{path}: model_type '{family}' is not supported; supported: {known}.")
     try:
         return _config(raw, family, path)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -186,14 +190,16 @@ def _config(raw: Mapping[str, Any], family: str, path: Path) -> DecoderConfig:
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes both into `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`.
+    # transformers 5 writes both into `rope_parameters`, earlier ones keep them apart.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise BackboneError(f"{path}: rope scaling '{kind}' is not supported (default and llama3 are).")
+        raise BackboneError(
+            f"{path}: rope scaling '{kind}' is not supported (default and llama3 are)."
+        )
     return theta, RopeScaling(
         factor=float(rope["factor"]),
         low_freq_factor=float(rope["low_freq_factor"]),

@@ -60,7 +60,8 @@ class Llama2cFile:
     """A memory-mapped llama2.c checkpoint as named tensors.
 
     Raises:
-      BackboneError: the file cannot be read, is another version, or has another length than its header says.
+      BackboneError: the file cannot be read, is another version, or has another length than its
+        header says.
     """
 
     def __init__(self, path: str | Path):
@@ -70,11 +71,14 @@ class Llama2cFile:
         except (OSError, ValueError) as error:
             raise BackboneError(f"{self.path}: cannot read it as llama2.c ({error}).") from error
         if len(data) < _HEADER_BYTES:
-            raise BackboneError(f"{self.path}: truncated: {len(data)} bytes hold no llama2.c header.")
+            raise BackboneError(
+                f"{self.path}: truncated: {len(data)} bytes hold no llama2.c header."
+            )
         header = [int(x) for x in data[:_HEADER_BYTES].view("<i4")]
         if header[0] == _NEWER_MAGIC:
             raise BackboneError(
-                f"{self.path}: llama2.c version {header[1]} is not supported; export it as version 0."
+                f"{self.path}: llama2.c version {header[1]} is not supported; export it as "
+                f"version 0."
             )
         dim, hidden, layers, heads, kv_heads, vocab, length = header
         sane = min(dim, hidden, layers, heads, kv_heads, abs(vocab), length) > 0
@@ -124,12 +128,13 @@ class Llama2cFile:
 
 
 def find_vocabulary(path: Path, vocab_size: int) -> Path:
-    """The vocabulary that belongs to a checkpoint: ``tok<vocab>.bin`` or ``tokenizer.bin`` beside it."""
+    """The vocabulary beside a checkpoint: ``tok<vocab>.bin`` or ``tokenizer.bin``."""
     for name in (f"tok{vocab_size}.bin", "tokenizer.bin"):
         if (path.parent / name).is_file():
             return path.parent / name
     raise BackboneError(
-        f"{path}: no vocabulary beside it; put tok{vocab_size}.bin or tokenizer.bin in {path.parent}."
+        f"{path}: no vocabulary beside it; put tok{vocab_size}.bin or tokenizer.bin in "
+        f"{path.parent}."
     )
 
 

@@ -1,9 +1,9 @@
 """From a file's tensor names to the decoder's parameter tree.
 
 A reader gives a list of `Rule`s (regex on the tensor's name → path in the tree) and a source of
-tensors. `plan` matches every name once and checks the result against the shapes that the config
-implies: unknown, duplicate, missing and mis-shaped tensors all raise, naming them. `assemble` then fills
-the stacked arrays, whole or only the shards that this process holds.
+tensors. `plan` matches every name once and checks the result against the decoder's own shapes:
+unknown, duplicate, missing and mis-shaped tensors all raise, naming them. `assemble` then fills the
+stacked arrays, whole or only the shards that this process holds.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ class Rule:
 
     Attributes:
       pattern: full-match regex; a group named ``layer`` makes the parameter stacked over layers.
-      path: place in the tree, e.g. ``'layers/q/kernel'``; empty: the tensor is known and not needed.
+      path: place in the tree, e.g. ``'layers/q/kernel'``; empty: the tensor is known and not
+        needed.
       transpose: stored as [out, in], kept as [in, out].
-      interleaved: rows are stored in the interleaved rotary order of GGUF's llama family and of llama2.c;
-        names the config field with the number of heads.
+      interleaved: rows are stored in the interleaved rotary order of GGUF's llama family and of
+        llama2.c; names the config field with the number of heads.
     """
 
     pattern: str
@@ -103,8 +104,9 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
     by_path: dict[str, Rule] = {}
     unknown = []
     for name in source.names():
-        for regex, rule in compiled:
+        for regex, candidate in compiled:
             if match := regex.fullmatch(name):
+                rule = candidate
                 break
         else:
             unknown.append(name)
@@ -116,15 +118,17 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
             unknown.append(name)
             continue
         if layer in found[rule.path]:
+            of_layer = f" of layer {layer}" if rule.path.startswith("layers/") else ""
             raise BackboneError(
-                f"{source.path}: tensors '{found[rule.path][layer]}' and '{name}' are duplicates: both are "
-                f"'{rule.path}'" + (f" of layer {layer}." if "layers/" in rule.path else ".")
+                f"{source.path}: tensors '{found[rule.path][layer]}' and '{name}' are duplicates: "
+                f"both are '{rule.path}'{of_layer}."
             )
         found[rule.path][layer] = name
         by_path[rule.path] = rule
     if unknown:
         raise BackboneError(
-            f"{source.path}: unknown tensors for a {config.num_layers}-layer {config.family} decoder: "
+            f"{source.path}: unknown tensors for a {config.num_layers}-layer {config.family} "
+            f"decoder: "
             f"{_listed(unknown)}."
         )
     missing = [
@@ -135,7 +139,8 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
     ]
     if missing:
         raise BackboneError(
-            f"{source.path}: missing tensors for a {config.num_layers}-layer {config.family} decoder: "
+            f"{source.path}: missing tensors for a {config.num_layers}-layer {config.family} "
+            f"decoder: "
             f"{_listed(missing)}."
         )
     slots = {}
@@ -175,7 +180,11 @@ def _read_one(source: TensorSource, slot: Slot, layer: int, config: DecoderConfi
 
 
 def _read_block(
-    source: TensorSource, slot: Slot, index: tuple[slice, ...], config: DecoderConfig, dtype: np.dtype
+    source: TensorSource,
+    slot: Slot,
+    index: tuple[slice, ...],
+    config: DecoderConfig,
+    dtype: np.dtype,
 ) -> np.ndarray:
     """The part of one parameter that `index` selects, reading no more of the file than it must."""
     full = [range(*s.indices(n)) for s, n in zip(index, slot.shape, strict=True)]
@@ -208,8 +217,9 @@ def assemble(
       slots: result of `plan`.
       config: the decoder's config.
       dtype: of the result.
-      shardings: optional tree of `jax.sharding.Sharding`, like the parameter tree (or one for all, or a
-        function from path and shape to one). With it, only the blocks of this process's devices are read.
+      shardings: optional tree of `jax.sharding.Sharding`, like the parameter tree (or one for all,
+        or a function from path and shape to one). With it, only the blocks of this process's
+        devices are read.
 
     Returns:
       Nested dict of numpy arrays, or of sharded `jax.Array`s when `shardings` is given.
