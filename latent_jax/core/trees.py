@@ -85,7 +85,7 @@ def partition(tree: PyTree, predicate: Callable[[str, Any], bool]) -> tuple[PyTr
 
     Example:
       >>> partition({"lora": 1, "base": 2}, lambda path, _: path.startswith("lora"))
-      ({'lora': 1, 'base': None}, {'lora': None, 'base': 2})
+      ({'base': None, 'lora': 1}, {'base': 2, 'lora': None})
     """
     first = map_with_path(lambda p, x: x if predicate(p, x) else None, tree)
     second = map_with_path(lambda p, x: None if predicate(p, x) else x, tree)
@@ -99,7 +99,7 @@ def merge(first: PyTree, second: PyTree) -> PyTree:
       ValueError: if both have a leaf at the same place.
 
     Example:
-      >>> merge({'lora': 1, 'base': None}, {'lora': None, 'base': 2})
+      >>> merge({'base': None, 'lora': 1}, {'base': 2, 'lora': None})
       {'lora': 1, 'base': 2}
     """
 
