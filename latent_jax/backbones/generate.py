@@ -1,0 +1,481 @@
+"""Batched generation: bucketed prefill, then one jitted decode loop over a preallocated cache.
+
+The cache is a `KV` of fixed size: `[prefix | prompt | new tokens]`. Prompts are left-padded, so
+every row writes its next token into the same slot; padding is masked, never read. The loop ends
+as soon as every row has finished. Prompt length, prefix length and the number of new tokens are
+rounded up to a few sizes, so the number of compiled programs stays small; how many tokens are
+wanted, temperature, top-p and stop ids stay traced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.backbones.sampling import Sampling, SamplingMode, choose, row_keys
+from latent_jax.core.errors import BackboneError, ConfigError
+
+if TYPE_CHECKING:
+    from latent_jax.backbones.backbone import Backbone
+
+SMALLEST_BUCKET = 16
+
+
+class Generated(NamedTuple):
+    """New tokens of each row.
+
+    Attributes:
+        tokens: ids, 0 after a row's end; the stop token itself is kept.
+        lengths: tokens of each row, its stop token included.
+        stopped: whether the row ended on a stop token (False: it ran out of `max_new_tokens`).
+    """
+
+    tokens: Int[Array, "b n"]
+    lengths: Int[Array, " b"]
+    stopped: Bool[Array, " b"]
+
+
+def bucket(n: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """Round a length up to the next of 16, 24, 32, 48, 64, 96, 128, …: at most a third of a
+    bucket is padding.
+
+    Example:
+        >>> [bucket(n) for n in (1, 17, 33, 64, 65, 1000)]
+        [16, 24, 48, 64, 96, 1024]
+    """
+    size = smallest
+    while size < n:
+        if size + size // 2 >= n:
+            return size + size // 2
+        size *= 2
+    return size
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], length: int | None = None, pad_id: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Stack ragged id lists, padded on the left.
+
+    Args:
+        rows: token ids of each row.
+        length: width; None takes the bucket of the longest row.
+        pad_id: id at padded places (any valid id: they are masked).
+
+    Returns:
+        (int32 ids [b, t], bool mask [b, t]).
+
+    Example:
+        >>> ids, mask = left_pad([[5, 6], [7]], length=3)
+        >>> ids.tolist(), mask.tolist()
+        ([[0, 5, 6], [0, 0, 7]], [[False, True, True], [False, False, True]])
+    """
+    width = length if length is not None else bucket(max((len(r) for r in rows), default=1))
+    ids = np.full((len(rows), width), pad_id, np.int32)
+    mask = np.zeros((len(rows), width), bool)
+    for i, row in enumerate(rows):
+        if len(row):
+            ids[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = True
+    return ids, mask
+
+
+def left_align(x: Array, mask: Array) -> tuple[Array, Array]:
+    """Move every row's valid entries to the right end, in order: any padding becomes left padding.
+
+    Args:
+        x: [b, t, ...] values.
+        mask: Bool[Array, 'b t'].
+
+    Returns:
+        The moved values and their mask.
+    """
+    order = jnp.argsort(mask, axis=1, stable=True)  # False first, both in their old order
+    moved = jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+    return moved, jnp.take_along_axis(mask, order, axis=1)
+
+
+def _pad_left(x: Array, width: int) -> Array:
+    return jnp.pad(x, [(0, 0), (width - x.shape[1], 0)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _pad_prefix(prefix: KV, width: int) -> KV:
+    extra = width - prefix.mask.shape[1]
+    room = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
+    return KV(
+        jnp.pad(prefix.k, room), jnp.pad(prefix.v, room), jnp.pad(prefix.mask, [(0, 0), (0, extra)])
+    )
+
+
+class _Loop(NamedTuple):
+    """What the decode loop carries."""
+
+    step: Array
+    token: Int[Array, " b"]
+    cache: KV
+    tokens: Int[Array, "b n"]
+    lengths: Int[Array, " b"]
+    stopped: Bool[Array, " b"]
+
+
+def prefill(
+    decoder: Decoder,
+    params: Any,
+    inputs_embeds: Float[Array, "b t d"],
+    mask: Bool[Array, "b t"],
+    start: Int[Array, " b"],
+    prefix: KV | None,
+    room: int,
+    lora: Any = None,
+) -> tuple[Float[Array, "b d"], KV, Int[Array, " b"]]:
+    """Run the prompt once.
+
+    Args:
+        decoder: the decoder module.
+        params: its parameters.
+        inputs_embeds: left-padded prompt embeddings.
+        mask: valid places.
+        start: rotary position of each row's first valid place.
+        prefix: keys and values every place sees.
+        room: free slots to leave at the end of the cache.
+        lora: low-rank deltas, as `Decoder` takes them.
+
+    Returns:
+        (last hidden state of each row, cache `[prefix | prompt | room]`, rotary position of the
+        next token).
+    """
+    positions = start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    out = decoder.apply(
+        {"params": params}, inputs_embeds, positions, mask=mask, prefix=prefix, lora=lora
+    )
+    parts = [out.kv] if prefix is None else [prefix, out.kv]
+    free = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    k = jnp.pad(jnp.concatenate([p.k.astype(out.kv.k.dtype) for p in parts], axis=2), free)
+    v = jnp.pad(jnp.concatenate([p.v.astype(out.kv.v.dtype) for p in parts], axis=2), free)
+    valid = jnp.pad(jnp.concatenate([p.mask for p in parts], axis=1), [(0, 0), (0, room)])
+    return out.hidden[:, -1], KV(k, v, valid), start + jnp.sum(mask, axis=1)
+
+
+def _write(cache: KV, new: KV, slot: Array, alive: Bool[Array, " b"]) -> KV:
+    """Put one token's keys and values into `slot` of every row; in place in the loop's carry."""
+    at = (0, 0, slot, 0, 0)
+    return KV(
+        jax.lax.dynamic_update_slice(cache.k, new.k, at),
+        jax.lax.dynamic_update_slice(cache.v, new.v, at),
+        jax.lax.dynamic_update_slice(cache.mask, alive[:, None], (0, slot)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "slots", "mode"))
+def _generate(
+    decoder: Decoder,
+    params: Any,
+    inputs_embeds: Array,
+    mask: Array,
+    start: Array,
+    prefix: KV | None,
+    lora: Any,
+    keys: Array,
+    limit: Array,
+    stops: Int[Array, " e"],
+    values: tuple[Array, Array],
+    *,
+    slots: int,
+    mode: SamplingMode,
+) -> Generated:
+    def unembed(hidden: Array) -> Array:
+        return decoder.apply({"params": params}, hidden[:, None], method="unembed")[:, 0]
+
+    def pick(hidden: Array, step: Array) -> Array:
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        return choose(step_keys, unembed(hidden), mode, *values)
+
+    b = inputs_embeds.shape[0]
+    hidden, cache, position = prefill(
+        decoder, params, inputs_embeds, mask, start, prefix, room=slots, lora=lora
+    )
+    first_slot = cache.mask.shape[1] - slots
+
+    def record(state: _Loop, token: Array) -> _Loop:
+        """Store `token` for the rows still running and see which of them it ends."""
+        alive = ~state.stopped & (state.step < limit)
+        tokens = jax.lax.dynamic_update_slice(
+            state.tokens, jnp.where(alive, token, 0)[:, None], (0, state.step)
+        )
+        ends = alive & jnp.any(token[:, None] == stops[None, :], axis=1)
+        return state._replace(
+            token=token,
+            tokens=tokens,
+            lengths=state.lengths + alive,
+            stopped=state.stopped | ends,
+        )
+
+    def running(state: _Loop) -> Array:
+        return (state.step + 1 < limit) & ~jnp.all(state.stopped)
+
+    def advance(state: _Loop) -> _Loop:
+        x = decoder.apply(
+            {"params": params}, state.token[:, None], inputs_embeds.dtype, method="embed"
+        )
+        out = decoder.apply(
+            {"params": params},
+            x,
+            (position + state.step)[:, None],
+            prefix=state.cache,
+            lora=lora,
+        )
+        cache = _write(state.cache, out.kv, first_slot + state.step, ~state.stopped)
+        state = state._replace(step=state.step + 1, cache=cache)
+        return record(state, pick(out.hidden[:, 0], state.step))
+
+    state = _Loop(
+        step=jnp.int32(0),
+        token=jnp.zeros((b,), jnp.int32),
+        cache=cache,
+        tokens=jnp.zeros((b, slots), jnp.int32),
+        lengths=jnp.zeros((b,), jnp.int32),
+        stopped=jnp.zeros((b,), bool),
+    )
+    state = record(state, pick(hidden, state.step))
+    state = jax.lax.while_loop(running, advance, state)
+    return Generated(state.tokens, state.lengths, state.stopped)
+
+
+def generate_ids(
+    decoder: Decoder,
+    params: Any,
+    inputs_embeds: Float[Array, "b t d"],
+    mask: Bool[Array, "b t"] | None = None,
+    *,
+    max_new_tokens: int,
+    start: Int[Array, " b"] | int = 0,
+    prefix: KV | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    stop_ids: Sequence[int] = (),
+    rng: Array | int = 0,
+    rows: Int[Array, " b"] | None = None,
+    lora: Any = None,
+) -> Generated:
+    """Generate from embeddings (of tokens, of soft tokens, or both concatenated).
+
+    Args:
+        decoder: the decoder module.
+        params: its parameters, an ordinary argument of the compiled program.
+        inputs_embeds: prompts; their dtype is the compute dtype. Padding may be anywhere (`mask`
+            says where).
+        mask: valid places, all by default. Every row needs at least one.
+        max_new_tokens: how many tokens at most.
+        start: rotary position of the first valid prompt place of each row (after a prefix:
+            usually the number of positions the prefix stands for).
+        prefix: post-RoPE keys and values that every token sees.
+        sampling: how tokens are chosen.
+        stop_ids: ids that end a row; the one met is the row's last token.
+        rng: a PRNG key or a seed. Row i draws from `fold_in(rng, rows[i])`.
+        rows: each row's number in the whole job, 0, 1, … by default; keeps draws the same however
+            a job is batched.
+        lora: low-rank deltas for the decoder's projections.
+
+    Returns:
+        New tokens, their number per row, and whether a stop token was met.
+
+    Raises:
+        ConfigError: `max_new_tokens` below 1.
+        BackboneError: shapes that do not fit together.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
+    if inputs_embeds.ndim != 3 or inputs_embeds.shape[-1] != decoder.config.hidden_size:
+        raise BackboneError(
+            f"prompt embeddings have shape {tuple(inputs_embeds.shape)}: expected "
+            f"[batch, tokens, {decoder.config.hidden_size}]"
+        )
+    b, t, _ = inputs_embeds.shape
+    if t < 1:
+        raise BackboneError("the prompt is empty: give at least one token or soft token")
+    if prefix is not None and prefix.k.shape[:2] != (decoder.config.num_layers, b):
+        raise BackboneError(
+            f"prefix keys have shape {tuple(prefix.k.shape)}: expected "
+            f"[{decoder.config.num_layers} layers, batch {b}, entries, heads, head_dim]"
+        )
+    if mask is None:
+        mask = jnp.ones((b, t), bool)
+    elif not (isinstance(mask, np.ndarray) and np.all(mask[:, :-1] <= mask[:, 1:])):
+        inputs_embeds, mask = left_align(inputs_embeds, jnp.asarray(mask, bool))
+    width = bucket(t)
+    inputs_embeds, mask = _pad_left(inputs_embeds, width), _pad_left(mask, width)
+    if prefix is not None:
+        prefix = (
+            None
+            if prefix.mask.shape[1] == 0
+            else _pad_prefix(prefix, bucket(prefix.mask.shape[1], 8))
+        )
+    if isinstance(rng, int):
+        rng = jax.random.key(rng)
+    slots = bucket(max_new_tokens)
+    # Stop ids are a traced, padded vector: another set of the same size class compiles nothing.
+    # -1 never matches.
+    padded = bucket(max(len(stop_ids), 1), 4)
+    stops = np.full((padded,), -1, np.int32)
+    stops[: len(stop_ids)] = list(stop_ids)
+    out = _generate(
+        decoder,
+        params,
+        inputs_embeds,
+        mask,
+        jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,)),
+        prefix,
+        lora,
+        row_keys(rng, jnp.arange(b) if rows is None else jnp.asarray(rows)),
+        jnp.int32(max_new_tokens),
+        jnp.asarray(stops),
+        sampling.values,
+        slots=slots,
+        mode=sampling.mode,
+    )
+    return out._replace(tokens=out.tokens[:, :max_new_tokens])
+
+
+def _split_stops(tokenizer: Any, stop: Sequence[str | int]) -> tuple[list[int], list[str]]:
+    """Stops as ids (ids and single vocabulary entries) and all strings, to cut the text at."""
+    ids = [s for s in stop if isinstance(s, int)]
+    texts = [s for s in stop if isinstance(s, str) and s]
+    ids += [i for i in (tokenizer.token_to_id(s) for s in texts) if i is not None]
+    return ids, texts
+
+
+def generate_text(
+    backbone: Backbone,
+    prompts: str | Sequence[str | Sequence[int]],
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop: str | Sequence[str | int] | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    batch_size: int = 8,
+    prefix: KV | None = None,
+    start: Int[Array, " b"] | int = 0,
+    lora: Any = None,
+    return_ids: bool = False,
+) -> list[str] | list[list[int]]:
+    """Continue prompts with a frozen language model.
+
+    Args:
+        backbone: loaded model.
+        prompts: texts or token ids.
+        max_new_tokens: how many tokens at most per prompt.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens.
+        top_p: keep the nucleus of this probability.
+        stop: extra stops. An id ends the row; a string cuts the text where it first occurs (and
+            ends the row at once if it is one vocabulary entry). End-of-text markers always stop.
+        seed: of the draws; prompt i's draws depend on `seed` and i only.
+        chat: wrap every text prompt as one user turn of the model's chat template.
+        batch_size: prompts per compiled call; they are grouped by length.
+        prefix: keys and values that each prompt sees (batch axis = prompts).
+        start: rotary position of each prompt's first token.
+        lora: low-rank deltas for the decoder's projections.
+        return_ids: return new token ids (stop token dropped) instead of texts.
+
+    Returns:
+        One continuation per prompt, in order, without special tokens.
+
+    Raises:
+        BackboneError: an empty prompt, an id outside the vocabulary, or a prompt beyond the
+        context window.
+    """
+    tokenizer, config = backbone.tokenizer, backbone.config
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stop = [] if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
+    extra_ids, cuts = _split_stops(tokenizer, stop)
+    stop_ids = sorted({*tokenizer.stop_ids, *extra_ids})
+    sampling = Sampling(temperature, top_k, top_p)
+    rows = [_prompt_ids(backbone, p, i, chat) for i, p in enumerate(prompts)]
+    starts = np.broadcast_to(np.asarray(start, np.int32), (len(rows),))
+    for i, ids in enumerate(rows):
+        if int(starts[i]) + len(ids) + max_new_tokens > config.max_position:
+            raise BackboneError(
+                f"prompt {i}: {len(ids)} tokens from position {int(starts[i])} and {max_new_tokens} "
+                f"new ones exceed the context window of {config.max_position}: shorten the prompt or max_new_tokens"
+            )
+
+    results: list[list[int]] = [[] for _ in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for at in range(0, len(order), max(batch_size, 1)):
+        chunk = order[at : at + max(batch_size, 1)]
+        # The last chunk is filled up to a power of two by repeating a row: few batch sizes, few
+        # programs.
+        filled = np.asarray(
+            chunk + [chunk[-1]] * (bucket_batch(len(chunk), batch_size) - len(chunk))
+        )
+        ids, mask = left_pad([rows[i] for i in filled])
+        embeds = backbone.embed(ids)
+        out = generate_ids(
+            backbone.decoder,
+            backbone.params,
+            embeds,
+            mask,
+            max_new_tokens=max_new_tokens,
+            start=starts[filled],
+            prefix=None if prefix is None else _take_rows(prefix, filled),
+            sampling=sampling,
+            stop_ids=stop_ids,
+            rng=seed,
+            rows=filled,
+            lora=lora,
+        )
+        tokens, lengths, stopped = jax.device_get(out)
+        for j, i in enumerate(chunk):
+            results[i] = tokens[j, : lengths[j] - int(stopped[j])].tolist()
+    if return_ids:
+        return results
+    return [_cut(tokenizer.decode(ids), cuts) for ids in results]
+
+
+def bucket_batch(n: int, largest: int) -> int:
+    """Round a number of rows up to a power of two, at most `largest`."""
+    size = 1
+    while size < n:
+        size *= 2
+    return max(min(size, largest), n)
+
+
+def _take_rows(prefix: KV, rows: np.ndarray) -> KV:
+    return KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows])
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    ends = [at for at in (text.find(s) for s in stops) if at >= 0]
+    return text[: min(ends)] if ends else text
+
+
+def _prompt_ids(
+    backbone: Backbone, prompt: str | Sequence[int], index: int, chat: bool
+) -> list[int]:
+    tokenizer = backbone.tokenizer
+    if isinstance(prompt, str):
+        text = tokenizer.apply_chat([{"role": "user", "content": prompt}]) if chat else prompt
+        ids = list(tokenizer.encode(text))
+        if not chat and tokenizer.bos_id is not None and (tokenizer.add_bos or not ids):
+            ids.insert(0, tokenizer.bos_id)
+    else:
+        ids = [int(i) for i in prompt]
+    if not ids:
+        raise BackboneError(f"prompt {index} is empty: give at least one token")
+    bad = next((i for i in ids if not 0 <= i < backbone.config.vocab_size), None)
+    if bad is not None:
+        raise BackboneError(
+            f"prompt {index}: token id {bad} is outside the vocabulary of "
+            f"{backbone.config.vocab_size}"
+        )
+    return ids

@@ -1,0 +1,132 @@
+"""Timing two programs side by side: alternating runs, paired ratios, peak memory.
+
+A machine's speed drifts (frequency, neighbours), so the unit is the *pair*: A and B run back to
+back, each pair gives one ratio, and the median of the ratios is what is reported. Absolute times
+are shown beside it for orientation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Times of two programs run alternately.
+
+    Attributes:
+        ours: seconds of each run of A.
+        peer: seconds of each run of B, in the same order.
+    """
+
+    ours: tuple[float, ...]
+    peer: tuple[float, ...]
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """peer / ours of each pair: above 1 means A is faster."""
+        return tuple(b / a for a, b in zip(self.ours, self.peer, strict=True))
+
+    @property
+    def ratio(self) -> float:
+        """Median of the paired ratios."""
+        return statistics.median(self.ratios)
+
+    def summary(self, units: float) -> dict[str, float]:
+        """Flat figures for a report; `units` (such as tokens) is the work of one run."""
+        return {
+            "ours_per_second": units / statistics.median(self.ours),
+            "peer_per_second": units / statistics.median(self.peer),
+            "ratio": self.ratio,
+            "ratio_min": min(self.ratios),
+            "ratio_max": max(self.ratios),
+            "pairs": float(len(self.ours)),
+        }
+
+
+def once(fn: Callable[[], Any]) -> float:
+    """Seconds of one call, with asynchronous results waited for."""
+    start = time.perf_counter()
+    jax.block_until_ready(fn())
+    return time.perf_counter() - start
+
+
+def alternate(
+    ours: Callable[[], Any], peer: Callable[[], Any], *, pairs: int, warmup: int = 1
+) -> Pair:
+    """Run A B A B … and keep the times of each.
+
+    The order within a pair is swapped every other time (A B, B A, …) so that neither always runs
+    on warmer caches.
+
+    Args:
+        ours: program A.
+        peer: program B.
+        pairs: number of timed pairs.
+        warmup: untimed runs of each before (compilation, page faults).
+
+    Returns:
+        The paired times.
+    """
+    for _ in range(warmup):
+        once(ours)
+        once(peer)
+    a: list[float] = []
+    b: list[float] = []
+    for i in range(pairs):
+        if i % 2 == 0:
+            a.append(once(ours))
+            b.append(once(peer))
+        else:
+            b.append(once(peer))
+            a.append(once(ours))
+    return Pair(tuple(a), tuple(b))
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident set size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """Resident set size of this process now, in bytes (the peak where /proc is missing)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return int(line.split()[1]) * 1024
+    return peak_rss_bytes()
+
+
+def machine() -> dict[str, str]:
+    """What a figure was measured on: processor, cores, devices, versions."""
+    import os
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    return {
+        "processor": name,
+        "cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
+        "devices": ", ".join(f"{d.platform}:{d.device_kind}" for d in jax.devices()),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
