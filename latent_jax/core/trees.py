@@ -99,8 +99,8 @@ def merge(first: PyTree, second: PyTree) -> PyTree:
       ValueError: if both have a leaf at the same place.
 
     Example:
-      >>> merge({'base': None, 'lora': 1}, {'base': 2, 'lora': None})
-      {'lora': 1, 'base': 2}
+      >>> merge({"base": None, "lora": 1}, {"base": 2, "lora": None})
+      {'base': 2, 'lora': 1}
     """
 
     def pick(path: Any, a: Any, b: Any) -> Any:
