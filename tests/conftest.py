@@ -8,9 +8,15 @@ from pathlib import Path
 
 if os.environ.get("LATENT_JAX_TEST_PLATFORM", "cpu") == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    _FLAG = "--xla_force_host_platform_device_count"
-    if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+    # Tiny programs, each run a few times: compiling them well costs more than running them badly.
+    _FLAGS = {
+        "--xla_force_host_platform_device_count": "8",
+        "--xla_backend_optimization_level": "0",
+        "--xla_llvm_disable_expensive_passes": "true",
+    }
+    _GIVEN = os.environ.get("XLA_FLAGS", "")
+    _ADDED = [f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _GIVEN]
+    os.environ["XLA_FLAGS"] = " ".join([_GIVEN, *_ADDED]).strip()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")

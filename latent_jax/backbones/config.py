@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,11 +46,19 @@ class DecoderConfig:
         """Numbers that one token's keys and values take over all layers."""
         return self.num_layers * 2 * self.num_kv_heads * self.head_dim
 
-    def num_params(self, embedding: bool = True) -> int:
-        """Parameter count from the shapes; ``embedding=False`` leaves out input and output tables."""
+    @property
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """``{projection: (in, out)}`` of one layer's matrices."""
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        layer = d * (q + 2 * kv) + q * d + 3 * d * f + 2 * d
+        shapes = ((d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d))
+        return dict(zip(PROJECTIONS, shapes, strict=True))
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Parameter count from the shapes; ``embedding=False`` leaves out input and output tables."""
+        d = self.hidden_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        layer = sum(a * b for a, b in self.projection_shapes.values()) + 2 * d
         layer += (q + 2 * kv) if self.qkv_bias else 0
         layer += 2 * self.head_dim if self.qk_norm else 0
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2) if embedding else 0

@@ -24,7 +24,8 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         where = error.filename or path
         reason = error.strerror or str(error)
-        raise RunError(f"cannot write {where}: {reason}; give another --out or make room") from error
+        hint = "make room or give another --out"
+        raise RunError(f"cannot write {where}: {reason}; {hint}") from error
 
 
 def make_dir(path: str | os.PathLike[str]) -> Path:
@@ -41,8 +42,8 @@ def make_dir(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes a text file aside and renames it, so that a reader sees the old or the new one whole.
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Writes a file aside and renames it, so that a reader sees the old or the new one whole.
 
     Raises:
       RunError: it cannot be written; the old file, if any, is untouched.
@@ -51,8 +52,8 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with explained(path):
         try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with aside.open("wb") as file:
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -61,6 +62,11 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
                 aside.unlink()
             raise
     return path
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """`write_bytes` of UTF-8 text."""
+    return write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], tree: Any) -> Path:

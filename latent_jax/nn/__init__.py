@@ -1,0 +1,1 @@
+"""Thin Linen modules around `latent_jax.ops`."""

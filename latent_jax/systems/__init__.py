@@ -1,0 +1,1 @@
+"""The four systems; each offers `train.protocol.System` in its ``system.py``."""

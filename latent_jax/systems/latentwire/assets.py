@@ -1,0 +1,133 @@
+"""Compressors as files: a packaged asset, an exported directory or a run, all loaded the same way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from safetensors.flax import save as serialise
+
+from latent_jax.backbones import Backbone
+from latent_jax.core import trees
+from latent_jax.core.config import parse, read_yaml, to_dict
+from latent_jax.core.errors import CheckpointError
+from latent_jax.core.files import make_dir, write_bytes, write_json
+from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
+
+FORMAT = "latentwire-compressor-1"
+WEIGHTS = "compressor.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A loaded compressor.
+
+    Attributes:
+      config: its shape.
+      params: trained parameters, fp32 numpy.
+      backbone: ``{'name', 'sha256'}`` of the LLM that it was trained on.
+      record: how it came to be (config, data, seed, curves, results); empty for a bare run.
+    """
+
+    config: ModelConfig
+    params: dict[str, Any]
+    backbone: dict[str, str]
+    record: dict[str, Any]
+
+
+def packaged() -> list[str]:
+    """Names of the compressors that ship with the package."""
+    root = resources.files("latent_jax.assets") / "compressors"
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+
+
+def save_compressor(
+    directory: str | Path,
+    params: Mapping[str, Any],
+    config: ModelConfig,
+    backbone: Backbone,
+    record: Mapping[str, Any],
+    dtype: Any = jnp.bfloat16,
+) -> Path:
+    """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
+
+    Args:
+      dtype: of the stored matrices; vectors and statistics stay fp32.
+    """
+    out = make_dir(directory)
+    flat = {
+        name: jnp.asarray(x, dtype if x.ndim >= 2 and x.size > 100_000 else jnp.float32)
+        for name, x in trees.flatten(dict(params)).items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "model": json.dumps(to_dict(dataclasses.replace(config, start=None))),
+        "backbone": json.dumps({"name": backbone.name, "sha256": backbone.sha256}),
+    }
+    write_bytes(out / WEIGHTS, serialise(flat, metadata))
+    write_json(out / "record.json", dict(record))
+    return out
+
+
+def _read_file(directory: Path) -> Stored:
+    path = directory / WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="flax") as f:
+            meta = f.metadata() or {}
+            names = list(f.keys())
+            flat = {n: np.asarray(f.get_tensor(n).astype(jnp.float32)) for n in names}
+    except (OSError, safetensors.SafetensorError) as e:
+        raise CheckpointError(f"{path}: not a readable compressor ({e})") from e
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}")
+    record = directory / "record.json"
+    return Stored(
+        parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),
+        trees.unflatten(flat),
+        json.loads(meta["backbone"]),
+        json.loads(record.read_text()) if record.exists() else {},
+    )
+
+
+def read_compressor(name: str | Path) -> Stored:
+    """Loads a compressor by packaged name, exported directory or run directory.
+
+    Raises:
+      CheckpointError: nothing of that name, or a damaged or foreign file.
+    """
+    shipped = resources.files("latent_jax.assets") / "compressors" / str(name)
+    for directory in (Path(str(shipped)), Path(name)):
+        if (directory / WEIGHTS).is_file():
+            return _read_file(directory)
+    if (Path(name) / "checkpoints").is_dir():
+        from latent_jax.train.checkpoints import load_variables
+
+        variables, _ = load_variables(name)
+        run = parse(LatentWireRun, read_yaml(Path(name) / "config.yaml"), str(name))
+        return Stored(run.model, variables["params"], {"name": run.backbone.name, "sha256": ""}, {})
+    raise CheckpointError(
+        f"model.start={name}: no packaged compressor ({', '.join(packaged()) or 'none'}), "
+        f"no directory with {WEIGHTS}, no run with checkpoints"
+    )
+
+
+def load_compressor(name: str | Path, backbone: Backbone) -> Stored:
+    """`read_compressor`, refused if it was trained on another LLM.
+
+    Raises:
+      CheckpointError: as above, or the LLM's weights differ.
+    """
+    stored = read_compressor(name)
+    if stored.backbone["sha256"] not in ("", backbone.sha256):
+        raise CheckpointError(
+            f"{name}: trained on {stored.backbone['name']} ({stored.backbone['sha256'][:12]}), "
+            f"this reader is {backbone.name} ({backbone.sha256[:12]})"
+        )
+    return stored

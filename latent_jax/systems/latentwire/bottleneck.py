@@ -1,0 +1,91 @@
+"""Fitting the wire's bottleneck to what the encoder actually emits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax.core.errors import CheckpointError, DataError
+from latent_jax.systems.latentwire.model import Compressor
+
+
+def principal_map(x: np.ndarray, width: int) -> dict[str, np.ndarray]:
+    """PCA of standardised rows as a pair of linear maps.
+
+    With ``n`` rows at most ``n - 1`` directions are determined; further ones are random orthogonal directions, so that
+    the map is an isometry onto its range and training can use them.
+
+    Args:
+      x: ``[n, features]`` encoder outputs.
+      width: ``d_z``.
+
+    Returns:
+      ``in_mean, in_scale`` ``[features]``, ``down`` ``[features, width]`` and ``up`` ``[width, features]`` with orthonormal
+      columns and rows, ``out_scale, out_mean`` ``[features]`` undoing the standardisation.
+    """
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    y = (x - mean) / std
+    _, _, vt = np.linalg.svd(y, full_matrices=False)
+    basis = vt[: min(width, len(x) - 1)]
+    missing = width - len(basis)
+    if missing > 0:
+        rng = np.random.default_rng(0)
+        extra = rng.standard_normal((missing, x.shape[1]))
+        extra -= (extra @ basis.T) @ basis
+        q, _ = np.linalg.qr(extra.T)
+        basis = np.concatenate([basis, q.T])
+    return {
+        "in_mean": mean, "in_scale": 1 / std, "down": basis.T,
+        "up": basis, "out_mean": mean, "out_scale": std,
+    }  # fmt: skip
+
+
+def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int | None = None):
+    """Starts ``down`` and ``up`` as the principal directions of the encoder's output on training text.
+
+    Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise the random start stays.
+    """
+    config = model.config
+    if (config.encoder.output == "kv") != (config.adapter.kind == "kv"):
+        return dict(params)
+    rows = rows or 2 * config.wire.d_z
+    run = jax.jit(lambda p, r, i, m: model.apply({"params": p}, r, i, m, method="encoder_output"))
+    found, count = [], 0
+    segment = config.segment
+    for batch in batches:
+        ids, mask = np.asarray(batch["context"]), np.asarray(batch["context_mask"])
+        if ids.shape[1] > segment:
+            ids, mask = ids.reshape(-1, segment), mask.reshape(-1, segment)
+        raw, valid = run(params, reader, jnp.asarray(ids), jnp.asarray(mask))
+        found.append(np.asarray(raw, np.float32)[np.asarray(valid)])
+        count += len(found[-1])
+        if count >= rows:
+            break
+    if count < 2:
+        raise DataError("the training data holds fewer than 2 latents: no bottleneck can be fitted")
+    fitted = principal_map(np.concatenate(found), config.wire.d_z)
+    return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
+
+
+def adopt(params: Mapping[str, Any], start: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Takes over every part that ``start`` has; parts it lacks stay fresh.
+
+    Raises:
+      CheckpointError: a part exists in both with different shapes.
+    """
+    out = dict(params)
+    for key, value in start.items():
+        if key not in params:
+            raise CheckpointError(f"model.start={name}: its part {key!r} is not in this configuration")
+        ours = jax.tree.map(jnp.shape, params[key])
+        theirs = jax.tree.map(jnp.shape, value)
+        if ours != theirs:
+            raise CheckpointError(
+                f"model.start={name}: part {key!r} has shapes {theirs}, this configuration {ours}"
+            )
+        out[key] = jax.tree.map(lambda a, b: jnp.asarray(b, a.dtype), params[key], value)
+    return out

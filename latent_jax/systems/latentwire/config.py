@@ -1,0 +1,207 @@
+"""Everything a LatentWire run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_jax.backbones.config import PROJECTIONS
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire.prompts import PromptConfig
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import ScheduleConfig
+
+TASKS = ("reconstruct", "continue", "answer")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen LLM's own layers, read at memory slots."""
+
+    output: Literal["kv", "hidden"] = field(
+        default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
+    )
+    lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
+    lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = field(
+        default=("q", "k", "v"), help=f"adapted projections, of {', '.join(PROJECTIONS)}"
+    )
+    lora_on: Literal["memory", "all"] = field(
+        default="memory",
+        help="memory: text runs through the untouched LLM and only slots are adapted (cheaper: no "
+        "backward pass over the text); all: text positions are adapted as well",
+    )
+    causal: bool = field(
+        default=True, help="text attends causally; false needs lora_on=all (the LLM is causal)"
+    )
+    span_mean: float = field(
+        default=1.0, ge=0, help="weight of the span's mean embedding in a slot's input"
+    )
+
+    def validate(self) -> None:
+        """Refuses projections that do not exist and adapted text that is not adapted."""
+        unknown = [t for t in self.lora_targets if t not in PROJECTIONS]
+        if unknown:
+            raise ConfigError(f"encoder.lora_targets: unknown {unknown}; allowed: {PROJECTIONS}")
+        if not self.causal and self.lora_on == "memory":
+            raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """What travels."""
+
+    d_z: int | None = field(
+        default=None, ge=1, help="width of a latent; none sends the encoder's output as it is"
+    )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How the reader receives it."""
+
+    kind: Literal["kv", "soft"] = field(
+        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, wire and adapter."""
+
+    ratio: float = field(default=4.0, ge=1, help="text tokens per latent")
+    segment: int = field(default=64, ge=1, help="longest text compressed at once, tokens")
+    encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
+    wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
+    remat: bool = field(default=False, help="recompute activations in the backward pass")
+    start: str | None = field(
+        default=None, help="packaged compressor, its directory, or a run whose weights to start from"
+    )
+
+    def validate(self) -> None:
+        """Refuses combinations that cannot be wired together."""
+        if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
+            raise ConfigError(
+                f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
+                f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with kv, hidden with soft"
+            )
+        if self.ratio > self.segment:
+            raise ConfigError(
+                f"model.ratio={self.ratio} leaves less than one latent per model.segment={self.segment}"
+            )
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen LLM that reads, and whose layers encode."""
+
+    name: str = field(
+        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", help="dtype of the frozen weights and of the computation"
+    )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is compressed and asked."""
+
+    root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
+    text: str = field(default="auto", help="text to rebuild and continue: a source or a path")
+    qa: str = field(default="auto", help="questions: a SQuAD-format source or path")
+    segments: int = field(default=20_000, ge=1, help="most training segments to draw")
+    length: int = field(default=64, ge=1, help="longest training text, tokens")
+    min_length: int | None = field(
+        default=None, ge=1, help="shortest training text (drawn uniformly); none: all of length"
+    )
+    continuation: int = field(default=32, ge=1, help="tokens to continue with")
+    max_context: int = field(default=256, ge=1, help="longest passage of a question, tokens")
+    max_prompt: int = field(default=64, ge=1, help="longest question with its answer, tokens")
+    questions: int = field(default=20_000, ge=1, help="most training questions")
+    mix: dict[str, float] = field(
+        default_factory=lambda: {"reconstruct": 1.0},
+        help="share of batches per task: reconstruct, continue, answer",
+    )
+
+    def validate(self) -> None:
+        """Refuses unknown tasks, an empty mixture and impossible lengths."""
+        unknown = sorted(set(self.mix) - set(TASKS))
+        if unknown:
+            raise ConfigError(f"data.mix: unknown task {unknown}; allowed: {', '.join(TASKS)}")
+        if any(v < 0 for v in self.mix.values()) or sum(self.mix.values()) <= 0:
+            raise ConfigError(f"data.mix={self.mix}: shares must be >= 0 and not all 0")
+        if self.min_length is not None and self.min_length > self.length:
+            raise ConfigError(
+                f"data.min_length={self.min_length} is above data.length={self.length}"
+            )
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms, each a number or a schedule of the step."""
+
+    reconstruct: float | ScheduleConfig = field(default=1.0, help="rebuild the text (nats/token)")
+    proceed: float | ScheduleConfig = field(default=1.0, help="continue the text (nats/token)")
+    answer: float | ScheduleConfig = field(default=1.0, help="answer tokens and stop (nats/token)")
+    first_token: float | ScheduleConfig = field(
+        default=0.0, help="extra weight on the first supervised token of each example"
+    )
+    corrupt: float = field(
+        default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
+    )
+    chunk: int | None = field(
+        default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
+    )
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured at the end."""
+
+    segments: int = field(default=200, ge=0, help="held-out segments rebuilt greedily; 0: none")
+    length: int | None = field(default=None, ge=1, help="their length; none: data.length")
+    questions: int = field(default=0, ge=0, help="held-out questions; 0: none")
+    arms: tuple[str, ...] = field(
+        default=("latent", "full_text", "no_context", "token_budget_head", "shuffled", "zero"),
+        help="what the reader is given in place of the text",
+    )
+    tuned: tuple[str, ...] = field(
+        default=(), help="text arms that also get a trained soft prompt, e.g. full_text"
+    )
+    tuned_steps: int | None = field(
+        default=None, ge=1, help="steps of a soft prompt; none: as many as answer batches seen"
+    )
+    tuned_tokens: int = field(default=16, ge=1, help="soft tokens of a tuned arm")
+    max_new_tokens: int = field(default=16, ge=1, help="longest answer, tokens")
+    batch_size: int = field(default=16, ge=1, help="rows at once")
+    quick_segments: int = field(default=32, ge=0, help="segments of the evaluation while training")
+
+
+@dataclass(frozen=True)
+class LatentWireRun(RunBase):
+    """A LatentWire run."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig, help="frozen LLM")
+    model: ModelConfig = field(default_factory=ModelConfig, help="what is trained")
+    data: DataConfig = field(default_factory=DataConfig, help="training and held-out data")
+    prompt: PromptConfig = field(default_factory=PromptConfig, help="how questions are put")
+    losses: LossConfig = field(default_factory=LossConfig, help="loss weights")
+    eval: EvalConfig = field(default_factory=EvalConfig, help="final evaluation")
+
+    def validate(self) -> None:
+        """Refuses losses without data and texts that do not fit the segments."""
+        segment = self.model.segment
+        for name in ("length", "max_context"):
+            value = getattr(self.data, name)
+            if value > segment and value % segment:
+                raise ConfigError(
+                    f"data.{name}={value} is not a multiple of model.segment={segment}"
+                )
+        if self.model.ratio > self.data.length:
+            raise ConfigError(
+                f"model.ratio={self.model.ratio} is above data.length={self.data.length}: "
+                "a text would be shorter than the span of one latent"
+            )

@@ -1,0 +1,54 @@
+"""Losses through the frozen reader: reconstruction, continuation and answers share one teacher-forced pass."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_cross_entropy(
+    body,
+    frozen,
+    hidden: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    chunk: int | None = None,
+) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
+    """Per-token cross-entropy (nats) and whether the greedy choice is right.
+
+    Args:
+      chunk: rows of the vocabulary product done at once; each is recomputed in the backward pass, so that the
+        ``b x t x vocabulary`` logits never exist. None does all at once, which is faster where they fit.
+    """
+
+    def rows(h, y):
+        logits = body.apply({"params": frozen}, h[None], method="unembed")[0]
+        nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+        return nll, jnp.argmax(logits, -1) == y
+
+    b, t, d = hidden.shape
+    n = b * t
+    h, y = hidden.reshape(n, d), targets.reshape(n)
+    if chunk is None or chunk >= n:
+        nll, hit = rows(h, y)
+    else:
+        pad = -n % chunk
+        h = jnp.pad(h, ((0, pad), (0, 0))).reshape(-1, chunk, d)
+        y = jnp.pad(y, (0, pad)).reshape(-1, chunk)
+        nll, hit = jax.lax.map(lambda a: jax.checkpoint(rows)(*a), (h, y))
+        nll, hit = nll.reshape(-1)[:n], hit.reshape(-1)[:n]
+    return nll.reshape(b, t), hit.reshape(b, t)
+
+
+def corrupt_tokens(
+    key: jax.Array, ids: Int[Array, "b t"], rate: float, vocab_size: int
+) -> Int[Array, "b t"]:
+    """Replaces a share of the teacher-forced inputs with random tokens.
+
+    With clean inputs the reader learns to lean on the previous token and derails at its first own mistake; a corrupted
+    history can only be survived by reading the latents.
+    """
+    swap, draw = jax.random.split(key)
+    noise = jax.random.randint(draw, ids.shape, 0, vocab_size, ids.dtype)
+    return jnp.where(jax.random.bernoulli(swap, rate, ids.shape), noise, ids)

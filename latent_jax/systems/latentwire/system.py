@@ -1,0 +1,190 @@
+"""LatentWire as the shared trainer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax import backbones
+from latent_jax.backbones.sharding import DECODER_RULES
+from latent_jax.core import trees
+from latent_jax.core.types import Mean
+from latent_jax.systems.latentwire import bottleneck, recipe
+from latent_jax.systems.latentwire.assets import load_compressor
+from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
+from latent_jax.systems.latentwire.model import Compressor, read
+from latent_jax.systems.latentwire.prompts import PromptBuilder
+
+_LABELS = (
+    (r"^lora/", "lora"),
+    (r"^(memory|tasks)$", "memory"),
+    (r"^(in_mean|in_scale)$", "frozen"),
+    (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
+)
+
+
+class LatentWireSystem:
+    """Implements `latent_jax.train.protocol.System`.
+
+    Args:
+      config: the resolved run.
+      backbone: an already loaded reader; by default ``config.backbone`` is loaded.
+    """
+
+    config_class = LatentWireRun
+    rng_names = ("corrupt",)
+    jit_init = False  # may read weights and fits the bottleneck on data
+    logical_rules = (
+        *DECODER_RULES,
+        (r"lora/(o|down)_a$", ("layers", "heads", "rank")),
+        (r"lora/(q|k|v|gate|up)_a$", ("layers", "embed", "rank")),
+        (r"lora/(q|k|v|gate|up)_b$", ("layers", "rank", "heads")),
+        (r"lora/(o|down)_b$", ("layers", "rank", "embed")),
+    )
+
+    def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
+        self.config = config
+        self.backbone = backbone or backbones.load(
+            config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)
+        )
+        self.body = self.backbone.decoder
+        self.model = Compressor(config.model, self.backbone.config)
+        self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
+        self.frozen = {"reader": self.backbone.params}
+        losses = config.losses
+        self.weights = {
+            "reconstruct": losses.reconstruct,
+            "continue": losses.proceed,
+            "answer": losses.answer,
+            "first_token": losses.first_token,
+        }
+        self._held_out: np.ndarray | None = None
+        self._quick = jax.jit(self._quick_terms)
+
+    def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh parameters, or those of ``model.start``; a bottleneck is fitted to the encoder's own output."""
+        reader = self.frozen["reader"]
+        make = jax.jit(lambda r, i, m: self.model.init(rngs["params"], r, i, m)["params"])
+        ids = jnp.zeros(batch["context"].shape, jnp.int32)
+        params = make(reader, ids, jnp.ones(ids.shape, bool))
+        model = self.config.model
+        start = {}
+        if model.start is not None:
+            start = load_compressor(model.start, self.backbone).params
+            params = bottleneck.adopt(params, start, model.start)
+        if model.wire.d_z is not None and "down" not in start:
+            params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
+        return {"params": params}
+
+    def param_labels(self, params):
+        """Groups: ``lora``, ``memory``, ``bottleneck``; the input statistics of a bottleneck are frozen."""
+        return trees.match_tree(_LABELS, params)
+
+    def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Compressed tokens in a batch."""
+        return {"tokens": int(np.sum(batch["context_mask"]))}
+
+    def loss_terms(self, variables, frozen, batch, rngs, train):
+        """Cross-entropy of the supervised tokens per task, and what the guards watch."""
+        params, reader = variables["params"], frozen["reader"]
+        apply = lambda *a, method: self.model.apply({"params": params}, *a, method=method)  # noqa: E731
+        task, targets, inputs = batch["task"], batch["inputs"], batch["inputs"]
+        wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
+        if train and self.config.losses.corrupt:
+            noisy = corrupt_tokens(
+                rngs["corrupt"], inputs, self.config.losses.corrupt, self.backbone.config.vocab_size
+            )
+            inputs = jnp.where((task == TASKS.index("reconstruct"))[:, None], noisy, inputs)
+        text = self.body.apply({"params": reader}, inputs[:, :-1], method="embed")
+        lead = apply(task, method="task_embedding").astype(text.dtype)
+        hidden = read(
+            self.body,
+            reader,
+            apply(wire, text.dtype, method="prefix"),
+            jnp.concatenate([lead, text], axis=1),
+            batch["inputs_mask"],
+        )
+        nll, hit = token_cross_entropy(
+            self.body, reader, hidden, targets, self.config.losses.chunk
+        )
+        supervised = batch["supervised"].astype(jnp.float32)
+        first = supervised * (jnp.cumsum(supervised, axis=1) == 1)
+        terms = {"first_token": Mean(jnp.sum(nll * first), jnp.sum(first))}
+        aux = {}
+        for number, name in enumerate(TASKS):
+            if self.config.data.mix.get(name):
+                mask = supervised * (task == number)[:, None]
+                terms[name] = Mean(jnp.sum(nll * mask), jnp.sum(mask))
+                aux[f"{name}_accuracy"] = Mean(jnp.sum(hit * mask), jnp.sum(mask))
+        aux["latent_cosine"] = _neighbour_cosine(wire)
+        return terms, {}, aux
+
+    def train_data(self, phase: str, start_state: Any):
+        """The mixture of tasks; every phase reads the same one."""
+        stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder)
+        if start_state is not None:
+            stream.set_state(start_state)
+        return stream
+
+    def eval_data(self) -> np.ndarray:
+        """Held-out token segments, ``[n, length]``."""
+        if self._held_out is None:
+            e = self.config.eval
+            limit = max(e.segments, e.quick_segments, 2)
+            self._held_out = recipe.text_segments(
+                self.config, self.backbone.tokenizer, "validation", limit
+            )
+        return self._held_out
+
+    def _quick_terms(self, params, reader, ids):
+        batch = {
+            "context": ids,
+            "context_mask": jnp.ones(ids.shape, bool),
+            "inputs": ids,
+            "inputs_mask": jnp.ones(ids.shape, bool),
+            "supervised": jnp.ones(ids.shape, bool),
+            "task": jnp.zeros(ids.shape[:1], jnp.int32),
+        }
+        shown = self.model.apply(
+            {"params": params}, reader, ids, batch["context_mask"], method="compress"
+        )
+        text = self.body.apply({"params": reader}, ids[:, :-1], method="embed")
+        lead = self.model.apply({"params": params}, batch["task"], method="task_embedding")
+        embeds = jnp.concatenate([lead.astype(text.dtype), text], axis=1)
+
+        def score(wire):
+            prefix = self.model.apply({"params": params}, wire, text.dtype, method="prefix")
+            hidden = read(self.body, reader, prefix, embeds, batch["inputs_mask"])
+            nll, hit = token_cross_entropy(self.body, reader, hidden, ids, self.config.losses.chunk)
+            return nll.mean(), hit.mean()
+
+        other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
+        return score(shown), score(other), _neighbour_cosine(shown)
+
+    def quick_eval(self, variables, frozen) -> dict[str, float]:
+        """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's latents."""
+        n = self.config.eval.quick_segments
+        if not n or not self.config.data.mix.get("reconstruct"):
+            return {}
+        own, other, cosine = self._quick(
+            variables["params"], frozen["reader"], jnp.asarray(self.eval_data()[:n])
+        )
+        return {
+            "reconstruct": float(own[0]),
+            "reconstruct_accuracy": float(own[1]),
+            "reconstruct_accuracy.shuffled": float(other[1]),
+            "latent_cosine": float(cosine),
+        }
+
+
+def _neighbour_cosine(wire) -> jax.Array:
+    """Mean cosine between the mean latents of neighbouring texts; near 1 the encoder says the same of everything."""
+    weight = wire.mask[..., None].astype(jnp.float32)
+    mean = jnp.sum(wire.z * weight, 1) / jnp.maximum(weight.sum(1), 1)
+    mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
+    return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))

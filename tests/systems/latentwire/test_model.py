@@ -1,0 +1,184 @@
+"""The compressor: invariants of encoder, wire and adapter on a tiny random reader."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.systems.latentwire import bottleneck
+from latent_jax.systems.latentwire.config import (
+    AdapterConfig,
+    EncoderConfig,
+    ModelConfig,
+    WireConfig,
+)
+from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
+from latent_jax.systems.latentwire.model import (
+    Compressor,
+    flatten_kv,
+    num_latents,
+    read,
+    unflatten_kv,
+)
+
+READER = tiny_config("llama")
+VARIANTS = {
+    "kv": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2)),
+    "kv_all": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all")),
+    "kv_bidirectional": ModelConfig(
+        segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", causal=False)
+    ),
+    "kv_narrow": ModelConfig(
+        segment=8, encoder=EncoderConfig(lora_rank=2), wire=WireConfig(d_z=6)
+    ),
+    "soft": ModelConfig(
+        segment=8,
+        encoder=EncoderConfig(output="hidden", lora_rank=2),
+        wire=WireConfig(d_z=6),
+        adapter=AdapterConfig(kind="soft"),
+    ),
+    "hidden_to_kv": ModelConfig(
+        segment=8, encoder=EncoderConfig(output="hidden", lora_rank=2), wire=WireConfig(d_z=6)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return random_params(READER, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def texts():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, READER.vocab_size, (3, 16)).astype(np.int32)
+    mask = np.arange(16) < np.array([16, 8, 5])[:, None]
+    return jnp.asarray(ids), jnp.asarray(mask)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def compressor(request, reader, texts):
+    model = Compressor(VARIANTS[request.param], READER)
+    params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
+    # LoRA starts as the identity; move it so that the tests see its effect.
+    params = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), params)
+
+    @jax.jit
+    def prefix(params, ids, mask):
+        wire = model.apply({"params": params}, reader, ids, mask, method="compress")
+        return wire, model.apply({"params": params}, wire, method="prefix")
+
+    return request.param, params, prefix
+
+
+@pytest.mark.parametrize("tokens,ratio,expected", [(16, 4, 4), (17, 4, 5), (3, 4, 1), (12, 1.2, 10)])
+def test_number_of_latents_is_exact(tokens, ratio, expected):
+    assert num_latents(tokens, ratio) == expected
+
+
+def test_wire_has_one_latent_per_span_at_its_middle(compressor, texts):
+    _, params, prefix = compressor
+    wire, _ = prefix(params, *texts)
+    chex.assert_equal(wire.mask.sum(1).tolist(), [4, 2, 2])
+    # floor(4 i + 1.5): integer positions, the second segment continues the first.
+    assert wire.positions[0].tolist() == [1, 5, 9, 13]
+    assert wire.length.tolist() == [16, 8, 5]
+
+
+def test_padding_does_not_matter(compressor, texts):
+    _, params, prefix = compressor
+    ids, mask = texts
+    wire, _ = prefix(params, ids, mask)
+    other, _ = prefix(params, jnp.where(mask, ids, 7), mask)
+    np.testing.assert_allclose(
+        wire.z * wire.mask[..., None], other.z * other.mask[..., None], atol=1e-5
+    )
+
+
+def test_segments_are_compressed_independently(compressor, texts):
+    _, params, prefix = compressor
+    ids, mask = texts
+    wire, _ = prefix(params, ids, mask)
+    alone, _ = prefix(params, ids[:, :8], mask[:, :8])
+    seen = alone.mask[..., None]
+    np.testing.assert_allclose(wire.z[:, :2] * seen, alone.z * seen, atol=1e-5)
+
+
+def test_gradient_reaches_every_trainable_part_and_no_frozen_one(reader, texts):
+    for name, config in VARIANTS.items():
+        model, body = Compressor(config, READER), Decoder(READER)
+        params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
+
+        def loss(params, model=model, body=body):
+            wire = model.apply({"params": params}, reader, *texts, method="compress")
+            prefix = model.apply({"params": params}, wire, method="prefix")
+            lead = model.apply(
+                {"params": params}, jnp.arange(3), method="task_embedding"
+            )
+            hidden = read(body, reader, prefix, lead, jnp.ones((3, 1), bool))
+            nll, _ = token_cross_entropy(body, reader, hidden, texts[0][:, :1])
+            return nll.sum()
+
+        grads = jax.jit(jax.grad(loss))(params)
+        chex.assert_tree_all_finite(grads)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads):
+            key = jax.tree_util.keystr(path)
+            if key.endswith("_a']"):
+                continue  # b starts at zero, so a has no gradient at the first step
+            # The last layer's projections after K/V cannot matter to a KV wire; whole tensors must.
+            assert jnp.abs(g).max() > 0, f"{name}: no gradient in {key}"
+
+
+def test_kv_round_trip_and_move(reader, texts):
+    body = Decoder(READER)
+    ids, mask = texts
+    out = body.apply({"params": reader}, body.apply({"params": reader}, ids, method="embed"), mask=mask)
+    inv = inverse_frequencies(READER)
+    positions = jnp.broadcast_to(jnp.arange(16), ids.shape)
+    z = flatten_kv(out.kv, inv, positions)
+    assert z.shape == (3, 16, READER.kv_floats_per_token)
+    back = unflatten_kv(z, READER, inv, positions, mask)
+    chex.assert_trees_all_close(back, KV(out.kv.k, out.kv.v, mask), atol=1e-5)
+
+
+def test_full_width_bottleneck_is_lossless(reader, texts):
+    config = VARIANTS["kv"]
+    model = Compressor(config, READER)
+    params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
+    wide = jax.jit(lambda *a: model.apply({"params": params}, *a, method="compress"))(reader, *texts)
+    rows = np.asarray(wide.z.reshape(-1, wide.z.shape[-1]))
+    fitted = bottleneck.principal_map(rows, width=len(rows) - 1)
+    z = ((rows - fitted["in_mean"]) * fitted["in_scale"]) @ fitted["down"]
+    back = (z @ fitted["up"]) * fitted["out_scale"] + fitted["out_mean"]
+    np.testing.assert_allclose(back, rows, atol=1e-4)
+
+
+def test_principal_map_fills_missing_directions_orthonormally():
+    x = np.random.default_rng(0).standard_normal((5, 20)).astype(np.float32)
+    fitted = bottleneck.principal_map(x, 12)
+    np.testing.assert_allclose(fitted["down"].T @ fitted["down"], np.eye(12), atol=1e-5)
+
+
+def test_chunked_cross_entropy_equals_whole(reader, texts):
+    body = Decoder(READER)
+    hidden = jax.random.normal(jax.random.key(3), (3, 16, READER.hidden_size))
+
+    def run(h, chunk):
+        nll, hit = token_cross_entropy(body, reader, h, texts[0], chunk)
+        return nll.sum(), (nll, hit)
+
+    whole = jax.value_and_grad(run, has_aux=True)(hidden, None)
+    parts = jax.value_and_grad(run, has_aux=True)(hidden, 7)
+    chex.assert_trees_all_close(whole, parts, rtol=1e-5, atol=1e-5)
+
+
+def test_corruption_hits_the_stated_share():
+    ids = jnp.zeros((64, 64), jnp.int32)
+    noisy = corrupt_tokens(jax.random.key(0), ids, 0.25, 1000)
+    assert abs(float((noisy != 0).mean()) - 0.25) < 0.03
+    chex.assert_trees_all_equal(corrupt_tokens(jax.random.key(0), ids, 0.0, 1000), ids)
