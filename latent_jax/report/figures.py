@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Mid-tones that keep contrast on white and on near-black.
 PALETTE = (
@@ -57,7 +58,8 @@ def _svg(figure: Figure, label: str) -> Markup:
     )
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    return Markup(text.replace("<svg ", Markup('<svg role="img" aria-label="{}" ').format(label), 1))
+    head = Markup('<svg role="img" aria-label="{}" ').format(label)
+    return Markup(text.replace("<svg ", head, 1))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -104,6 +106,8 @@ def curve(
             axes.plot(x, y, color=colour, linewidth=1.4, label=name, marker=marker, markersize=3)
         if log and all(min(values, default=0) > 0 for _, values in lines.values()):
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title)
         axes.set_xlabel("step")
         if len(lines) > 1:

@@ -60,7 +60,10 @@ def render(files: RunFiles) -> str:
         machine=_flat(files.environment),
         config=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
         curves=curves(files.metrics),
-        sections=[(s, _section_figures(s, results)) for s in tables.sections(results)],
+        sections=[
+            (s, _comparisons(s, results), [figures.histogram(*item) for item in s.lists.items()])
+            for s in tables.sections(results)
+        ],
         reconstructions=samples.reconstructions(files.samples),
         answers=samples.answers(files.samples),
         others=samples.others(files.samples),
@@ -108,22 +111,19 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
 
 def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     """Figures of the training log, grouped: one per loss term, shares stacked, the rest each."""
-    columns = series(rows)
     groups: dict[str, dict[str, Any]] = {}
-    for name, column in columns.items():
-        group, slash, rest = name.partition("/")
-        if slash:
-            groups.setdefault(group, {})[rest] = column
-        else:
+    for name, column in series(rows).items():
+        # `term.ae`, `grad_norm.encoder`; a bare `grad_norm` is the whole of its group.
+        group, _, rest = name.replace("/", ".", 1).partition(".")
+        if rest or group == "grad_norm":
+            groups.setdefault(group, {})[rest or "all"] = column
+        elif group not in ("skipped", "skipped_total") or any(column[1]):
             groups.setdefault("", {})[name] = column
     made: list[tuple[str, list[Markup]]] = []
     # A weight that never moves is stated in the title of its term instead of drawn.
-    moving = {n: c for n, c in groups.pop("weight", {}).items() if len(set(c[1])) > 1}
-    fixed = {
-        n.partition("/")[2]: c[1][-1]
-        for n, c in columns.items()
-        if n.startswith("weight/") and len(set(c[1])) == 1
-    }
+    weights = groups.pop("weight", {})
+    fixed = {name: c[1][-1] for name, c in weights.items() if len(set(c[1])) == 1}
+    moving = {name: c for name, c in weights.items() if name not in fixed}
     shares = groups.pop("share", {})
     main = groups.pop("", {})
     terms = [figures.curve("loss", {"loss": main.pop("loss")}, log=True)] if "loss" in main else []
@@ -148,11 +148,11 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
             if len(set(column[1])) > 1
         ]
         if panels:
-            made.append(("Optimiser and speed", panels))
+            made.append(("Optimiser, and what the system watches", panels))
     return made
 
 
-def _section_figures(section: tables.Section, results: Mapping[str, Any]) -> list[Markup]:
+def _comparisons(section: tables.Section, results: Mapping[str, Any]) -> list[Markup]:
     made: list[Markup] = []
     for reader, arms in tables.by_ratio(results, section.key).items():
         title = f"F1, {reader}" if reader else "F1"
@@ -173,5 +173,4 @@ def _section_figures(section: tables.Section, results: Mapping[str, Any]) -> lis
                     {name: point[1] for name, point in points.items() if point[1]},
                 )
             )
-    made += [figures.histogram(name, values) for name, values in section.lists.items()]
     return made

@@ -50,7 +50,7 @@ def load_run(path: str | Path) -> RunFiles:
     if not path.is_dir():
         raise RunError(f"no such run: {path} is not a directory")
     if not (path / "config.yaml").is_file():
-        raise RunError(f"not a run: {path} has no config.yaml (give the directory of `latent-jax run`)")
+        raise RunError(f"not a run: {path} has no config.yaml")
     notes: list[str] = []
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")) or {}

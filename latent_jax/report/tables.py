@@ -30,6 +30,8 @@ TITLES = {
     "throughput": "Cost",
     "memory": "Cost",
     "cost": "Cost",
+    "ratio": "Cost",
+    "wire": "Cost",
     "train": "Training",
 }
 
@@ -128,8 +130,23 @@ def number(value: Any) -> str:
             return f"{int(value):,}"
         if size >= 1000:
             return f"{value:,.0f}"
-        return f"{value:.3g}" if size < 0.01 or size >= 100 else f"{value:.3f}".rstrip("0")
+        if size >= 100:
+            return f"{value:.1f}"
+        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0")
     return str(value)
+
+
+def size(count: float) -> str:
+    """A byte count in the unit a person would use.
+
+    Example:
+      >>> size(640), size(3_812_345_678)
+      ('640 B', '3.81 GB')
+    """
+    for unit, power in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= power:
+            return f"{count / power:.3g} {unit}"
+    return f"{count:g} B"
 
 
 def interval_of(results: Mapping[str, Any], name: str) -> tuple[float, float] | None:
@@ -165,6 +182,8 @@ def place(name: str) -> tuple[str, str, str] | None:
 
 def _cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
     value = results[name]
+    if name.endswith("bytes") and is_number(value):
+        return Cell(size(value))
     bounds = interval_of(results, name)
     share = max(0.0, min(1.0, value / top)) if is_number(value) and top > 0 else 0.0
     return Cell(

@@ -1,0 +1,349 @@
+"""The command line `latent-jax`.
+
+Errors that a person can cause are one red line on stderr and exit code 2; a preempted run exits
+with 75 and a hint; an interrupted one with 130. Anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from latent_jax.core.errors import UserError
+
+app = typer.Typer(
+    name="latent-jax",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Learned latent interfaces to language and sequence models.",
+)
+
+Config = Annotated[str, typer.Argument(help="A YAML file, or a packaged name: latentwire/tiny.")]
+Run = Annotated[str, typer.Argument(help="Directory of a run.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Setting a.b=c; repeatable.")]
+Out = Annotated[str | None, typer.Option(help="Where the files go.")]
+Seed = Annotated[int | None, typer.Option(help="Root of every random stream.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
+Checkpoint = Annotated[str, typer.Option(help="last, best, peak or a step.")]
+Text = Annotated[str | None, typer.Option(help="Text file; - for standard input.")]
+
+
+def _overrides(set_: list[str] | None, **options: Any) -> list[str]:
+    # JSON is YAML, and keeps a directory a text even where it reads like a number.
+    return [*(set_ or []), *(f"{k}={json.dumps(v)}" for k, v in options.items() if v is not None)]
+
+
+def _resolve(config: str, set_: list[str] | None, out: str | None, seed: int | None) -> Any:
+    from latent_jax import run as runs
+
+    return runs.resolve(config, _overrides(set_, out=out, seed=seed))
+
+
+@app.command()
+def run(
+    config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Train, evaluate and report; continues by itself where the directory holds this run."""
+    from latent_jax import run as runs
+    from latent_jax.commands.show import EvalProgress
+
+    resolved = _resolve(config, set_, out, seed)
+    if dry_run:
+        return _dry_run(resolved)
+    system, state, where = _train(resolved, quiet)
+    progress = None if quiet else EvalProgress()
+    try:
+        results = runs.finish(system, state.variables, resolved, where, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    _show(system, results)
+
+
+@app.command()
+def train(
+    config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
+    dry_run: DryRun = False,
+) -> None:  # fmt: skip
+    """Train only; continues by itself where the directory holds this run."""
+    resolved = _resolve(config, set_, out, seed)
+    if dry_run:
+        return _dry_run(resolved)
+    _, state, where = _train(resolved, quiet)
+    print(f"trained {int(state.step)} steps: {where}")
+
+
+@app.command("eval")
+def eval_(
+    run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,
+    seed: Seed = None, quiet: Quiet = False,
+) -> None:  # fmt: skip
+    """Evaluate a run again; rewrites its results and report (or writes them to --out)."""
+    from latent_jax import run as runs
+    from latent_jax.commands.show import EvalProgress
+
+    progress = None if quiet else EvalProgress()
+    try:
+        results = runs.evaluate(run, _overrides(set_, seed=seed), checkpoint, out, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+    _show(results.system, results)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Make a run's report.html again."""
+    from latent_jax import run as runs
+
+    print(runs.report(run))
+
+
+@app.command()
+def generate(
+    run: Run, text: Text = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
+    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
+) -> None:  # fmt: skip
+    """Generate from a run: LatentWire compresses a text and rebuilds it."""
+    _hook("generate", run, checkpoint, set_, out, seed, text=text, prompt=prompt,
+          max_new_tokens=max_new_tokens)  # fmt: skip
+
+
+@app.command()
+def ask(
+    run: Run,
+    text: Annotated[str, typer.Option(help="Text file; - for standard input.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
+) -> None:  # fmt: skip
+    """Compress a text and answer a question from its latents."""
+    if not question.strip():
+        from latent_jax.core.errors import DataError
+
+        raise DataError("--question is empty")
+    _hook("ask", run, checkpoint, set_, out, seed, text=text, question=question)
+
+
+@app.command()
+def diagnose(
+    run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None
+) -> None:
+    """Look for the known failures in a run: collapse, magnitudes, what the latents mean."""
+    _hook("diagnose", run, checkpoint, set_, out, seed)
+
+
+def _hook(
+    name: str, run: str, checkpoint: str, set_: list[str] | None, out: str | None,
+    seed: int | None, **options: Any,
+) -> None:  # fmt: skip
+    from latent_jax.commands import inspect
+    from latent_jax.commands.show import present
+
+    if options.get("text") is not None:
+        options["text"] = inspect.read_text(options["text"])
+    overrides = _overrides(set_, seed=seed)
+    present(inspect.call(name, run, options, overrides, checkpoint, out))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None,
+    out: Out = None,
+) -> None:
+    """Benchmark against a peer, in one process: options after the name go to the benchmark."""
+    from latent_jax import bench as benches
+    from latent_jax.commands.show import present
+
+    if name is None:
+        for known in benches.names():
+            print(f"{known:20} {benches.BENCHES[known].about}")
+        return
+    present(benches.run(name, context.args, out))
+
+
+@app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="smollm2, zeros or gemma3.")], quiet: Quiet = False
+) -> None:
+    """Download a pinned data file into the cache."""
+    from latent_jax.core.fetch import fetch as get
+
+    print(get(name, quiet=quiet))
+
+
+@app.command()
+def info() -> None:
+    """Devices, versions, models and data that are at hand."""
+    from latent_jax.commands.info import info as show
+
+    show()
+
+
+@app.command("config")
+def config_(
+    config: Annotated[str | None, typer.Argument(help="Without it, the packaged ones.")] = None,
+    set_: Set = None, out: Out = None, seed: Seed = None,
+    plain: Annotated[bool, typer.Option("--yaml", help="Only the resolved YAML.")] = False,
+) -> None:  # fmt: skip
+    """Print the resolved configuration with the meaning of each setting."""
+    from latent_jax import run as runs
+    from latent_jax.commands import show
+    from latent_jax.core.config import describe, dump_yaml, to_dict
+
+    if config is None:
+        print("\n".join(runs.packaged_configs()))
+        return
+    resolved = _resolve(config, set_, out, seed)
+    if plain:
+        print(dump_yaml(to_dict(resolved)), end="")
+    else:
+        show.settings(describe(resolved))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import latent_jax
+
+        print(latent_jax.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _add_groups() -> None:
+    from latent_jax.commands.data import app as data
+
+    app.add_typer(data, name="data")
+
+
+_add_groups()
+
+
+def _train(config: Any, quiet: bool) -> Any:
+    from latent_jax import run as runs
+    from latent_jax.train.progress import make_progress
+
+    progress = make_progress(quiet)
+    try:
+        return runs.train(config, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+
+
+def _dry_run(config: Any) -> None:
+    from latent_jax import run as runs
+    from latent_jax.commands.plan import plan
+    from latent_jax.commands.show import console
+    from latent_jax.train.checkpoints import resume_hash
+
+    system = runs.system_class(config.system)(config)
+    console().print(plan(config, system).table())
+    print(f"configuration {resume_hash(config)} is valid; it would write {runs.out_dir(config)}")
+
+
+def _show(system: Any, results: Any) -> None:
+    """What a run ends with: the system's own table where it has one, and the report's path."""
+    from latent_jax.commands.show import console, present, results_table
+
+    if hasattr(system, "show"):
+        present(system.show(results))
+    else:
+        for table in results_table(results):
+            console().print(table)
+    print(f"report: {results.report}")
+
+
+# Reasons of the operating system that a person can do something about.
+_REASONS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG,
+}  # fmt: skip
+
+
+def _complain(message: str, code: int) -> int:
+    from rich.console import Console
+
+    line = " ".join(str(message).split())
+    colour = "yellow" if code == 75 else "red"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"latent-jax: {line}", style=colour, markup=False
+    )
+    return code
+
+
+def _explain(error: BaseException) -> str | None:
+    """One line for an error that is not ours but has a cause a person can mend, else None."""
+    if isinstance(error, OSError) and error.errno in _REASONS:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    text = str(error)
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return "no space left on the device that the run writes to; make room or give another --out"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return (
+            "out of memory: lower train.batch_size or raise train.accumulate "
+            f"({text.strip().splitlines()[0][:120] if text.strip() else 'MemoryError'})"
+        )
+    return None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    debug = bool(os.environ.get("LATENT_JAX_DEBUG"))  # keeps every traceback
+    try:
+        code = app(args, prog_name="latent-jax", standalone_mode=False)
+        if code == 130:  # typer has swallowed the interrupt
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        if debug:
+            raise
+        return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted; run the same command again to resume", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if type(error).__name__ == "Abort":
+            return _complain("interrupted; run the same command again to resume", 130)
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a wrong command line
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context else ""
+            message = error.format_message()
+            if not message:  # no arguments: the help has been printed
+                return int(error.exit_code)
+            return _complain(f"{message.rstrip('.')}{hint}", int(error.exit_code))
+        explained = _explain(error)
+        if explained is None or debug:
+            raise
+        return _complain(explained, 2)
+
+
+def entry() -> None:
+    """Console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

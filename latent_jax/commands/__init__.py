@@ -1,0 +1,1 @@
+"""The larger commands of `latent-jax`, one module each; `latent_jax.cli` joins them."""

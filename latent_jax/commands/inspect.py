@@ -1,0 +1,83 @@
+"""Commands on a trained run that a system answers through its optional hooks."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from latent_jax import run as runs
+from latent_jax.core import files
+from latent_jax.core.errors import ConfigError, DataError, RunError
+
+
+def read_text(path: str) -> str:
+    """The text of a file, `-` for standard input.
+
+    Raises:
+      DataError: unreadable, not text, or empty.
+    """
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"--text {path}: no such file (use - for standard input)") from None
+    except UnicodeDecodeError:
+        raise DataError(f"--text {path}: not a UTF-8 text file") from None
+    except OSError as error:
+        raise DataError(f"--text {path}: {error.strerror}") from None
+    if not text.strip():
+        raise DataError(f"--text {path}: the text is empty")
+    return text.strip()
+
+
+def call(
+    hook: str,
+    run: str,
+    options: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    checkpoint: str = "last",
+    out: str | None = None,
+) -> Any:
+    """Calls `system.<hook>(variables, frozen, **options)` on a run.
+
+    Args:
+      hook: name of the method.
+      run: the run's directory.
+      options: keyword arguments; those that are None are left out.
+      overrides: dotted settings that differ from the run's.
+      checkpoint: `last`, `best`, `peak` or a step.
+      out: file that gets what the hook returns, as JSON.
+
+    Raises:
+      RunError: no such run, or its system has no such hook.
+      ConfigError: the hook does not take an option.
+    """
+    path, config = runs.open_run(run, overrides)
+    cls = runs.system_class(config.system)
+    method = getattr(cls, hook, None)
+    if method is None:
+        raise RunError(f"{path}: the system {config.system!r} cannot {hook}")
+    given = {name: value for name, value in options.items() if value is not None}
+    accepted = inspect.signature(method).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        for name in given:
+            if name not in accepted:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(f"{flag}: `{hook}` of {config.system!r} has no use for it")
+    missing = [
+        name
+        for name, p in list(accepted.items())[3:]
+        if p.default is p.empty and p.kind is not p.VAR_KEYWORD and name not in given
+    ]
+    if missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise ConfigError(f"`{hook}` of the system {config.system!r} needs {flags}")
+    system, variables = runs.load(path, config, checkpoint)
+    value = getattr(system, hook)(variables, system.frozen, **given)
+    if out is not None:
+        target = Path(out)
+        files.make_dir(target.parent)
+        files.write_json(target / f"{hook}.json" if target.is_dir() else target, value)
+    return value

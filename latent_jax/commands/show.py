@@ -1,0 +1,135 @@
+"""How commands talk to a person: consoles, progress of an evaluation, tables of results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def console(stderr: bool = False) -> Console:
+    """A console for now: pipes get plain text that is not cut at 80 columns."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else 160
+    return Console(stderr=stderr, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+class EvalProgress:
+    """Called as progress(what, done, total): a bar on a terminal, else lines."""
+
+    def __init__(self, interval: float = 10.0) -> None:
+        self._console = console(stderr=True)
+        self._interval = interval
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._last = ("", 0.0)
+
+    def __call__(self, what: str, done: int | None = None, total: int | None = None) -> None:
+        if self._console.is_terminal:
+            self._live(what, done, total)
+            return
+        name, at = self._last
+        now = time.monotonic()
+        finished = total is not None and done == total
+        if what != name or finished or now - at >= self._interval:
+            self._last = (what, now)
+            count = f" {done}/{total}" if total else ""
+            print(f"evaluate: {what}{count}", file=sys.stderr, flush=True)
+
+    def _live(self, what: str, done: int | None, total: int | None) -> None:
+        from rich import progress as rp
+
+        if self._bar is None:
+            self._bar = rp.Progress(
+                rp.TextColumn("{task.description}", markup=False),
+                rp.BarColumn(bar_width=24),
+                rp.MofNCompleteColumn(),
+                rp.TimeElapsedColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+        if what not in self._tasks:
+            self._tasks[what] = self._bar.add_task(what, total=total)
+        self._bar.update(self._tasks[what], completed=done or 0, total=total)
+
+    def close(self) -> None:
+        """Takes the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def results_table(results: Mapping[str, Any]) -> list[Table]:
+    """Results as terminal tables, laid out as in the report."""
+    from latent_jax.report import tables  # brings matplotlib, which --help can do without
+
+    made = []
+    for section in tables.sections(results):
+        for table in section.tables:
+            grid = Table(title=f"{section.title}: {table.title}", title_justify="left")
+            grid.add_column("")
+            for column in table.columns:
+                grid.add_column(column, justify="right")
+            for name, _, cells in table.rows:
+                values = [f"{c.text} ({c.interval})" if c.interval else c.text for c in cells]
+                style = "bold" if name.startswith("latent") else None
+                grid.add_row(escape(name), *values, style=style)
+            made.append(grid)
+        if section.facts:
+            grid = Table(title=section.title, title_justify="left", show_header=False)
+            grid.add_column()
+            grid.add_column(justify="right")
+            for name, cell in section.facts:
+                grid.add_row(escape(name), f"{cell.text} {cell.interval}".strip())
+            made.append(grid)
+    return made
+
+
+def present(value: Any, where: Console | None = None) -> None:
+    """Prints what a system's hook returned: text, a mapping, a list, or anything rich can show."""
+    where = where or console()
+    if value is None:
+        return
+    if isinstance(value, str):
+        where.print(value, markup=False)
+    elif isinstance(value, Mapping):
+        numbers = {k: v for k, v in value.items() if isinstance(v, (int, float, list))}
+        for key, entry in value.items():
+            if key not in numbers:
+                where.print(f"[bold]{escape(str(key))}[/bold]", end=": ")
+                where.print(str(entry), markup=False)
+        for table in results_table(numbers):
+            where.print(table)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            present(entry, where)
+    else:
+        where.print(value)
+
+
+def settings(rows: list[tuple[str, str, Any, str]]) -> None:
+    """Prints settings as a tree: name, value, what is allowed, and the meaning."""
+    out = console()
+    grid = Table(box=None, padding=(0, 2, 0, 0), show_edge=False)
+    for column in ("setting", "value", "meaning", "allowed"):
+        grid.add_column(column, overflow="fold")
+    shown: tuple[str, ...] = ()
+    for path, kind, value, meaning in rows:
+        *parents, last = path.split(".")
+        for depth, parent in enumerate(parents):
+            if tuple(parents[: depth + 1]) != shown[: depth + 1]:
+                grid.add_row(f"{'  ' * depth}[bold]{escape(parent)}[/bold]")
+        shown = tuple(parents)
+        text = "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+        grid.add_row(
+            f"{'  ' * len(parents)}{escape(last)}",
+            escape(str(text)),
+            escape(meaning),
+            f"[dim]{escape(kind)}[/dim]",
+        )
+    out.print(grid)
