@@ -1,0 +1,102 @@
+"""The language model as a system of the shared trainer."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax import backbones
+from latent_jax.core.config import parse
+from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.systems.lm import asset
+from latent_jax.systems.lm.config import LMRun
+from latent_jax.systems.lm.system import LMSystem
+
+
+def tiny_run(**extra):
+    tree = {
+        "system": "lm",
+        "tokenizer": {"kind": "bytes"},
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+                  "intermediate_size": 24, "max_position": 256},
+        "data": {"stages": {"main": {"rows": 16, "length": 96, "pairs": [2, 2], "questions": 1,
+                                     "mix": {"lookup": 1, "copy": 1, "text": 1}, "copy": [4, 8]}}},
+        "eval": {"rows": 2, "questions": 3, "copies": 2, "copy_length": 4, "quick": 4,
+                 "batch_size": 4},
+        "train": {"steps": 3, "batch_size": 4, "log": {"tensorboard": False}},
+    }  # fmt: skip
+    return parse(LMRun, {**tree, **extra})
+
+
+@pytest.fixture(scope="module")
+def system():
+    return LMSystem(tiny_run())
+
+
+@pytest.fixture(scope="module")
+def variables(system):
+    return system.init({"params": jax.random.key(0)}, {})
+
+
+def test_documents_in_a_row_do_not_see_one_another(system, variables):
+    """A packed row's loss is that of its documents alone."""
+    row = {k: jnp.asarray(v[:1]) for k, v in system.rows("main").items()}
+    terms, _, _ = system.loss_terms(variables, {}, row, {}, True)
+    total = sum(float(t.sum) for t in terms.values())
+    alone = 0.0
+    segment = np.asarray(row["segment_ids"][0])
+    model = system.backbone(variables)
+    for number in range(1, segment.max() + 1):
+        inside = segment == number
+        ids = row["tokens"][:, inside]
+        logp = jax.nn.log_softmax(model.logits(ids)[:, :-1])
+        nll = -jnp.take_along_axis(logp, ids[:, 1:, None], -1)[..., 0]
+        alone += float((nll * (row["kinds"][:, inside][:, 1:] > 0)).sum())
+    np.testing.assert_allclose(total, alone, rtol=2e-4)
+
+
+def test_protocol_and_counts(system, variables):
+    stream = system.train_data("main", None)
+    first = next(stream)
+    state = stream.get_state()
+    second = next(stream)
+    resumed = next(system.train_data("main", state))
+    assert all((second[k] == resumed[k]).all() for k in second)
+    assert system.unit_counts(first)["tokens"] == (first["segment_ids"] > 0).sum()
+    labels = system.param_labels(variables["params"])
+    assert set(jax.tree.leaves(labels)) == {"decoder"}
+
+
+def test_a_short_training_lowers_every_term(system, tmp_path):
+    from latent_jax.train.loop import fit
+
+    config = tiny_run(train={"steps": 25, "batch_size": 8, "optimizer": {"lr": 0.01},
+                             "log": {"tensorboard": False}})  # fmt: skip
+    small = LMSystem(config)
+    before = small.init({"params": jax.random.key(0)}, {})
+    state = fit(small, config, tmp_path)
+    old, new = small.quick_eval(before, {}), small.quick_eval(state.variables, {})
+    assert all(new[kind] < old[kind] - 0.5 for kind in ("text", "lookup", "copy"))
+
+
+def test_evaluation_and_export_round_trip(system, variables, tmp_path):
+    metrics, artefacts = system.evaluate(variables, {})
+    assert metrics["text.bits_per_byte"] == pytest.approx(8.0, abs=0.5)  # untrained, over bytes
+    assert metrics["lookup.full_text.em"] == 0.0 and len(artefacts["samples"]) == 3
+    asset.export(system, variables, tmp_path / "model", {"curve": []})
+    loaded = backbones.load(tmp_path / "model")
+    ids = np.arange(12)[None]
+    want = system.backbone(variables).logits(ids)
+    np.testing.assert_allclose(loaded.logits(ids), want, atol=1e-5)
+    assert (tmp_path / "model" / "record.json").is_file()
+
+
+def test_errors_name_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match="data.stages has no 'late'"):
+        tiny_run(train={"phases": [{"name": "a", "data": "late"}]})
+    with pytest.raises(ConfigError, match="beyond"):
+        tiny_run(model={"max_position": 64})
+    with pytest.raises(RunError, match=r"results\.json is missing"):
+        asset.export_run(tmp_path, tmp_path / "x")

@@ -1,0 +1,58 @@
+"""The shipped tiny reader does what its record says."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from latent_jax import backbones
+from latent_jax.assets import asset
+from latent_jax.data import lookup_examples
+from latent_jax.systems.latentwire.prompts import PromptBuilder
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return backbones.load("tiny")
+
+
+def test_size(reader):
+    files = [p for p in asset("tiny_reader").iterdir() if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 4_500_000
+    assert reader.parameter_count() <= 2_000_000
+
+
+def test_it_answers_lookups_from_full_text_and_cannot_without(reader):
+    builder = PromptBuilder(reader.tokenizer)
+    examples = lookup_examples(60, seed=123, split="validation")
+
+    def right(context):
+        prompts = [builder.context_ids(context(e)) + builder.prompt_ids(e.question) for e in examples]
+        said = reader.generate(
+            prompts, max_new_tokens=4, stop=list(builder.stop_ids), return_ids=True, batch_size=60
+        )
+        return np.mean([builder.text(s) == e.answers[0] for s, e in zip(said, examples, strict=True)])
+
+    assert right(lambda e: e.context) >= 0.9
+    assert right(lambda e: "") <= 0.1
+
+
+def test_it_copies(reader):
+    rng = np.random.default_rng(0)
+    words = ["value", "string", "the", "object", "is", "returned", "function", "of", "class"]
+    newline = reader.tokenizer.encode("\n")
+    rows = [reader.tokenizer.encode(" ".join(rng.choice(words, 8))) for _ in range(16)]
+    said = reader.generate(
+        [[*r, *newline] for r in rows], max_new_tokens=8, return_ids=True, batch_size=16
+    )
+    hits = [np.mean(np.array(s[: len(r)]) == r[: len(s)]) for s, r in zip(said, rows, strict=True)]
+    assert np.mean(hits) >= 0.8
+
+
+def test_record_says_how_it_was_made():
+    record = json.loads((asset("tiny_reader") / "record.json").read_text())
+    assert {"config", "environment", "results", "curve", "parameters"} <= set(record)
+    assert record["results"]["lookup.full_text.f1"] >= 0.95
+    assert record["config"]["seed"] is not None and len(record["curve"]) >= 5
