@@ -61,8 +61,12 @@ def render(files: RunFiles) -> str:
         config=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
         curves=curves(files.metrics),
         sections=[
-            (s, _comparisons(s, results), [figures.histogram(*item) for item in s.lists.items()])
-            for s in tables.sections(results)
+            (
+                section,
+                _comparisons(section, results, _reader(files.config)),
+                [figures.histogram(name, values) for name, values in section.lists.items()],
+            )
+            for section in tables.sections(results)
         ],
         reconstructions=samples.reconstructions(files.samples),
         answers=samples.answers(files.samples),
@@ -98,15 +102,19 @@ def _facts(files: RunFiles) -> list[tuple[str, str]]:
     if isinstance(data, Mapping):
         plain = [f"{k}: {v}" for k, v in data.items() if isinstance(v, (str, int, float))]
         facts.append(("data", " · ".join(plain)))
-    backbone = config.get("backbone")
-    if isinstance(backbone, Mapping):
-        backbone = backbone.get("name")
-    if backbone:
-        facts.append(("backbone", str(backbone)))
+    if _reader(config):
+        facts.append(("backbone", _reader(config)))
     steps = [row["step"] for row in rows if isinstance(row.get("step"), (int, float))]
     if steps:
         facts.append(("steps trained", tables.number(int(max(steps)))))
     return facts
+
+
+def _reader(config: Mapping[str, Any]) -> str:
+    """Name of the run's frozen model, if it has one."""
+    backbone = config.get("backbone")
+    name = backbone.get("name") if isinstance(backbone, Mapping) else backbone
+    return str(name) if name else ""
 
 
 def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
@@ -152,9 +160,12 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     return made
 
 
-def _comparisons(section: tables.Section, results: Mapping[str, Any]) -> list[Markup]:
+def _comparisons(
+    section: tables.Section, results: Mapping[str, Any], main_reader: str
+) -> list[Markup]:
+    """F1 of every arm: against the ratio where there are several, else as dots with intervals."""
     made: list[Markup] = []
-    for reader, arms in tables.by_ratio(results, section.key).items():
+    for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}
         if len(ratios) > 1:

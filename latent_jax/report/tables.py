@@ -65,7 +65,9 @@ _MEASURES = frozenset(
     "f1 em nll accuracy loss token_accuracy exact_prefix exact bleu crps perplexity entropy_ratio "
     "live top5 top10 mean std".split()
 )
-# Names that belong to the measures of another section.
+# Columns that come first.
+_FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")
+# What stands on top of a page, where the run has it.
 _HEADLINES = (
     "squad.f1.latent",
     "squad.f1.full_text",
@@ -163,6 +165,8 @@ def place(name: str) -> tuple[str, str, str] | None:
     Example:
       >>> place("squad.f1.latent")
       ('squad', 'latent', 'f1')
+      >>> place("squad.first_top1.shuffled")
+      ('squad', 'shuffled', 'first_top1')
       >>> place("squad.qwen.x8.f1.shuffled")
       ('squad.qwen.x8', 'shuffled', 'f1')
       >>> place("rvq.level0.stage2.live"), place("baseline.unigram.nll")
@@ -174,6 +178,8 @@ def place(name: str) -> tuple[str, str, str] | None:
     if len(parts) < 3:
         return None
     *head, second, last = parts
+    if last in ARMS or last.removesuffix("_tuned") in ARMS:
+        return ".".join(head), last, second
     indexed = re.fullmatch(r"[a-z_]+\d+", second) and not re.fullmatch(r"[a-z_]+\d+", last)
     if second not in _MEASURES and (last in _MEASURES or indexed):
         return ".".join(head), second, last
@@ -257,6 +263,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
 
 def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
     columns = list(dict.fromkeys(measure for row in rows.values() for measure in row))
+    columns.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     top = {}
     for measure in columns:
         values = [results[row[measure]] for row in rows.values() if measure in row]
@@ -290,11 +297,11 @@ def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cel
 
 
 def by_ratio(
-    results: Mapping[str, Any], task: str = "squad", measure: str = "f1"
+    results: Mapping[str, Any], task: str = "squad", measure: str = "f1", main_reader: str = ""
 ) -> dict[str, dict[str, dict[float, tuple[float, tuple[float, float] | None]]]]:
     """Scores of every arm over compression ratios: reader → arm → ratio → (score, interval).
 
-    The config's main reader is called "". Its ratio is the result `ratio`.
+    The names `<task>.<measure>.<arm>` are of `main_reader`, at the ratio `<task>.ratio` or `ratio`.
     """
     found: dict[str, dict[str, dict[float, Any]]] = {}
     main = re.compile(rf"{re.escape(task)}\.{measure}\.([^.]+)")
@@ -303,12 +310,14 @@ def by_ratio(
         if not is_number(value):
             continue
         if match := main.fullmatch(name):
-            reader, ratio, arm = "", results.get("ratio", 1.0), match.group(1)
+            reader, arm = main_reader, match.group(1)
+            ratio = results.get(f"{task}.ratio", results.get("ratio", 1.0))
         elif match := other.fullmatch(name):
             reader, ratio, arm = match.group(1), float(match.group(2)), match.group(3)
         else:
             continue
-        ratio = float(ratio) if is_number(ratio) else 1.0
+        # A measured ratio of 3.98 and one of the config's 4 are the same point of a plot.
+        ratio = round(float(ratio), 1) if is_number(ratio) else 1.0
         point = (float(value), interval_of(results, name))
         found.setdefault(reader, {}).setdefault(arm, {})[ratio] = point
     return found
