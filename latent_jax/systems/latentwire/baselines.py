@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.systems.latentwire import selection
+from latent_jax.systems.latentwire.config import TASKS
 from latent_jax.systems.latentwire.model import Prefix, num_latents
 
 #: Arms of the reader's own text, no training anywhere.
@@ -84,8 +85,6 @@ class Latents:
 
     def task(self, name, batch):
         """See `Compressed.task`."""
-        from latent_jax.systems.latentwire.model import TASKS
-
         return self._run(jnp.full((batch,), TASKS.index(name), jnp.int32), method="task_embedding")
 
     def _run(self, *args, method):
@@ -178,12 +177,17 @@ def scramble(wire: Any, rows: Int[Array, " b"], key: Array) -> Any:
     return wire._replace(z=jnp.take_along_axis(wire.z, source[..., None], axis=1))
 
 
+@jax.jit
+def encode(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
+    """The wire of right-padded texts."""
+    return latents.compress(ids, mask)
+
+
 def latent_given(
-    arm: str, decoder: Decoder, params: Any, latents: Compressed,
-    ids: Int[Array, "b t"], mask: Bool[Array, "b t"], rows: Int[Array, " b"], key: Array,
+    arm: str, decoder: Decoder, params: Any, latents: Compressed, wire: Any,
+    rows: Int[Array, " b"], key: Array,
 ) -> Given:  # fmt: skip
-    """The latent arm or one of its controls; for ``shuffled`` the caller passes another example's text."""
-    wire = latents.compress(ids, mask)
+    """The latent arm or one of its controls; for ``shuffled`` the wire is another example's already."""
     if arm == "zero":
         wire = wire._replace(z=jnp.zeros_like(wire.z))
     elif arm == "scrambled":
@@ -205,6 +209,7 @@ def build(
     ratio: float = 4.0,
     context: KV | None = None,
     latents: Compressed | None = None,
+    wire: Any = None,
     anchor_ids: Int[Array, " a"] | None = None,
     key: Array | None = None,
 ) -> Given:
@@ -214,7 +219,7 @@ def build(
       arm: one of `ARMS`.
       decoder: the reader.
       params: its frozen parameters.
-      ids: context tokens, right-padded (for ``shuffled``: another example's).
+      ids: context tokens, right-padded (for ``shuffled``: another example's, unless ``wire`` is given).
       mask: which of them are real.
       prompt_ids: the question's tokens; only ``kv_question`` looks at them.
       prompt_mask: which of them are real.
@@ -222,6 +227,7 @@ def build(
       ratio: context tokens per slot.
       context: `prefill` of the same texts, where several arms share it.
       latents: the trained compressor, for the latent arms.
+      wire: `encode` of the texts, where several arms share it.
       anchor_ids: text after the context in ``embedding_replay_anchor``.
       key: PRNG key of the random arms.
 
@@ -272,7 +278,8 @@ def build(
         raise ValueError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
     if latents is None:
         raise ValueError(f"arm {arm!r} needs a compressor")
-    return latent_given(arm, decoder, params, latents, ids, mask, rows, key)
+    wire = latents.compress(ids, mask) if wire is None else wire
+    return latent_given(arm, decoder, params, latents, wire, rows, key)
 
 
 def join(

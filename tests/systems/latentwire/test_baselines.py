@@ -44,11 +44,21 @@ def logits(arm, data, family="llama", **kwargs):
     """Next-token logits after the prompt, and after one more token."""
     decoder, params = reader(family)
     given = baselines.build(arm, decoder, params, *data, **kwargs)
-    answers = np.full((len(data[0]), 2), 7, np.int32)
+    return np.asarray(_read(decoder, params, given, data[2], data[3]))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _read(decoder, params, given, ids, mask):
+    answers = jnp.full((len(ids), 2), 7, jnp.int32)
     hidden = baselines.answer_hidden(
-        decoder, params, given, data[2], data[3], answers, np.ones(answers.shape, bool)
+        decoder, params, given, ids, mask, answers, jnp.ones(answers.shape, bool)
     )
-    return np.asarray(decoder.apply({"params": params}, hidden, method="unembed"))
+    return decoder.apply({"params": params}, hidden, method="unembed")
+
+
+@functools.cache
+def reference(family="llama"):
+    return plain_logits(batch(), family)
 
 
 def plain_logits(data, family="llama"):
@@ -63,12 +73,12 @@ def plain_logits(data, family="llama"):
     return np.asarray(out)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 @pytest.mark.parametrize("arm", ["full_text", "embedding_replay"])
 def test_text_arms_equal_plain_reading(arm, family):
     data = batch()
     np.testing.assert_allclose(
-        logits(arm, data, family), plain_logits(data, family), rtol=2e-4, atol=2e-4
+        logits(arm, data, family), reference(family), rtol=2e-4, atol=2e-4
     )
 
 
@@ -80,14 +90,14 @@ def test_text_arms_equal_plain_reading(arm, family):
 def test_ratio_one_is_the_full_text(arm):
     data = batch()
     np.testing.assert_allclose(
-        logits(arm, data, ratio=1.0), plain_logits(data), rtol=2e-4, atol=2e-4
+        logits(arm, data, ratio=1.0), reference(), rtol=2e-4, atol=2e-4
     )
 
 
 def test_pca_at_full_rank_is_the_mean_pool():
     data = batch()
     np.testing.assert_allclose(
-        logits("pca", data, ratio=1.0), plain_logits(data), rtol=1e-3, atol=1e-3
+        logits("pca", data, ratio=1.0), reference(), rtol=1e-3, atol=1e-3
     )
 
 
@@ -95,25 +105,21 @@ ARMS = [a for a in baselines.ARMS if a not in baselines.LATENT_ARMS]
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_padding_never_matters(arm):
+def test_neither_padding_nor_the_other_rows_matter(arm):
     anchor = jnp.array([3, 4], jnp.int32)
-    small = logits(arm, batch(12, 5), ratio=RATIO, anchor_ids=anchor)
-    large = logits(arm, batch(18, 8), ratio=RATIO, anchor_ids=anchor)
-    np.testing.assert_allclose(small, large, rtol=2e-4, atol=2e-4)
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_rows_do_not_see_each_other(arm):
-    data = batch()
-    together = logits(arm, data, ratio=RATIO)
-    alone = logits(arm, tuple(x[1:2] for x in data), ratio=RATIO)
+    together = logits(arm, batch(12, 5), ratio=RATIO, anchor_ids=anchor)
+    alone = tuple(x[1:2] for x in batch(18, 8))
+    alone = logits(arm, alone, ratio=RATIO, anchor_ids=anchor)
     np.testing.assert_allclose(together[1:2], alone, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("arm", sorted(baselines.BUDGETED))
 def test_budget_is_ceil_of_length_over_ratio(arm):
     decoder, params = reader()
-    given = baselines.build(arm, decoder, params, *batch(), ratio=RATIO)
+    # The shapes and options of the test above, so that nothing is compiled again.
+    given = baselines.build(
+        arm, decoder, params, *batch(), ratio=RATIO, anchor_ids=jnp.array([3, 4], jnp.int32)
+    )
     np.testing.assert_array_equal(given.kv.mask.sum(-1), [4, 3, 4])
     shorter = arm.startswith("token") or arm in ("stride_tokens", "random_tokens")
     np.testing.assert_array_equal(given.start, [4, 3, 4] if shorter else CONTEXTS)

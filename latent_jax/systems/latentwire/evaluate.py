@@ -1,0 +1,279 @@
+"""Questions answered from every arm with one prompt, greedily, with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from latent_jax.backbones.backbone import Backbone
+from latent_jax.backbones.generate import bucket
+from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.data.squad import QAExample
+from latent_jax.systems.latentwire import baselines, metrics
+from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.bootstrap import (
+    difference_interval,
+    mean_interval,
+    ratio_interval,
+)
+from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.reconstruct import evaluate_ae
+from latent_jax.systems.latentwire.scoring import (
+    Progress,
+    batches,
+    context_width,
+    decode,
+    score_answers,
+    task_embedding,
+)
+
+__all__ = ["Progress", "check_arms", "evaluate_ae", "evaluate_qa", "partners", "prepare"]
+
+TUNED = "_tuned"
+#: Arms that ought to be beaten by a margin rather than matched by a share.
+CONTROLS = ("no_context", "shuffled", "scrambled", "zero")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One tokenised question."""
+
+    example: QAExample
+    context: list[int]
+    prompt: list[int]
+    gold: list[int]
+
+
+def check_arms(arms: Sequence[str], tuned: Sequence[str] = ()) -> None:
+    """Refuses unknown arms before anything is compiled.
+
+    Raises:
+      ConfigError: an arm that does not exist, or a tuned arm of a trained compressor.
+    """
+    for arm in (*arms, *tuned):
+        if arm.removesuffix(TUNED) not in baselines.ARMS:
+            raise ConfigError(f"eval.arms: unknown arm {arm!r}; known: {', '.join(baselines.ARMS)}")
+    for arm in tuned:
+        if arm in baselines.LATENT_ARMS:
+            raise ConfigError(f"eval.tuned: {arm!r} has trained parts already; name text arms")
+
+
+def prepare(
+    builder: PromptBuilder, examples: Sequence[QAExample], max_context: int
+) -> tuple[list[Row], int]:
+    """Tokenises examples and leaves out those whose passage is longer than ``max_context``.
+
+    They are left out and counted, not cut: a cut passage may have lost the answer.
+
+    Raises:
+      DataError: no example is left.
+    """
+    contexts = {text: builder.context_ids(text) for text in {e.context for e in examples}}
+    rows = [
+        Row(
+            e,
+            contexts[e.context],
+            builder.prompt_ids(e.question),
+            builder.answer_ids(e.answers[0], stop=False),
+        )
+        for e in examples
+        if 0 < len(contexts[e.context]) <= max_context
+    ]
+    if not rows:
+        raise DataError(f"no question's passage fits {max_context} tokens: raise data.max_context")
+    return rows, len(examples) - len(rows)
+
+
+def partners(rows: Sequence[Row], seed: int) -> np.ndarray:
+    """For each row a random row with another passage (the ``shuffled`` control).
+
+    Raises:
+      DataError: all rows share one passage.
+    """
+    passages = {c: i for i, c in enumerate(dict.fromkeys(r.example.context for r in rows))}
+    if len(passages) < 2:
+        raise DataError("the arm shuffled needs questions on at least two passages")
+    number = np.array([passages[r.example.context] for r in rows])
+    rng = np.random.default_rng([seed, 23])
+    # Rows in passage order: those of other passages are all but one contiguous run.
+    order = np.argsort(number, kind="stable")
+    first = np.searchsorted(number[order], number, side="left")
+    count = np.searchsorted(number[order], number, side="right") - first
+    draw = rng.integers(0, len(rows) - count)
+    return order[np.where(draw < first, draw, draw + count)]
+
+
+def evaluate_qa(
+    reader: Backbone,
+    latents: Compressed | None,
+    examples: Sequence[QAExample],
+    arms: Sequence[str],
+    *,
+    builder: PromptBuilder,
+    ratio: float,
+    max_context: int = 512,
+    max_new_tokens: int = 16,
+    batch_size: int = 16,
+    segment: int = 64,
+    seed: int = 0,
+    task: str | None = "answer",
+    tuned: Mapping[str, Float[Array, "n d"]] | None = None,
+    name: str = "squad",
+    score: bool = True,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Answers questions from every arm with the same prompt, greedily.
+
+    Args:
+      reader: the frozen LLM.
+      latents: the trained compressor (None if no latent arm is asked for).
+      examples: questions.
+      arms: of `baselines.ARMS`; with ``_tuned`` for those that have a soft prompt in ``tuned``.
+      builder: the one prompt builder of training and evaluation.
+      ratio: context tokens per latent, and per slot of the budgeted arms.
+      max_context: longest passage in tokens; questions on longer ones are left out and counted.
+      max_new_tokens: longest answer in tokens.
+      batch_size: rows at once.
+      segment: contexts are padded to multiples of this (the compressor's segment).
+      seed: of the random arms and the intervals.
+      task: which learned task embedding follows the latents; None for none.
+      tuned: ``{arm: soft prompt}`` of the tuned controls, put before the question.
+      name: prefix of the metrics.
+      score: also compute teacher-forced NLL and first-token ranks.
+      progress: called after every arm of every batch.
+
+    Returns:
+      Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``first_top1``, ``first_top5``, ``empty``;
+      comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and ``<name>.f1_gain.<arm>``), and one sample per example.
+    """
+    tuned = dict(tuned or {})
+    arms = [*arms, *(a + TUNED for a in tuned if a + TUNED not in arms)]
+    check_arms(arms)
+    missing = [a for a in arms if a.endswith(TUNED) and a.removesuffix(TUNED) not in tuned]
+    if missing:
+        raise ConfigError(f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)")
+    rows, dropped = prepare(builder, examples, max_context)
+    partner = partners(rows, seed) if "shuffled" in arms else None
+    widths = (
+        bucket(max(len(r.prompt) for r in rows), 8),
+        bucket(max(len(r.gold) for r in rows), 4),
+    )
+    table = {arm: _Scores(len(rows)) for arm in arms}
+    anchor = jnp.asarray(builder.replay_anchor_ids, jnp.int32)
+    plan = list(batches([len(r.context) for r in rows], batch_size))
+    tokens = slots = done = 0
+    for at in plan:
+        real = len(dict.fromkeys(at.tolist()))
+
+        def texts(which):
+            longest = max(len(rows[i].context) for i in which)
+            width = context_width(longest, segment)
+            return pad_rows([rows[i].context for i in which], width, builder.pad_id)
+
+        prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
+        gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
+        own, cache, wire = texts(at), None, None
+        if any(a.removesuffix(TUNED) in baselines.CACHED for a in arms):
+            cache = baselines.prefill(reader.decoder, reader.params, *own)
+        if set(arms) & {"latent", "scrambled", "zero"} and latents is not None:
+            wire = baselines.encode(latents, *own)
+        for arm in arms:
+            base = arm.removesuffix(TUNED)
+            shown, sent = own, wire if base in baselines.LATENT_ARMS else None
+            if base == "shuffled":
+                shown, sent = texts(partner[at]), None
+            given = baselines.build(
+                base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),
+                ratio=ratio, context=cache if base in baselines.CACHED else None,
+                latents=latents if base in baselines.LATENT_ARMS else None, wire=sent,
+                anchor_ids=anchor, key=jax.random.key(seed),
+            )  # fmt: skip
+            lead = task_embedding(latents, base, task, len(at))
+            if arm != base:
+                lead = jnp.broadcast_to(tuned[base], (len(at), *tuned[base].shape))
+            if base == "latent":
+                tokens += int(own[1][:real].sum())
+                slots += int(np.asarray(given.kv.mask)[:real].sum())
+            ids, lengths = decode(
+                reader, given, *prompt, lead, max_new_tokens, builder.stop_ids
+            )
+            forced = {}
+            if score:
+                forced = score_answers(
+                    reader.decoder, reader.params, given, *prompt, *gold, lead
+                )
+            for j, i in enumerate(at[:real]):
+                said = builder.text(ids[j, : lengths[j]])
+                table[arm].add(i, said, rows[i].example.answers, forced, j)
+            done += 1
+            if progress is not None:
+                progress(f"{name}: {arm}", done, len(plan) * len(arms))
+    out: dict[str, Any] = {f"{name}.questions": len(rows), f"{name}.left_out": dropped}
+    if slots:
+        out[f"{name}.ratio"] = tokens / slots
+    for arm, scores in table.items():
+        scores.report(out, name, arm, seed)
+    _compare(out, name, table, seed)
+    return out, [_sample(r, i, table) for i, r in enumerate(rows)]
+
+
+class _Scores:
+    """Per-example scores of one arm."""
+
+    def __init__(self, n: int):
+        self.said = [""] * n
+        self.values = {
+            k: np.zeros(n) for k in ("f1", "em", "nll", "count", "top1", "top5", "empty")
+        }
+
+    def add(self, i: int, said: str, answers: Sequence[str], forced: Mapping[str, Any], j: int):
+        self.said[i] = said
+        v = self.values
+        v["f1"][i] = metrics.f1(said, answers)
+        v["em"][i] = metrics.exact_match(said, answers)
+        v["empty"][i] = not said
+        for key in ("nll", "count", "top1", "top5"):
+            if key in forced:
+                v[key][i] = forced[key][j]
+
+    def report(self, out: dict[str, Any], name: str, arm: str, seed: int) -> None:
+        v = self.values
+        for key in ("f1", "em"):
+            out[f"{name}.{key}.{arm}"] = float(v[key].mean())
+            out[f"{name}.{key}.{arm}.ci95"] = list(mean_interval(v[key], seed=seed))
+        out[f"{name}.empty.{arm}"] = float(v["empty"].mean())
+        if v["count"].any():
+            out[f"{name}.nll.{arm}"] = float(v["nll"].sum() / v["count"].sum())
+            out[f"{name}.first_top1.{arm}"] = float(v["top1"].mean())
+            out[f"{name}.first_top5.{arm}"] = float(v["top5"].mean())
+
+
+def _compare(out: dict[str, Any], name: str, table: Mapping[str, _Scores], seed: int) -> None:
+    """The latent arm against every other: a gain over controls, a share of everything else (paired)."""
+    if "latent" not in table:
+        return
+    ours = table["latent"].values["f1"]
+    for arm, scores in table.items():
+        theirs = scores.values["f1"]
+        if arm.removesuffix(TUNED) in CONTROLS:
+            out[f"{name}.f1_gain.{arm}"] = float(ours.mean() - theirs.mean())
+            out[f"{name}.f1_gain.{arm}.ci95"] = list(difference_interval(ours, theirs, seed=seed))
+        elif arm != "latent" and theirs.any():
+            out[f"{name}.f1_share.{arm}"] = float(ours.mean() / theirs.mean())
+            out[f"{name}.f1_share.{arm}.ci95"] = list(ratio_interval(ours, theirs, seed=seed))
+
+
+def _sample(row: Row, i: int, table: Mapping[str, _Scores]) -> dict[str, Any]:
+    e = row.example
+    return {
+        "kind": "answer", "id": e.id, "title": e.title, "context": e.context, "question": e.question,
+        "answers": list(e.answers),
+        "predictions": {arm: s.said[i] for arm, s in table.items()},
+        "f1": {arm: round(float(s.values["f1"][i]), 4) for arm, s in table.items()},
+    }  # fmt: skip

@@ -1,0 +1,161 @@
+"""Greedy reconstruction of held-out texts from their latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from latent_jax.backbones.backbone import Backbone
+from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.systems.latentwire import baselines, metrics
+from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.bootstrap import mean_interval
+from latent_jax.systems.latentwire.prompts import pad_rows
+from latent_jax.systems.latentwire.scoring import (
+    Progress,
+    batches,
+    decode,
+    score_answers,
+    task_embedding,
+)
+
+
+def evaluate_ae(
+    reader: Backbone,
+    latents: Compressed,
+    segments: Int[np.ndarray, "n t"],
+    *,
+    arms: Sequence[str] = ("latent", "shuffled", "zero"),
+    batch_size: int = 16,
+    segment: int = 64,
+    seed: int = 0,
+    task: str | None = "reconstruct",
+    samples: int = 16,
+    name: str = "ae",
+    progress: Progress | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know the text.
+
+    Args:
+      reader: the frozen LLM.
+      latents: the trained compressor.
+      segments: tokens of the texts, all of one length.
+      arms: of `baselines.LATENT_ARMS`.
+      batch_size: rows at once.
+      segment: the compressor's segment; longer texts are padded to a multiple of it.
+      seed: of the random arms and the intervals.
+      task: the learned task embedding after the latents; None for none.
+      samples: texts returned for the report.
+      name: prefix of the metrics.
+      progress: called after every arm of every batch.
+
+    Returns:
+      Flat metrics, ``<name>.<metric>`` for the latents and ``<name>.<metric>.<arm>`` for the controls, with metrics
+      ``token_accuracy, exact_prefix`` (tokens before the first miss)``, exact_match, bleu, nll`` and
+      ``forced_accuracy`` (teacher-forced, to show the gap to greedy); and samples.
+
+    Raises:
+      DataError: fewer than two texts.
+    """
+    segments = np.asarray(segments, np.int32)
+    n, length = segments.shape
+    if n < 2:
+        raise DataError(f"reconstruction needs at least 2 held-out texts, got {n}")
+    if set(arms) - set(baselines.LATENT_ARMS):
+        raise ConfigError(f"reconstruction arms are {', '.join(baselines.LATENT_ARMS)}; got {arms}")
+    width = length if length <= segment else -(-length // segment) * segment
+    empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
+    scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
+    rebuilt = {a: np.zeros((n, length), np.int32) for a in arms}
+    plan = list(batches([length] * n, batch_size))
+    tokens = slots = done = 0
+    for at in plan:
+        real = len(dict.fromkeys(at.tolist()))
+        gold = segments[at], np.ones((len(at), length), bool)
+        ids, mask = pad_rows(gold[0], width)
+        wire = baselines.encode(latents, ids, mask)
+        for arm in arms:
+            sent = wire
+            if arm == "shuffled":
+                sent = _neighbours(latents, wire, segments, at, real, width)
+            given = baselines.build(
+                arm, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
+                latents=latents, wire=sent, key=jax.random.key(seed),
+            )  # fmt: skip
+            lead = task_embedding(latents, arm, task, len(at))
+            guess, _ = decode(reader, given, *empty, lead, length, ())
+            forced = score_answers(reader.decoder, reader.params, given, *empty, *gold, lead)
+            row = metrics.agreement(guess, *gold)
+            row |= {k: np.asarray(forced[k]) for k in ("nll", "hit")}
+            row["bleu"] = np.array([metrics.bleu(g, t) for g, t in zip(guess, gold[0], strict=True)])
+            for key, value in row.items():
+                scores[arm].setdefault(key, np.zeros(n))[at[:real]] = value[:real]
+            rebuilt[arm][at[:real]] = guess[:real]
+            if arm == "latent":
+                tokens += int(mask[:real].sum())
+                slots += int(np.asarray(given.kv.mask)[:real].sum())
+            done += 1
+            if progress is not None:
+                progress(f"{name}: {arm}", done, len(plan) * len(arms))
+    out: dict[str, Any] = {f"{name}.segments": n, f"{name}.length": length}
+    if slots:
+        out["ratio"] = tokens / slots
+    for arm in arms:
+        _report_ae(out, name, "" if arm == "latent" else f".{arm}", scores[arm], seed)
+    return out, _ae_samples(reader.tokenizer, segments, rebuilt, scores, min(samples, n))
+
+
+def _neighbours(
+    latents: Compressed, wire: Any, segments: np.ndarray, at: np.ndarray, real: int, width: int
+) -> Any:
+    """Every real row's neighbour's wire, of the same batch where that has another text."""
+    if real == 1:
+        others = segments[(at + 1) % len(segments)]
+        return baselines.encode(latents, *pad_rows(others, width))
+    source = np.concatenate([np.roll(np.arange(real), 1), np.zeros(len(at) - real, int)])
+    return jax.tree.map(lambda x: x[source], wire)
+
+
+def _report_ae(
+    out: dict[str, Any], name: str, suffix: str, v: Mapping[str, np.ndarray], seed: int
+) -> None:
+    """Means and intervals of one arm; those over tokens are ratios of sums."""
+    one = np.ones(len(v["count"]))
+    columns = {
+        "token_accuracy": (v["correct"], v["count"]), "exact_prefix": (v["prefix"], one),
+        "exact_match": (v["exact"], one), "bleu": (v["bleu"], one),
+        "nll": (v["nll"], v["count"]), "forced_accuracy": (v["hit"], v["count"]),
+    }  # fmt: skip
+    for key, (total, count) in columns.items():
+        out[f"{name}.{key}{suffix}"] = float(total.sum() / count.sum())
+        out[f"{name}.{key}{suffix}.ci95"] = list(mean_interval(total, count, seed=seed))
+
+
+def _ae_samples(
+    tokenizer: Any,
+    segments: np.ndarray,
+    rebuilt: Mapping[str, np.ndarray],
+    scores: Mapping[str, Mapping[str, np.ndarray]],
+    count: int,
+) -> list[dict[str, Any]]:
+    rows = []
+    pieces = lambda ids: [tokenizer.decode([int(i)], skip_special=False) for i in ids]  # noqa: E731
+    for i in range(count):
+        row = {
+            "kind": "reconstruction",
+            "text": tokenizer.decode(segments[i].tolist()),
+            "tokens": pieces(segments[i]),
+        }
+        for arm, ids in rebuilt.items():
+            key = "reconstruction" if arm == "latent" else arm
+            row[key] = tokenizer.decode(ids[i].tolist())
+            if arm == "latent":
+                row["reconstruction_tokens"] = pieces(ids[i])
+                share = scores[arm]["correct"][i] / scores[arm]["count"][i]
+                row["token_accuracy"] = round(float(share), 4)
+        rows.append(row)
+    return rows

@@ -1,0 +1,93 @@
+"""What both evaluations share: batches of static shape, teacher-forced scores, greedy decoding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.backbone import Backbone
+from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.generate import bucket, generate_ids
+from latent_jax.systems.latentwire import baselines, metrics
+from latent_jax.systems.latentwire.baselines import Compressed, Given
+
+#: Called as ``progress(what, done, total)``.
+Progress = Callable[[str, int, int], None]
+
+
+def context_width(longest: int, segment: int) -> int:
+    """Static width of a batch of contexts: 1, 2, 3, 4, 6, 8, 12, 16, … segments."""
+    return segment * bucket(-(-max(longest, 1) // segment), 1)
+
+
+def batches(lengths: Sequence[int], size: int) -> Iterator[np.ndarray]:
+    """Row numbers in batches of similar length; the last one repeats its first row to stay full."""
+    order = np.argsort(lengths, kind="stable")
+    for start in range(0, len(order), size):
+        rows = order[start : start + size]
+        yield np.concatenate([rows, np.full(size - len(rows), rows[0])])
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def score_answers(
+    decoder: Decoder,
+    params: Any,
+    given: Given,
+    prompt_ids: Int[Array, "b p"],
+    prompt_mask: Bool[Array, "b p"],
+    answer_ids: Int[Array, "b a"],
+    answer_mask: Bool[Array, "b a"],
+    lead: Float[Array, "b n d"] | None = None,
+) -> dict[str, Float[Array, " b"]]:
+    """Teacher-forced scores per row: summed NLL, tokens, hits of the greedy choice, first token in the top 1 and 5."""
+    hidden = baselines.answer_hidden(
+        decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead
+    )
+    logits = decoder.apply({"params": params}, hidden, method="unembed")
+    nll = metrics.token_nll(logits, answer_ids)
+    hit = (jnp.argmax(logits, -1) == answer_ids) & answer_mask
+    return {
+        "nll": jnp.where(answer_mask, nll, 0.0).sum(-1), "count": answer_mask.sum(-1), "hit": hit.sum(-1),
+        "top1": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 1),
+        "top5": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 5),
+    }  # fmt: skip
+
+
+_join = jax.jit(baselines.join, static_argnums=0)
+
+
+def decode(
+    reader: Backbone,
+    given: Given,
+    prompt_ids: Any,
+    prompt_mask: Any,
+    lead: Any,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy tokens of each row and how many they are."""
+    embeds, mask = _join(reader.decoder, reader.params, given, prompt_ids, prompt_mask, lead)
+    out = generate_ids(
+        reader.decoder,
+        reader.params,
+        embeds,
+        mask,
+        start=given.start,
+        prefix=given.kv,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+    )
+    return np.asarray(out.tokens), np.asarray(out.lengths)
+
+
+def task_embedding(latents: Compressed | None, arm: str, task: str | None, rows: int) -> Any:
+    """The learned embeddings that stand between latents and prompt; None for every other arm."""
+    if latents is None or task is None or arm not in baselines.LATENT_ARMS:
+        return None
+    return latents.task(task, rows)

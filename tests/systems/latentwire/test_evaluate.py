@@ -1,0 +1,178 @@
+"""The two evaluations end to end on a tiny random reader, with a compressor that is one too."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
+from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.data.squad import QAExample
+from latent_jax.systems.latentwire import evaluate
+from latent_jax.systems.latentwire.baselines import Latents
+from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.evaluate import Row
+from latent_jax.systems.latentwire.model import Compressor
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
+
+SEGMENT = 16
+
+
+@functools.cache
+def reader():
+    config = tiny_config(num_layers=2, vocab_size=262)
+    params = random_params(config, jax.random.key(0))
+    return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))
+
+
+@functools.cache
+def latents():
+    model = ModelConfig(ratio=4.0, segment=SEGMENT, encoder=EncoderConfig(lora_rank=2))
+    module = Compressor(model, reader().config)
+    ids = np.ones((2, SEGMENT), np.int32)
+    frozen = reader().params
+    params = module.init(jax.random.key(1), frozen, ids, ids > 0)["params"]
+    return Latents(module, params, frozen)
+
+
+def examples(n=6):
+    return [
+        QAExample(str(i), "t", f"k{i // 2}: {'ab'[i % 2] * (1 + i)}.", f"k{i}?", (f"v{i}",))
+        for i in range(n)
+    ]
+
+
+def builder(**options):
+    return PromptBuilder(reader().tokenizer, PromptConfig(question="\n{q}", **options))
+
+
+def qa(arms, rows=None, **options):
+    settings = {"ratio": 4.0, "batch_size": 4, "segment": SEGMENT, "max_new_tokens": 4} | options
+    return evaluate.evaluate_qa(
+        reader(), latents(), rows or examples(), arms, builder=builder(), **settings
+    )
+
+
+def test_questions_from_every_kind_of_arm():
+    seen = []
+    arms = ("latent", "full_text", "shuffled", "zero", "no_context")
+    soft = {"full_text": np.zeros((3, reader().config.hidden_size), np.float32)}
+    out, samples = qa(arms, tuned=soft, progress=lambda *a: seen.append(a))
+    for arm in (*arms, "full_text_tuned"):
+        low, high = out[f"squad.f1.{arm}.ci95"]
+        assert low <= out[f"squad.f1.{arm}"] <= high
+        assert 0 <= out[f"squad.em.{arm}"] <= out[f"squad.f1.{arm}"] <= 1
+        assert out[f"squad.nll.{arm}"] > 0
+        assert out[f"squad.first_top1.{arm}"] <= out[f"squad.first_top5.{arm}"]
+    assert out["squad.questions"] == 6 and out["squad.left_out"] == 0
+    assert 3 < out["squad.ratio"] <= 4
+    assert "squad.f1_gain.shuffled" in out
+    assert [s["id"] for s in samples] == [e.id for e in examples()]
+    assert set(samples[0]["predictions"]) == {*arms, "full_text_tuned"}
+    assert seen[-1][1:] == (12, 12)
+    # An untrained wire says something else than the text, and its owner matters to the likelihood.
+    nll = {a: out[f"squad.nll.{a}"] for a in arms}
+    assert len({round(v, 5) for v in nll.values()}) == len(arms)
+
+
+def test_the_batch_size_changes_nothing():
+    arms = ("latent", "shuffled", "scrambled")
+    first, a = qa(arms)
+    second, b = qa(arms, batch_size=6)
+    assert [s["predictions"] for s in a] == [s["predictions"] for s in b]
+    for key, value in first.items():
+        np.testing.assert_allclose(value, second[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_what_is_decoded_is_what_is_scored():
+    """With its own first answer as the gold one, the reader is right every time."""
+    _, samples = qa(("full_text",), score=False)
+    echo = [
+        QAExample(e.id, e.title, e.context, e.question, (s["predictions"]["full_text"],))
+        for e, s in zip(examples(), samples, strict=True)
+    ]
+    out, _ = qa(("full_text",), rows=echo, score=False)
+    assert out["squad.em.full_text"] == 1.0 and "squad.nll.full_text" not in out
+
+
+def test_shuffled_never_uses_the_same_passage():
+    passages = ["a", "b", "a", "c", "a", "a", "b"] * 5
+    rows = [Row(QAExample(str(i), "", p, "", ("",)), [1], [1], [1]) for i, p in enumerate(passages)]
+    for seed in range(20):
+        partner = evaluate.partners(rows, seed)
+        assert all(passages[i] != passages[j] for i, j in enumerate(partner))
+    assert len(set(partner)) > 5
+    with pytest.raises(DataError, match="at least two passages"):
+        evaluate.partners(rows[:1], 0)
+
+
+def test_bad_requests_are_one_clear_line():
+    with pytest.raises(ConfigError, match="unknown arm 'latents'"):
+        qa(("latents",))
+    with pytest.raises(ConfigError, match="needs a trained soft prompt"):
+        qa(("full_text_tuned",))
+    with pytest.raises(DataError, match="fits 2 tokens"):
+        qa(("full_text",), max_context=2)
+    with pytest.raises(ConfigError, match="trained parts"):
+        evaluate.check_arms((), ("latent",))
+
+
+def test_reconstruction_metrics_and_samples():
+    segments = np.random.default_rng(0).integers(97, 122, (7, SEGMENT)).astype(np.int32)
+    settings = {"segment": SEGMENT, "batch_size": 3}
+    out, samples = evaluate.evaluate_ae(reader(), latents(), segments, samples=2, **settings)
+    assert out["ratio"] == 4.0 and out["ae.segments"] == 7
+    for suffix in ("", ".shuffled", ".zero"):
+        assert 0 <= out[f"ae.token_accuracy{suffix}"] <= 1
+        assert 0 <= out[f"ae.exact_prefix{suffix}"] <= SEGMENT
+        low, high = out[f"ae.nll{suffix}.ci95"]
+        assert low <= out[f"ae.nll{suffix}"] <= high
+    assert out["ae.nll"] != out["ae.nll.shuffled"]
+    assert len(samples) == 2 and samples[0]["text"] == reader().tokenizer.decode(segments[0])
+    assert len(samples[0]["tokens"]) == SEGMENT and "shuffled" in samples[0]
+    one, _ = evaluate.evaluate_ae(
+        reader(), latents(), segments, arms=("latent", "zero"), **settings | {"batch_size": 7}
+    )
+    for key in one:
+        np.testing.assert_allclose(one[key], out[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_longer_texts_are_compressed_in_segments():
+    segments = np.random.default_rng(1).integers(97, 122, (2, SEGMENT + 8)).astype(np.int32)
+    out, _ = evaluate.evaluate_ae(
+        reader(), latents(), segments, arms=("latent",), segment=SEGMENT, batch_size=2
+    )
+    assert out["ratio"] == pytest.approx(24 / 6)
+    with pytest.raises(DataError, match="at least 2"):
+        evaluate.evaluate_ae(reader(), latents(), segments[:1])
+
+
+def test_the_prompt_splits_where_the_answer_begins():
+    b = builder()
+    prompt, gold = b.supervised("who?", "Bob")
+    joint = b.tokenizer.encode("\nwho?\nAnswer: Bob")
+    assert prompt + gold[:-1] == joint and gold[-1] == b.stop_id
+    assert b.text([*b.tokenizer.encode(" Bob\nQuestion"), 3]) == "Bob"
+    assert b.text([b.stop_id, 65]) == ""
+    batch = qa_batch(b, [[1, 2]], ["who?"], ["Bob"], (4, 20, 8))
+    assert batch["prompt_mask"][0, -1] and not batch["prompt_mask"][0, 0]
+    assert batch["answer_ids"][0, batch["answer_mask"][0]].tolist() == gold
+
+
+class _Merging(ByteTokenizer):
+    """Merges ``: `` into one token, as a tokenizer might that starts no word with a space."""
+
+    def encode(self, text):
+        return super().encode(text.replace(": ", "\x01"))
+
+
+def test_a_tokenizer_that_merges_across_the_boundary_is_refused():
+    b = PromptBuilder(_Merging(), PromptConfig())
+    with pytest.raises(DataError, match="does not start a token of its own"):
+        b.supervised("who?", "Bob")
+    with pytest.raises(ConfigError, match="chat needs"):
+        PromptBuilder(ByteTokenizer(), PromptConfig(format="chat"))
