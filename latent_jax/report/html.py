@@ -19,10 +19,9 @@ _GROUPS = {
     "term": "Loss terms",
     "weight": "Weights",
     "share": "Shares of the loss",
-    "grad_norm": "Gradient norms",
     "eval": "Held out, while training",
 }
-_LOG = ("loss", "lr", "grad_norm")
+_OPTIMISER = {"grad_norm": "gradient norm", "lr": "learning rate"}
 _SHOWN_WARNINGS = 40
 
 
@@ -123,7 +122,7 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     for name, column in series(rows).items():
         # `term.ae`, `grad_norm.encoder`; a bare `grad_norm` is the whole of its group.
         group, _, rest = name.replace("/", ".", 1).partition(".")
-        if rest or group == "grad_norm":
+        if rest or group in _OPTIMISER:
             groups.setdefault(group, {})[rest or "all"] = column
         elif group not in ("skipped", "skipped_total") or any(column[1]):
             groups.setdefault("", {})[name] = column
@@ -141,22 +140,28 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     if len(shares) > 1:
         terms.append(figures.stacked("share of the loss", shares))
     if moving:
-        terms.append(figures.curve("weights", moving))
+        title = "weights" if len(moving) > 1 else f"weight of {next(iter(moving))}"
+        terms.append(figures.curve(title, moving))
     if terms:
         made.append(("Loss, and its terms", terms))
+    optimiser = [
+        figures.curve(title, groups.pop(name), log=True)
+        for name, title in _OPTIMISER.items()
+        if name in groups
+    ]
     for group, members in groups.items():
         panels = [figures.curve(name, {name: column}) for name, column in members.items()]
-        if group == "grad_norm" and len(members) > 1:
-            panels = [figures.curve("gradient norm", members, log=True)]
         made.append((_GROUPS.get(group, group.replace("_", " ").capitalize()), panels))
     if main:
         panels = [
-            figures.curve(name.replace("_", " "), {name: column}, log=name in _LOG)
+            figures.curve(name.replace("_", " "), {name: column})
             for name, column in main.items()
             if len(set(column[1])) > 1
         ]
         if panels:
-            made.append(("Optimiser, and what the system watches", panels))
+            made.append(("What the system watches", panels))
+    if optimiser:
+        made.append(("Optimiser", optimiser))
     return made
 
 
