@@ -27,6 +27,7 @@ from latent_jax.core.config import config_hash
 from latent_jax.core.errors import CheckpointError
 from latent_jax.core.types import PyTree
 from latent_jax.train.config import CheckpointConfig
+from latent_jax.train.load import load_variables
 from latent_jax.train.state import TrainState
 
 # What may differ between a run and its continuation: it does not change what is computed.
@@ -35,6 +36,8 @@ _NOT_HASHED = (
     "train.checkpoint.keep_best", "train.checkpoint.asynchronous", "train.checkpoint.every",
 )
 _VERSION = 1
+
+__all__ = ["Checkpoints", "load_variables", "resume_hash"]
 
 
 def resume_hash(config: Any) -> str:
@@ -203,78 +206,6 @@ class Checkpoints:
             shutil.move(str(self._directory / str(step)), str(target))
         self._manager.reload()
         warn(f"checkpoint {step} is damaged ({reason}); falling back to the one before it")
-
-
-def load_variables(run: str | Path, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads the variables of a run as numpy arrays, without knowing its optimizer or mesh.
-
-    Args:
-      run: run directory (the one that holds ``checkpoints/``), or that directory itself.
-      which: ``last``, ``best`` (raw metric), ``peak`` (smoothed metric), or a step.
-
-    Returns:
-      ``(variables, meta)`` with ``variables = {"params": …, **collections}``.
-
-    Raises:
-      CheckpointError: no such run or step, or it cannot be read.
-    """
-    directory = Path(run)
-    if directory.name != "checkpoints":
-        directory = directory / "checkpoints"
-    steps = sorted(int(p.name) for p in directory.glob("*") if p.name.isdigit())
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {directory}: is that a run's directory?")
-    step = _choose(directory, steps, which)
-    root = (directory / str(step)).absolute()
-    try:
-        meta = json.loads(_read_json(root / "meta"))
-        with ocp.StandardCheckpointer() as reader:
-            shapes = reader.metadata(root / "variables").item_metadata.tree
-            target = jax.tree.map(
-                lambda m: jax.ShapeDtypeStruct(
-                    m.shape, m.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])
-                ),
-                dict(shapes),
-            )
-            flat = reader.restore(root / "variables", target)
-    except CheckpointError:
-        raise
-    except Exception as e:  # noqa: BLE001 - Orbax raises many kinds for a damaged file
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
-        raise CheckpointError(f"checkpoint {root} cannot be read: {reason}") from e
-    variables = trees.unflatten({k: np.asarray(v) for k, v in flat.items()})
-    variables.setdefault("params", {})
-    if trees.count_params(variables["params"]) != meta["param_count"]:
-        raise CheckpointError(
-            f"checkpoint {root} holds {trees.count_params(variables['params'])} parameters, "
-            f"{meta['param_count']} were trained"
-        )
-    return variables, meta
-
-
-def _choose(directory: Path, steps: list[int], which: str) -> int:
-    if which == "last":
-        return steps[-1]
-    if which in ("best", "peak"):
-        for step in reversed(steps):
-            host = json.loads(_read_json(directory / str(step) / "meta"))["host"]
-            chosen = host.get("selection", {}).get(which)
-            if chosen in steps:
-                return int(chosen)
-        return steps[-1]
-    if which.isdigit() and int(which) in steps:
-        return int(which)
-    raise CheckpointError(
-        f"{directory} has no checkpoint {which!r}; there are: last, best, peak, "
-        + ", ".join(map(str, steps))
-    )
-
-
-def _read_json(item: Path) -> str:
-    try:
-        return (item / "metadata").read_text(encoding="utf-8")
-    except OSError as e:
-        raise CheckpointError(f"checkpoint {item.parent} has no readable meta: {e}") from e
 
 
 def _scorer(name: str, sign: float) -> Callable[[Any], float]:

@@ -119,7 +119,7 @@ Schedule = float | ScheduleConfig
 
 
 def as_config(schedule: Schedule | ScheduleFn) -> ScheduleConfig | ScheduleFn:
-    """Turns a number into a constant schedule; configs and callables pass."""
+    """Turns a number into a constant schedule; configs, callables and ``None`` pass."""
     if isinstance(schedule, int | float):
         return ScheduleConfig(value=float(schedule))
     return schedule

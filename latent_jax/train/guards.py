@@ -93,7 +93,8 @@ class Guards:
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the counters."""
         return {
-            "in_a_row": self._in_a_row, "fired": self._fired, "nonfinite": self._nonfinite,
+            "in_a_row": list(self._in_a_row), "fired": list(self._fired),
+            "nonfinite": self._nonfinite, "stop_reason": self.stop_reason,
         }
 
     def set_state(self, state: Mapping[str, Any], step: int) -> None:
@@ -102,6 +103,7 @@ class Guards:
             self._in_a_row = list(state["in_a_row"])
             self._fired = list(state["fired"])
         self._nonfinite = int(state.get("nonfinite", 0))
+        self.stop_reason = state.get("stop_reason")
         if self._path is not None:
             truncate_jsonl(self._path, step)
 

@@ -7,37 +7,37 @@ and then only those of finished steps.
 from __future__ import annotations
 
 import collections
-import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from latent_jax.core import rng as rng_lib
 from latent_jax.core.errors import ConfigError, RunError
 from latent_jax.sharding import check_batch, make_mesh, replicated, shard_batch, tree_shardings
 from latent_jax.train.checkpoints import Checkpoints, resume_hash
 from latent_jax.train.config import RunBase
-from latent_jax.train.curriculum import init_gates
 from latent_jax.train.guards import Guards
 from latent_jax.train.init_from import apply_init_from
-from latent_jax.train.optimizers import GroupedOptimizer
+from latent_jax.train.meter import Meter
 from latent_jax.train.phases import active_labels, phase_at
 from latent_jax.train.preemption import Preempted, PreemptionWatch
 from latent_jax.train.progress import ProgressEvent, ProgressFn
 from latent_jax.train.protocol import System
 from latent_jax.train.selection import Selection
-from latent_jax.train.state import TrainState, create_state, state_shardings
-from latent_jax.train.step import DEFAULT_RNGS, StepFn, make_train_step
+from latent_jax.train.setup import describe_params, plan_state
+from latent_jax.train.state import TrainState
+from latent_jax.train.step import StepFn, drop_empty, make_train_step
 from latent_jax.train.writers import Writers, open_writers
 
 # Steps that may wait on the device before the host pauses; bounds queued batches and the delay
 # until a preemption signal is seen.
 _MAX_IN_FLIGHT = 8
+
+# With slow steps the log is also written after so long, not only every log_every steps.
+_LOG_SECONDS = 2.0
 
 _Row = tuple[int, str, dict[str, jax.Array]]  # step, phase, metrics still on the device
 
@@ -99,7 +99,7 @@ class _Run:
         self._steps: dict[int, StepFn] = {}
         self._pending: collections.deque[_Row] = collections.deque()
         self._latest: dict[str, float] = {}
-        self._meter = _Meter()
+        self._meter = Meter()
         self.writers: Writers | None = None
         self._restore_warning: str | None = None
 
@@ -108,35 +108,16 @@ class _Run:
     def _set_up(self) -> TrainState:
         """Makes or restores the state; every array lands on its sharding."""
         system, cfg = self.system, self.cfg
-        _, phase = phase_at(cfg, 0)
         check_batch(cfg.batch_size, self.mesh)
-        sample = self._sample_batch(phase.data)
-        rngs = rng_lib.named(
-            self.config.seed, ("params", *getattr(system, "rng_names", DEFAULT_RNGS))
-        )
-        tables = (system.weights, *(p.weights for p in cfg.phases))
-        batch = shard_batch(sample, self.mesh)
-        if getattr(system, "jit_init", True):
-            variables = jax.eval_shape(lambda r: system.init(r, batch), rngs)
-        else:
-            variables = system.init(rngs, batch)
-            variables = jax.tree.map(jnp.asarray, variables)
-        labels = system.param_labels(variables["params"])
-        self.optimizer = GroupedOptimizer.create(cfg.optimizer, labels, cfg.steps)
-
-        def create(variables: dict[str, Any]) -> TrainState:
-            return create_state(variables, self.optimizer.init(variables["params"]),
-                                init_gates(*tables))
-
-        abstract = jax.eval_shape(create, variables)
-        self.shardings = state_shardings(abstract, system.logical_rules, self.mesh)
-        self.frozen = jax.device_put(
-            system.frozen, tree_shardings(system.frozen, system.logical_rules, self.mesh)
-        )
         self.checkpoints = Checkpoints(
             self.out / "checkpoints", cfg.checkpoint, resume_hash(self.config)
         )
-        restored = self.checkpoints.restore(abstract, self.shardings, self._warn_restore)
+        sample = self._sample_batch(phase_at(cfg, 0)[1].data)
+        plan = self._plan = plan_state(system, self.config, self.mesh, sample)
+        self.frozen = jax.device_put(
+            system.frozen, tree_shardings(system.frozen, system.logical_rules, self.mesh)
+        )
+        restored = self.checkpoints.restore(plan.abstract, plan.shardings, self._warn_restore)
         if restored is not None:
             state, self._data_states, host = restored
             self.step = int(state.step)
@@ -147,15 +128,10 @@ class _Run:
             self.message(f"resumed from step {self.step} in {self.out}")
             return state
         self.guards.set_state({}, 0)
-        if getattr(system, "jit_init", True):
-            make = jax.jit(lambda r: create(system.init(r, batch)), out_shardings=self.shardings)
-            state = make(rngs)
-        else:
-            # Copied: the step donates the state, and init may hand out arrays it shares.
-            own = jax.jit(lambda v: create(jax.tree.map(jnp.copy, v)), out_shardings=self.shardings)
-            state = own(variables)
+        state = plan.create()
+        self.message(describe_params(state.params, plan.optimizer, system.frozen))
         if cfg.init_from:
-            state, line = apply_init_from(state, cfg.init_from, cfg.init_partial, self.shardings)
+            state, line = apply_init_from(state, cfg.init_from, cfg.init_partial, plan.shardings)
             self.message(line)
         return state
 
@@ -181,12 +157,12 @@ class _Run:
             phase = self.cfg.phases[index] if self.cfg.phases else None
             self._steps[index] = make_train_step(
                 self.system,
-                self.optimizer,
+                self._plan.optimizer,
                 seed=self.config.seed,
                 accumulate=self.cfg.accumulate,
-                active=active_labels(phase, self.optimizer.names) if phase else None,
+                active=active_labels(phase, self._plan.optimizer.names) if phase else None,
                 weights={**self.system.weights, **phase.weights} if phase else None,
-                shardings=self.shardings,
+                shardings=self._plan.shardings,
                 metric_sharding=replicated(self.mesh),
             )
         return self._steps[index]
@@ -221,6 +197,9 @@ class _Run:
         cfg, total = self.cfg, self.cfg.steps
         saved = self.step if self.checkpoints.steps() else -1
         self._meter.start(self.step)
+        self._logged = time.perf_counter()
+        if self.step < total:
+            self._report(self.step, "compiling")
         while self.step < total and self.guards.stop_reason is None:
             index, phase = phase_at(cfg, self.step)
             self.phase = phase.name
@@ -233,6 +212,8 @@ class _Run:
                 jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
             if self.step % cfg.log_every == 0:
                 self._log(keep=1)
+            elif time.perf_counter() - self._logged > _LOG_SECONDS:
+                self._log(keep=self._running())  # slow steps: what is finished, without waiting
             last = self.step == total
             due = last or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0)
             evaluated = self._quick_eval(state, last)
@@ -259,6 +240,13 @@ class _Run:
             self.message(f"stopped at step {self.step}: {self.guards.stop_reason}")
         if saved != self.step and self.step > 0:
             self._save(state, None, wait=True)
+        name = cfg.checkpoint.metric
+        if saved >= 0 and not self.selection.observed and self.step == total:
+            self.guards.warn(
+                self.step, "checkpoint", name, 0.0,
+                f"train.checkpoint.metric = {name} was never measured (have: "
+                f"{', '.join(sorted(self._latest)) or 'nothing'}); best and peak are the last",
+            )
         return state
 
     def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -287,10 +275,11 @@ class _Run:
         rows = [self._pending.popleft() for _ in range(n)]
         if not rows:
             return
+        self._logged = time.perf_counter()
         values = jax.device_get([metrics for _, _, metrics in rows])
         self._meter.seen(rows[-1][0])
         for (step, phase, _), row in zip(rows, values, strict=True):
-            row = _present({k: float(v) for k, v in row.items()})
+            row = drop_empty({k: float(v) for k, v in row.items()})
             self._latest = {k: v for k, v in self._latest.items() if k.startswith("eval.")} | row
             if self.writers is not None:
                 self.writers.write(step, {"phase": phase, **row})
@@ -298,6 +287,11 @@ class _Run:
         if self.writers is not None:
             self.writers.flush()
         self._report(rows[-1][0])
+
+    def _running(self) -> int:
+        """How many of the pending steps are not known to be finished."""
+        flags = [metrics["loss"].is_ready() for _, _, metrics in self._pending]
+        return len(flags) - flags.index(False) if False in flags else 0
 
     def _save(self, state: TrainState, metrics: dict[str, float] | None, wait: bool) -> None:
         if self.writers is not None:
@@ -341,56 +335,11 @@ class _Run:
         if self._progress is not None and self._main:
             self._progress(ProgressEvent(self.step, self.cfg.steps, self.phase, message=text))
 
-    def _report(self, step: int) -> None:
+    def _report(self, step: int, phase: str | None = None) -> None:
         if self._progress is None or not self._main:
             return
         rates = self._meter.rates()
         eta = (self.cfg.steps - step) / rates["steps"] if rates.get("steps") else None
-        self._progress(ProgressEvent(step, self.cfg.steps, self.phase, self._latest, rates, eta))
-
-
-def _present(row: dict[str, float]) -> dict[str, float]:
-    """Drops the counts, and the means of what was not in the batch."""
-    empty = {k[6:] for k, v in row.items() if k.startswith("count.") and v == 0}
-    gone = empty | {f"{part}.{name}" for name in empty for part in ("term", "share")}
-    return {k: v for k, v in row.items() if k not in gone and not k.startswith("count.")}
-
-
-class _Meter:
-    """Throughput over finished steps, without compile time and evaluations."""
-
-    def __init__(self) -> None:
-        self._units: collections.Counter[str] = collections.Counter()
-        self._queue: collections.deque[dict[str, int]] = collections.deque()
-        self._began: float | None = None
-        self._rates: dict[str, float] = {}
-
-    def start(self, step: int) -> None:
-        self._step = step
-
-    def count(self, units: dict[str, int]) -> None:
-        self._queue.append({"steps": 1, **units})
-
-    def pause(self, seconds: float) -> None:
-        if self._began is not None:
-            self._began += seconds
-
-    def seen(self, step: int) -> None:
-        """Steps up to ``step`` are finished; the first call only starts the clock (compiling)."""
-        now = time.perf_counter()
-        first = self._began is None
-        while self._step < step and self._queue:
-            units = self._queue.popleft()
-            self._step += 1
-            if not first:
-                self._units.update(units)
-        if first:
-            self._began = now
-            return
-        seconds = max(now - self._began, 1e-9)
-        self._rates = {k: v / seconds for k, v in self._units.items() if math.isfinite(seconds)}
-
-    def rates(self) -> dict[str, float]:
-        return dict(self._rates)
-
-
+        self._progress(
+            ProgressEvent(step, self.cfg.steps, phase or self.phase, self._latest, rates, eta)
+        )

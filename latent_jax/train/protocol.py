@@ -35,8 +35,8 @@ class System(Protocol):
 
     Required:
 
-    * ``weights``: ``{term: number | ScheduleConfig | fn(step)}``. A loss term without a weight is
-      logged only. A phase may replace entries.
+    * ``weights``: ``{term: number | ScheduleConfig | fn(step)}``. A loss term without a weight (or
+      with ``None``) is logged only. A phase may replace entries.
     * ``frozen``: pytree of arrays that are an argument of the step, never differentiated, donated,
       checkpointed or in the optimizer (e.g. ``{"reader": params}``; ``{}`` if there is none).
     * ``logical_rules``: ``((regex, axes), ...)`` over parameter paths, see `latent_jax.sharding`.

@@ -40,6 +40,11 @@ class Selection:
         """True if ``step`` is now the best or the peak."""
         return step in (self._state["best"], self._state["peak"])
 
+    @property
+    def observed(self) -> bool:
+        """True if the metric has ever been there."""
+        return self._state["ema"] is not None
+
     def get_state(self) -> dict[str, Any]:
         return dict(self._state)
 

@@ -60,7 +60,8 @@ def make_train_step(
     ``step`` and the guard's counters move.
     """
     active = optimizer.names if active is None else active
-    weights = dict(system.weights if weights is None else weights)
+    table = system.weights if weights is None else weights
+    weights = {name: w for name, w in table.items() if w is not None}
     rng_names = tuple(getattr(system, "rng_names", DEFAULT_RNGS))
 
     def forward(params: PyTree, state: TrainState, collections: Any, frozen: PyTree, batch: Any,
@@ -204,3 +205,10 @@ def _shares(scale: Mapping[str, Any], means: Mapping[str, Any]) -> dict[str, Any
         **{f"weight.{n}": scale[n] for n in parts},
         **{f"share.{n}": p / total for n, p in parts.items()},
     }
+
+
+def drop_empty(row: Mapping[str, float]) -> dict[str, float]:
+    """Drops the counts from a row of metrics, and the means of what was not in the batch."""
+    empty = {k[6:] for k, v in row.items() if k.startswith("count.") and v == 0}
+    gone = empty | {f"{part}.{name}" for name in empty for part in ("term", "share")}
+    return {k: v for k, v in row.items() if k not in gone and not k.startswith("count.")}

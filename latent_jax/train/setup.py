@@ -1,0 +1,92 @@
+"""From a system and a config to a sharded TrainState."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from latent_jax.core import rng as rng_lib
+from latent_jax.core import trees
+from latent_jax.core.types import PyTree
+from latent_jax.sharding import shard_batch
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import init_gates
+from latent_jax.train.optimizers import FROZEN, GroupedOptimizer
+from latent_jax.train.protocol import System
+from latent_jax.train.state import TrainState, create_state, state_shardings
+from latent_jax.train.step import DEFAULT_RNGS
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePlan:
+    """What the state will be, before any of it is made.
+
+    Attributes:
+      abstract: TrainState of shapes and dtypes.
+      shardings: TrainState of NamedShardings.
+      optimizer: the grouped optimizer over the system's labels.
+      create: makes the state at step 0, each array directly on its sharding.
+    """
+
+    abstract: TrainState
+    shardings: TrainState
+    optimizer: GroupedOptimizer
+    create: Callable[[], TrainState]
+
+
+def plan_state(
+    system: System, config: RunBase, mesh: Mesh, batch: Mapping[str, Any]
+) -> StatePlan:
+    """Plans the state of a run.
+
+    Args:
+      system: what is trained.
+      config: the run.
+      mesh: where.
+      batch: one (host) batch, for shapes.
+    """
+    cfg = config.train
+    names = ("params", *getattr(system, "rng_names", DEFAULT_RNGS))
+    rngs = rng_lib.named(config.seed, names)
+    batch = shard_batch(batch, mesh)
+    tables = (system.weights, *(phase.weights for phase in cfg.phases))
+    in_jit = getattr(system, "jit_init", True)
+    if in_jit:
+        variables = jax.eval_shape(lambda r: system.init(r, batch), rngs)
+    else:
+        variables = jax.tree.map(jnp.asarray, system.init(rngs, batch))
+    optimizer = GroupedOptimizer.create(
+        cfg.optimizer, system.param_labels(variables["params"]), cfg.steps
+    )
+
+    def fresh(variables: dict[str, Any]) -> TrainState:
+        moments = optimizer.init(variables["params"])
+        return create_state(variables, moments, init_gates(*tables))
+
+    abstract = jax.eval_shape(fresh, variables)
+    shardings = state_shardings(abstract, system.logical_rules, mesh)
+
+    def create() -> TrainState:
+        if in_jit:
+            make = jax.jit(lambda r: fresh(system.init(r, batch)), out_shardings=shardings)
+            return make(rngs)
+        # Copied: the step donates the state, and init may hand out arrays that it shares.
+        own = jax.jit(lambda v: fresh(jax.tree.map(jnp.copy, v)), out_shardings=shardings)
+        return own(variables)
+
+    return StatePlan(abstract, shardings, optimizer, create)
+
+
+def describe_params(params: PyTree, optimizer: GroupedOptimizer, frozen: PyTree) -> str:
+    """One line for start-up: trained parameters per label, and what is frozen."""
+    counts = {
+        name: trees.count_params(optimizer.select(params, (name,))) for name in optimizer.names
+    }
+    held = trees.count_params(optimizer.select(params, (FROZEN,))) + trees.count_params(frozen)
+    parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return f"trained parameters {sum(counts.values()):,} ({parts}); frozen {held:,}"
