@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,8 @@ from latent_jax import backbones
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.latentwire import bottleneck, recipe
+from latent_jax.systems.latentwire import bottleneck, recipe, suite
+from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import load_compressor
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
@@ -21,7 +23,8 @@ from latent_jax.systems.latentwire.model import Compressor, read
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 
 _LABELS = (
-    (r"^lora/", "lora"),
+    (r"^lora/.*_a$", "lora_a"),
+    (r"^lora/.*_b$", "lora_b"),
     (r"^(memory|tasks)$", "memory"),
     (r"^(in_mean|in_scale)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
@@ -82,7 +85,7 @@ class LatentWireSystem:
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups: ``lora``, ``memory``, ``bottleneck``; the input statistics of a bottleneck are frozen."""
+        """Groups ``lora_a``, ``lora_b``, ``memory``, ``bottleneck``; a bottleneck's input statistics are frozen."""
         return trees.match_tree(_LABELS, params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -180,6 +183,27 @@ class LatentWireSystem:
             "reconstruct_accuracy.shuffled": float(other[1]),
             "latent_cosine": float(cosine),
         }
+
+    def wire(self, variables, frozen) -> LatentWire:
+        """The compressor with these weights, as users hold it."""
+        backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
+        return LatentWire(backbone, self.config.model, variables["params"], self.builder)
+
+    def evaluate(self, variables, frozen, progress=None):
+        """See `suite.final_evaluation`."""
+        return suite.final_evaluation(self, self.wire(variables, frozen), progress)
+
+    def ask(self, variables, frozen, text: str, question: str) -> dict[str, Any]:
+        """Compresses a text, rebuilds it, and answers from the latents alone."""
+        return suite.demonstrate(self.wire(variables, frozen), text, question)
+
+    def generate(self, variables, frozen, prompt: str) -> dict[str, Any]:
+        """Compresses a text and rebuilds it."""
+        return suite.demonstrate(self.wire(variables, frozen), prompt, None)
+
+    def show(self, results):
+        """What a run ends with: its numbers, and one passage compressed, rebuilt and asked."""
+        return {**results, **(results.artefacts.get("demonstration") or {})}
 
 
 def _neighbour_cosine(wire) -> jax.Array:
