@@ -404,8 +404,9 @@ def generate_text(
     for i, ids in enumerate(rows):
         if int(starts[i]) + len(ids) + max_new_tokens > config.max_position:
             raise BackboneError(
-                f"prompt {i}: {len(ids)} tokens from position {int(starts[i])} and {max_new_tokens} "
-                f"new ones exceed the context window of {config.max_position}: shorten the prompt or max_new_tokens"
+                f"prompt {i}: {len(ids)} tokens from position {int(starts[i])} and "
+                f"{max_new_tokens} new ones exceed the context window of {config.max_position}: "
+                "shorten the prompt or max_new_tokens"
             )
 
     results: list[list[int]] = [[] for _ in rows]
