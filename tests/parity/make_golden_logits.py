@@ -1,7 +1,8 @@
 """Makes golden_smollm2.npz: SmolLM2's logits by transformers and torch, from the same GGUF file.
 
 transformers' own GGUF loader dequantises, un-permutes and names the weights, so that nothing of
-latent_jax takes part. Kept per position: argmax, logsumexp, the 16 largest logits and 512 fixed columns.
+latent_jax takes part. Kept per position: argmax, logsumexp, the 16 largest logits and 512 fixed
+columns.
 
   python tests/parity/make_golden_logits.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
 

@@ -1,4 +1,4 @@
-"""SmolLM2 from GGUF against transformers + torch on the same file (arrays by make_golden_logits.py)."""
+"""SmolLM2 against transformers + torch on the same GGUF file (arrays: make_golden_logits.py)."""
 
 from __future__ import annotations
 

@@ -64,7 +64,10 @@ def read(
       BackboneError: unreadable or truncated file, unsupported architecture, wrong tensors.
     """
     file = GGUFFile(path)
-    config = config_from(file)
+    try:
+        config = config_from(file)
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise BackboneError(f"{path}: a field of the GGUF header is wrong ({error}).") from error
     slots = table.plan(file, rules(config.family), config)
     params = table.assemble(file, slots, config, dtype, shardings)
     return config, params, Tokenizer.from_gguf(file.metadata, str(path)), file_sha256(path)

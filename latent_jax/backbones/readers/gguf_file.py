@@ -102,7 +102,14 @@ class GGUFFile:
             raise BackboneError(f"{self.path}: cannot read it as GGUF ({error}).") from error
         try:
             self._parse_header()
-        except (IndexError, KeyError, struct.error, MemoryError, OverflowError, ValueError) as error:
+        except (
+            IndexError,
+            KeyError,
+            struct.error,
+            MemoryError,
+            OverflowError,
+            ValueError,
+        ) as error:
             raise BackboneError(
                 f"{self.path}: truncated or damaged GGUF header ({len(self._data):,} bytes); "
                 "fetch or copy the file again."

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import re
+import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,14 +71,17 @@ class Slot:
         return self.rule.path.startswith("layers/")
 
 
-def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+@functools.lru_cache(maxsize=32)
+def expected_shapes(config: DecoderConfig) -> Mapping[str, tuple[int, ...]]:
     """Path → shape of every parameter that a decoder of this config has."""
     token = jax.ShapeDtypeStruct((1, 1), np.int32)
     decoder = Decoder(config)
     abstract = jax.eval_shape(
         lambda key, ids: decoder.init(key, ids, method=_touch_all), jax.random.key(0), token
     )
-    return {path: tuple(leaf.shape) for path, leaf in flatten(abstract["params"]).items()}
+    return types.MappingProxyType(
+        {path: tuple(leaf.shape) for path, leaf in flatten(abstract["params"]).items()}
+    )
 
 
 def _touch_all(decoder: Decoder, ids: jax.Array) -> jax.Array:
@@ -98,6 +103,7 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
     Raises:
       BackboneError: unknown, duplicate, missing or mis-shaped tensors, each named.
     """
+    _check_sizes(config, source.path)
     compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     shapes = expected_shapes(config)
     found: dict[str, dict[int, str]] = {path: {} for path in shapes}
@@ -157,6 +163,20 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
                 )
         slots[path] = Slot(names, rule, shape)
     return slots
+
+
+def _check_sizes(config: DecoderConfig, where: Path) -> None:
+    sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+    for name in (*sizes, "intermediate_size", "max_position", "rope_theta"):
+        if getattr(config, name) <= 0:
+            raise BackboneError(f"{where}: {name} is {getattr(config, name)}; it must be positive.")
+    if config.num_heads % config.num_kv_heads:
+        raise BackboneError(
+            f"{where}: {config.num_heads} query heads do not divide over "
+            f"{config.num_kv_heads} key-value heads."
+        )
+    if config.head_dim % 2:
+        raise BackboneError(f"{where}: head_dim is {config.head_dim}; rotary needs an even one.")
 
 
 def _depth(path: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
