@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.tokenizer import Tokenizer
+from latent_jax.core.errors import BackboneError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Backbone:
 
     def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Input embeddings of token ids."""
+        self._check(ids)
         return _embed(self.decoder, self.params, jnp.asarray(ids, jnp.int32))
 
     def logits(
@@ -53,7 +56,11 @@ class Backbone:
         Args:
           ids: token ids.
           mask: valid tokens; padding may be on the left or right. All are valid by default.
+
+        Raises:
+          BackboneError: an id outside the vocabulary, or more tokens than the context window.
         """
+        self._check(ids)
         ids = jnp.asarray(ids, jnp.int32)
         mask = jnp.ones(ids.shape, bool) if mask is None else jnp.asarray(mask, bool)
         return _logits(self.decoder, self.params, ids, mask)
@@ -68,6 +75,27 @@ class Backbone:
         from latent_jax.backbones.generate import generate_text  # it needs Backbone's type
 
         return generate_text(self, prompts, max_new_tokens=max_new_tokens, **options)
+
+    def _check(self, ids: Any) -> None:
+        """Refuses ids that the tables would silently turn into NaN, where they are known."""
+        if isinstance(ids, jax.Array):  # traced, or on a device: looking would wait for it
+            shape = ids.shape
+        else:
+            ids = np.asarray(ids)
+            shape = ids.shape
+            if ids.size and not 0 <= ids.min() <= ids.max() < self.config.vocab_size:
+                bad = ids.min() if ids.min() < 0 else ids.max()
+                raise BackboneError(
+                    f"{self.name}: token id {bad} is outside the vocabulary of "
+                    f"{self.config.vocab_size}."
+                )
+        if len(shape) != 2:
+            raise BackboneError(f"{self.name}: ids of shape {shape}; [batch, tokens] is needed.")
+        if shape[1] > self.config.max_position:
+            raise BackboneError(
+                f"{self.name}: {shape[1]} tokens exceed the context window of "
+                f"{self.config.max_position}; shorten the text."
+            )
 
     def parameter_count(self) -> int:
         """Number of weights."""

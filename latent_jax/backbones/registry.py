@@ -67,7 +67,7 @@ def load(
             f"{config.vocab_size} rows; tokenizer and weights do not belong together."
         )
     if shardings is None:
-        params = jax.tree.map(jnp.asarray, params)
+        params = jax.device_put(params)
     return Backbone(
         str(name_or_path), config, params, tokenizer, sha256, Decoder(config, remat=remat)
     )
