@@ -6,7 +6,6 @@ with 75 and a hint; an interrupted one with 130. Anything else is a bug and keep
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from latent_jax.commands import errors
 from latent_jax.core.errors import UserError
 
 app = typer.Typer(
@@ -41,32 +41,19 @@ def _overrides(set_: list[str] | None, **options: Any) -> list[str]:
     return [*(set_ or []), *(f"{k}={json.dumps(v)}" for k, v in options.items() if v is not None)]
 
 
-def _resolve(config: str, set_: list[str] | None, out: str | None, seed: int | None) -> Any:
-    from latent_jax import run as runs
-
-    return runs.resolve(config, _overrides(set_, out=out, seed=seed))
-
-
 @app.command()
 def run(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train, evaluate and report; continues by itself where the directory holds this run."""
-    from latent_jax import run as runs
-    from latent_jax.commands.show import EvalProgress
+    from latent_jax.commands import work
 
-    resolved = _resolve(config, set_, out, seed)
+    resolved = work.resolve(config, _overrides(set_, out=out, seed=seed))
     if dry_run:
-        return _dry_run(resolved)
-    system, state, where = _train(resolved, quiet)
-    progress = None if quiet else EvalProgress()
-    try:
-        results = runs.finish(system, state.variables, resolved, where, progress)
-    finally:
-        if progress is not None:
-            progress.close()
-    _show(system, results)
+        work.dry_run(resolved)
+    else:
+        work.run(resolved, quiet)
 
 
 @app.command()
@@ -75,11 +62,14 @@ def train(
     dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Train only; continues by itself where the directory holds this run."""
-    resolved = _resolve(config, set_, out, seed)
+    from latent_jax.commands import work
+
+    resolved = work.resolve(config, _overrides(set_, out=out, seed=seed))
     if dry_run:
-        return _dry_run(resolved)
-    _, state, where = _train(resolved, quiet)
-    print(f"trained {int(state.step)} steps: {where}")
+        work.dry_run(resolved)
+    else:
+        _, state, where = work.train(resolved, quiet)
+        print(f"trained {int(state.step)} steps: {where}")
 
 
 @app.command("eval")
@@ -88,16 +78,9 @@ def eval_(
     seed: Seed = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
     """Evaluate a run again; rewrites its results and report (or writes them to --out)."""
-    from latent_jax import run as runs
-    from latent_jax.commands.show import EvalProgress
+    from latent_jax.commands import work
 
-    progress = None if quiet else EvalProgress()
-    try:
-        results = runs.evaluate(run, _overrides(set_, seed=seed), checkpoint, out, progress)
-    finally:
-        if progress is not None:
-            progress.close()
-    _show(results.system, results)
+    work.evaluate(run, _overrides(set_, seed=seed), checkpoint, out, quiet)
 
 
 @app.command()
@@ -205,7 +188,7 @@ def config_(
     if config is None:
         print("\n".join(runs.packaged_configs()))
         return
-    resolved = _resolve(config, set_, out, seed)
+    resolved = runs.resolve(config, _overrides(set_, out=out, seed=seed))
     if plain:
         print(dump_yaml(to_dict(resolved)), end="")
     else:
@@ -238,74 +221,6 @@ def _add_groups() -> None:
 _add_groups()
 
 
-def _train(config: Any, quiet: bool) -> Any:
-    from latent_jax import run as runs
-    from latent_jax.train.progress import make_progress
-
-    progress = make_progress(quiet)
-    try:
-        return runs.train(config, progress)
-    finally:
-        if progress is not None:
-            progress.close()
-
-
-def _dry_run(config: Any) -> None:
-    from latent_jax import run as runs
-    from latent_jax.commands.plan import plan
-    from latent_jax.commands.show import console
-    from latent_jax.train.checkpoints import resume_hash
-
-    system = runs.system_class(config.system)(config)
-    console().print(plan(config, system).table())
-    print(f"configuration {resume_hash(config)} is valid; it would write {runs.out_dir(config)}")
-
-
-def _show(system: Any, results: Any) -> None:
-    """What a run ends with: the system's own table where it has one, and the report's path."""
-    from latent_jax.commands.show import console, present, results_table
-
-    if hasattr(system, "show"):
-        present(system.show(results))
-    else:
-        for table in results_table(results):
-            console().print(table)
-    print(f"report: {results.report}")
-
-
-# Reasons of the operating system that a person can do something about.
-_REASONS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EFBIG,
-}  # fmt: skip
-
-
-def _complain(message: str, code: int) -> int:
-    from rich.console import Console
-
-    line = " ".join(str(message).split())
-    colour = "yellow" if code == 75 else "red"
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"latent-jax: {line}", style=colour, markup=False
-    )
-    return code
-
-
-def _explain(error: BaseException) -> str | None:
-    """One line for an error that is not ours but has a cause a person can mend, else None."""
-    if isinstance(error, OSError) and error.errno in _REASONS:
-        return f"{error.filename or 'a file'}: {error.strerror}"
-    text = str(error)
-    if "No space left on device" in text or "Disk quota exceeded" in text:
-        return "no space left on the device that the run writes to; make room or give another --out"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
-        return (
-            "out of memory: lower train.batch_size or raise train.accumulate "
-            f"({text.strip().splitlines()[0][:120] if text.strip() else 'MemoryError'})"
-        )
-    return None
-
-
 def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -318,26 +233,26 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         if debug:
             raise
-        return _complain(str(error), error.exit_code)
+        return errors.complain(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _complain("interrupted; run the same command again to resume", 130)
+        return errors.complain("interrupted; a run continues with the same command", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        if type(error).__name__ == "Abort":
-            return _complain("interrupted; run the same command again to resume", 130)
+        if type(error).__name__ == "Abort":  # how click passes an interrupt on
+            return errors.complain("interrupted; a run continues with the same command", 130)
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a wrong command line
             context = getattr(error, "ctx", None)
             hint = f" (see {context.command_path} --help)" if context else ""
             message = error.format_message()
             if not message:  # no arguments: the help has been printed
                 return int(error.exit_code)
-            return _complain(f"{message.rstrip('.')}{hint}", int(error.exit_code))
-        explained = _explain(error)
+            return errors.complain(f"{message.rstrip('.')}{hint}", int(error.exit_code))
+        explained = errors.explain(error)
         if explained is None or debug:
             raise
-        return _complain(explained, 2)
+        return errors.complain(explained, 2)
 
 
 def entry() -> None:

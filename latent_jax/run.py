@@ -164,6 +164,8 @@ def prepare(config: Any) -> Path:
     from latent_jax.train.checkpoints import resume_hash
 
     out = out_dir(config)
+    if not record.primary():
+        return out  # the first process checks and writes; the trainer checks every checkpoint
     digest = resume_hash(config)
     recorded = out / "config.hash"
     trained = any((out / "checkpoints").glob("[0-9]*"))
@@ -177,12 +179,11 @@ def prepare(config: Any) -> Path:
             )
     elif (out / "config.yaml").exists() and not recorded.is_file():
         raise RunError(f"{out} holds a config.yaml that no run wrote; give another --out")
-    if record.primary():
-        files.make_dir(out)
-        tree = configs.to_dict(config) | {"out": None}  # a run can be moved
-        files.write_text(out / "config.yaml", configs.dump_yaml(tree))
-        files.write_text(recorded, digest + "\n")
-        files.write_json(out / "environment.json", record.environment())
+    files.make_dir(out)
+    tree = configs.to_dict(config) | {"out": None}  # a run can be moved
+    files.write_text(recorded, digest + "\n")
+    files.write_text(out / "config.yaml", configs.dump_yaml(tree))
+    files.write_json(out / "environment.json", record.environment())
     return out
 
 

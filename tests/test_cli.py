@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from latent_jax import cli
+from latent_jax.commands import errors
 from latent_jax.core.config import dump_yaml
 from tests.toy_cli import TOY
 
@@ -196,13 +197,13 @@ def test_a_bug_keeps_its_traceback(at_work):
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EDQUOT])
 def test_refusals_of_the_system_name_the_path(code):
-    text = cli._explain(OSError(code, os.strerror(code), "some/path"))
+    text = errors.explain(OSError(code, os.strerror(code), "some/path"))
     assert text == f"some/path: {os.strerror(code)}"
 
 
 def test_out_of_memory_says_what_to_lower():
-    assert "train.batch_size" in cli._explain(RuntimeError("RESOURCE_EXHAUSTED: 8 GB"))
-    assert cli._explain(RuntimeError("anything else")) is None
+    assert "train.batch_size" in errors.explain(RuntimeError("RESOURCE_EXHAUSTED: 8 GB"))
+    assert errors.explain(RuntimeError("anything else")) is None
 
 
 def test_read_only_directory(at_work, capsys):

@@ -154,7 +154,7 @@ def history(
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "what": what,
         "run": os.path.relpath(full, folder.resolve()),
-        "argv": sys.argv,
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "config_hash": resume_hash(config),
         "commit": commit(),
         "seed": config.seed,

@@ -1,0 +1,87 @@
+"""What `run`, `train` and `eval` have in common: processes, progress, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from latent_jax import run as runs
+from latent_jax.commands.plan import plan
+from latent_jax.commands.show import EvalProgress, console, present, results_table
+from latent_jax.report import record
+from latent_jax.sharding import initialize_distributed
+from latent_jax.train.checkpoints import resume_hash
+from latent_jax.train.preemption import Preempted
+from latent_jax.train.progress import make_progress
+
+
+def resolve(config: str, overrides: list[str]) -> Any:
+    """Joins the other processes of a job, before anything touches a device; then the config."""
+    initialize_distributed()
+    return runs.resolve(config, overrides)
+
+
+def train(config: Any, quiet: bool) -> Any:
+    """Trains with a progress bar on a terminal; returns (system, state, directory)."""
+    progress = make_progress(quiet or not record.primary())
+    try:
+        return runs.train(config, progress)
+    finally:
+        if progress is not None:
+            progress.close()
+
+
+@contextlib.contextmanager
+def evaluating(quiet: bool) -> Iterator[Any]:
+    """Progress of an evaluation; SIGTERM ends it as a preemption, for training has been saved."""
+
+    def stop(*_: Any) -> None:
+        raise Preempted("preempted while evaluating: run the same command again to resume")
+
+    old = signal.signal(signal.SIGTERM, stop)
+    progress = None if quiet or not record.primary() else EvalProgress()
+    try:
+        yield progress
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        if progress is not None:
+            progress.close()
+
+
+def run(config: Any, quiet: bool) -> None:
+    """Trains, evaluates and shows the results."""
+    system, state, out = train(config, quiet)
+    with evaluating(quiet) as progress:
+        results = runs.finish(system, state.variables, config, out, progress)
+    show(results)
+
+
+def evaluate(
+    run: str, overrides: list[str], checkpoint: str, out: str | None, quiet: bool
+) -> None:
+    """Evaluates an existing run and shows the results."""
+    initialize_distributed()
+    with evaluating(quiet) as progress:
+        results = runs.evaluate(run, overrides, checkpoint, out, progress)
+    show(results)
+
+
+def dry_run(config: Any) -> None:
+    """Builds the system, prints the memory plan, and writes nothing."""
+    system = runs.system_class(config.system)(config)
+    console().print(plan(config, system).table())
+    print(f"configuration {resume_hash(config)} is valid; it would write {runs.out_dir(config)}")
+
+
+def show(results: runs.Results) -> None:
+    """What a run ends with: the system's own table where it has one, and the report's path."""
+    if not record.primary():
+        return
+    if hasattr(results.system, "show"):
+        present(results.system.show(results))
+    else:
+        for table in results_table(results):
+            console().print(table)
+    print(f"report: {results.report}")
