@@ -19,6 +19,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from latent_jax.backbones.readers import blocks
 from latent_jax.core.errors import BackboneError
 
 _SCALARS = {
@@ -176,14 +177,8 @@ class GGUFFile:
         """One tensor, dequantised to float32."""
         info = self.tensors[name]
         raw = self._data[info.offset : info.offset + info.nbytes]
-        if info.kind == gguf.GGMLQuantizationType.F32:
-            return raw.view(np.float32).reshape(info.shape)
-        if info.kind == gguf.GGMLQuantizationType.F16:
-            return raw.view(np.float16).reshape(info.shape).astype(np.float32)
-        block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
-        rows = raw.reshape(*info.shape[:-1], info.shape[-1] // block * block_bytes)
         try:
-            return gguf.dequantize(rows, info.kind).reshape(info.shape)
+            return blocks.dequantize(raw, info.kind, info.shape)
         except NotImplementedError as error:
             raise BackboneError(
                 f"{self.path}: tensor '{name}' is stored as {info.kind.name}, which cannot be "
