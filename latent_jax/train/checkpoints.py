@@ -27,13 +27,14 @@ from latent_jax.core.config import config_hash
 from latent_jax.core.errors import CheckpointError
 from latent_jax.core.types import PyTree
 from latent_jax.train.config import CheckpointConfig
-from latent_jax.train.load import load_variables
+from latent_jax.train.load import load_variables, quiet_orbax
 from latent_jax.train.state import TrainState
 
 # What may differ between a run and its continuation: it does not change what is computed.
 _NOT_HASHED = (
     "out", "name", "mesh", "train.log_every", "train.log", "train.checkpoint.keep_last",
     "train.checkpoint.keep_best", "train.checkpoint.asynchronous", "train.checkpoint.every",
+    "train.checkpoint.minutes", "train.max_minutes",
 )
 _VERSION = 1
 
@@ -55,6 +56,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, cfg: CheckpointConfig, hash_: str) -> None:
+        quiet_orbax()
         self._directory = Path(directory).absolute()
         self._hash = hash_
         sign = 1.0 if cfg.mode == "max" else -1.0
@@ -120,9 +122,10 @@ class Checkpoints:
             )
             if wait:
                 self.wait()
-        except OSError as e:
+        except (OSError, ValueError, RuntimeError) as e:  # tensorstore raises the latter two
             raise CheckpointError(
-                f"cannot write checkpoint {step} in {self._directory}: {e.strerror or e}"
+                f"cannot write checkpoint {step} in {self._directory}: {_reason(e)}; the ones "
+                "before it are kept, run again to resume from them"
             ) from e
 
     def wait(self) -> None:
@@ -130,8 +133,11 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"writing a checkpoint in {self._directory} failed: {e}") from e
+        except (OSError, ValueError, RuntimeError) as e:
+            raise CheckpointError(
+                f"writing a checkpoint in {self._directory} failed: {_reason(e)}; the ones before "
+                "it are kept, run again to resume from them"
+            ) from e
 
     def close(self) -> None:
         self._manager.close()
@@ -196,7 +202,7 @@ class Checkpoints:
         return restored["meta"]
 
     def _set_aside(self, step: int, error: Exception, warn: Callable[[str], None]) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = _reason(error)
         logging.getLogger(__name__).debug("checkpoint %s", step, exc_info=error)
         if jax.process_index() == 0:
             aside = self._directory.parent / "checkpoints_damaged"
@@ -206,6 +212,17 @@ class Checkpoints:
             shutil.move(str(self._directory / str(step)), str(target))
         self._manager.reload()
         warn(f"checkpoint {step} is damaged ({reason}); falling back to the one before it")
+
+
+def _reason(error: BaseException) -> str:
+    """The part of a storage error that a person needs, in one line."""
+    text = str(error)
+    for known in ("No space left on device", "Disk quota exceeded", "Permission denied"):
+        if known in text:
+            return known
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (text.strip().splitlines() or [type(error).__name__])[0][:160]
 
 
 def _scorer(name: str, sign: float) -> Callable[[Any], float]:

@@ -54,6 +54,9 @@ class CheckpointConfig:
     """What is saved, when, and what is kept."""
 
     every: int = field(default=0, ge=0, help="steps between saves; 0 = only at the end")
+    minutes: float = field(
+        default=5.0, ge=0.0, help="also save after so many minutes (one process); 0 = never"
+    )
     keep_last: int = field(default=2, ge=1, help="newest checkpoints kept")
     keep_best: int = field(default=1, ge=0, help="best checkpoints by metric kept")
     metric: str = field(
@@ -118,6 +121,10 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig, help="metric writers")
     log_every: int = field(default=10, ge=1, help="steps between fetches of the metrics")
     eval_every: int = field(default=0, ge=0, help="steps between quick evaluations; 0 = never")
+    max_minutes: float | None = field(
+        default=None, gt=0.0,
+        help="save and stop (exit code 75) after so many minutes; run again to continue",
+    )
     init_from: str | None = field(
         default=None, help="RUN[@last|best|peak|STEP] or .safetensors: start from its weights"
     )

@@ -253,12 +253,13 @@ def _step_gate(
     factor = jnp.where(opens, 1.0, factor)
     factor = jnp.where(cuts, factor * cfg.backoff, factor)
     factor = jnp.where(heals, jnp.minimum(factor / cfg.backoff, 1.0), factor)
+    wait = jnp.where(cuts | heals, cfg.patience - 1, jnp.maximum(wait - 1, 0))
     return {
         "opened": opened | opens,
         "factor": factor.astype(jnp.float32),
         "metric": metric,
         "seen": state["seen"] + 1,
-        "wait": jnp.where(cuts | heals, cfg.patience, jnp.maximum(wait - 1, 0)).astype(jnp.int32),
+        "wait": wait.astype(jnp.int32),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,23 @@ import orbax.checkpoint as ocp
 
 from latent_jax.core import trees
 from latent_jax.core.errors import CheckpointError
+
+
+def quiet_orbax() -> None:
+    """Keeps Orbax's log records off the terminal.
+
+    What goes wrong is raised and told in one line by us; Orbax logs every traceback besides. They
+    stay visible at level DEBUG of the logger "absl".
+    """
+    logger = logging.getLogger("absl")
+    if not any(isinstance(f, _NotOrbax) for f in logger.filters):
+        logger.addFilter(_NotOrbax())
+
+
+class _NotOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        verbose = logging.getLogger("absl").level == logging.DEBUG
+        return verbose or "orbax" not in record.pathname
 
 
 def load_variables(run: str | Path, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -27,6 +45,7 @@ def load_variables(run: str | Path, which: str = "last") -> tuple[dict[str, Any]
     Raises:
       CheckpointError: no such run or step, or it cannot be read.
     """
+    quiet_orbax()
     directory = Path(run)
     if directory.name != "checkpoints":
         directory = directory / "checkpoints"

@@ -100,6 +100,7 @@ class _Run:
         self._pending: collections.deque[_Row] = collections.deque()
         self._latest: dict[str, float] = {}
         self._meter = Meter()
+        self._began = time.perf_counter()
         self.writers: Writers | None = None
         self._restore_warning: str | None = None
 
@@ -197,7 +198,7 @@ class _Run:
         cfg, total = self.cfg, self.cfg.steps
         saved = self.step if self.checkpoints.steps() else -1
         self._meter.start(self.step)
-        self._logged = time.perf_counter()
+        self._logged = self._saved_at = time.perf_counter()
         if self.step < total:
             self._report(self.step, "compiling")
         while self.step < total and self.guards.stop_reason is None:
@@ -217,8 +218,11 @@ class _Run:
             last = self.step == total
             due = last or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0)
             evaluated = self._quick_eval(state, last)
+            if cfg.max_minutes and time.perf_counter() - self._began > 60 * cfg.max_minutes:
+                watch.request()
             preempted = watch.requested(self.step)
-            if due or preempted or evaluated is not None:
+            timely = self._time_to_save()
+            if due or timely or preempted or evaluated is not None:
                 self._log(keep=0)
                 observed = None
                 if due or evaluated is not None:
@@ -226,13 +230,12 @@ class _Run:
                         self.step, {**self._latest, **(evaluated or {})}
                     )
                 better = evaluated is not None and self.selection.improved(self.step)
-                if due or preempted or better or self.guards.stop_reason is not None:
+                if due or timely or preempted or better or self.guards.stop_reason is not None:
                     self._save(state, observed, wait=preempted or last)
                     saved = self.step
             if preempted and not last:
-                self.message(f"preempted at step {self.step}: saved")
                 raise Preempted(
-                    f"preempted: saved step {self.step} of {total} in {self.out}; run the same "
+                    f"stopped early: saved step {self.step} of {total} in {self.out}; run the same "
                     "command again to resume"
                 )
         self._log(keep=0)
@@ -288,6 +291,14 @@ class _Run:
             self.writers.flush()
         self._report(rows[-1][0])
 
+    def _time_to_save(self) -> bool:
+        """True when ``train.checkpoint.minutes`` have gone by; clocks of hosts may not agree."""
+        minutes = self.cfg.checkpoint.minutes
+        return bool(
+            minutes and jax.process_count() == 1
+            and time.perf_counter() - self._saved_at > 60 * minutes
+        )
+
     def _running(self) -> int:
         """How many of the pending steps are not known to be finished."""
         flags = [metrics["loss"].is_ready() for _, _, metrics in self._pending]
@@ -307,7 +318,8 @@ class _Run:
             metrics=metrics,
             wait=wait,
         )
-        self._meter.pause(time.perf_counter() - began)
+        self._saved_at = time.perf_counter()
+        self._meter.pause(self._saved_at - began)
 
     def _finish(self, done: bool) -> None:
         """Makes rows and pending saves durable, also on the way out of an error."""

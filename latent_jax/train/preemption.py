@@ -1,4 +1,7 @@
-"""Preemption: SIGTERM (and SIGUSR1, where schedulers send it) saves at the next step boundary."""
+"""Preemption: a signal saves at the next step boundary and ends the run so that it can go on.
+
+SIGTERM and SIGUSR1 are what schedulers send; SIGINT (Ctrl-C) does the same for a person.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Preempted(UserError):
 class PreemptionWatch:
     """Context manager that turns the signals into a flag; the old handlers come back after it.
 
-    A second signal is left to the old handler's default, so that a stuck run can still be ended.
+    A second signal goes to the handler that was there before, so that a stuck run can be ended.
     """
 
     def __init__(self) -> None:
@@ -33,7 +36,7 @@ class PreemptionWatch:
         if threading.current_thread() is not threading.main_thread():
             return self
         if jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._old[number] = signal.signal(number, self._handle)
         else:
             # SIGTERM belongs to JAX's coordination service, which tells the other hosts.
@@ -48,9 +51,18 @@ class PreemptionWatch:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._flag.is_set():
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self._old[number])
             signal.raise_signal(number)
         self._flag.set()
+        if number == signal.SIGINT:  # not print: a handler may interrupt a print
+            os.write(2, b"\nsaving after this step; press Ctrl-C again to stop at once\n")
+
+    def request(self) -> None:
+        """Asks for a stop from inside the program (time is up)."""
+        if jax.process_count() == 1:
+            self._flag.set()
+        elif jax.process_index() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def requested(self, step: int) -> bool:
         """True when the run should save and stop; all processes agree on the step."""

@@ -64,7 +64,7 @@ class PlainProgress:
     def __init__(self, interval: float = 10.0, file: TextIO | None = None) -> None:
         self._interval = interval
         self._file = file or sys.stderr
-        self._last = 0.0
+        self._last = float("-inf")
 
     def __call__(self, event: ProgressEvent) -> None:
         if event.message:

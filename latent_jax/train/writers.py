@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,18 +49,24 @@ class JsonlWriter:
             clean[key] = value
         if bad:
             clean["nonfinite"] = bad
-        self._file.write(json.dumps(clean) + "\n")
+        self._guarded(lambda: self._file.write(json.dumps(clean) + "\n"))
 
     def flush(self) -> None:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as e:
-            raise RunError(f"cannot write {self.path}: {e.strerror}") from e
+        self._guarded(self._sync)
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
+        self._guarded(self._sync)
+        self._guarded(self._file.close)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except OSError as e:
+            raise RunError(f"cannot write {self.path}: {e.strerror or e}") from e
 
 
 def truncate_jsonl(path: Path, step: int) -> int:

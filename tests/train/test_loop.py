@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from latent_jax.core.errors import CheckpointError, ConfigError, MeshError, RunError
 from latent_jax.sharding import MeshConfig, make_mesh
-from latent_jax.train import fit, load_variables, read_warnings, save_weights
+from latent_jax.train import Preempted, fit, load_variables, read_warnings, save_weights
 from latent_jax.train import loop as loop_module
 from latent_jax.train.testing import ToySystem, toy_config
 
@@ -155,6 +156,32 @@ def test_partial_init_from(tmp_path):
         run(tmp_path / "b", More(), steps=0, init_from=str(tmp_path / "a"))
     state = run(tmp_path / "c", More(), steps=0, init_from=str(tmp_path / "a"), init_partial=True)
     assert state.params["extra"]["kernel"].sum() == 3
+
+
+def test_slices_by_time_continue_to_the_same_end(tmp_path):
+    class Slow(ToySystem):
+        def unit_counts(self, batch):
+            time.sleep(0.02)
+            return {}
+
+    whole = run(tmp_path / "a", steps=12)
+    for _ in range(40):
+        try:
+            state = run(tmp_path / "b", Slow(), steps=12, max_minutes=0.05 / 60)
+            break
+        except Preempted as e:
+            assert e.exit_code == 75
+    same(whole, state)
+    assert [r["step"] for r in rows(tmp_path / "b")] == list(range(1, 13))
+
+
+def test_saves_by_time_do_not_change_what_is_best(tmp_path):
+    kw = {"steps": 6, "eval_every": 3}
+    run(tmp_path / "a", **kw)
+    run(tmp_path / "b", checkpoint={"minutes": 1e-9, "keep_last": 9}, **kw)
+    a, b = (load_variables(tmp_path / d)[1]["host"]["selection"] for d in "ab")
+    assert a == b
+    assert len(list((tmp_path / "b" / "checkpoints").glob("[0-9]*"))) == 6
 
 
 def test_phases_alternate_labels_data_and_weights(tmp_path):
