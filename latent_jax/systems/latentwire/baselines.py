@@ -1,8 +1,9 @@
 """Evaluation arms: what the frozen reader is given in place of a text.
 
-Every arm ends in a `Given`, and every `Given` is continued by the same prompt: the arms differ in nothing else. Arms
-that stand for the whole text (latents, soft tokens, selections of its cache) leave the prompt at rotary position T, the
-text's length; arms that are a shorter text of their own leave it where that text ends.
+Every arm ends in a `Given`, and every `Given` is continued by the same prompt: the arms differ in
+nothing else. Arms that stand for the whole text (latents, soft tokens, selections of its cache)
+leave the prompt at rotary position T, the text's length; arms that are a shorter text of their own
+leave it where that text ends.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Given(NamedTuple):
 
 
 class Compressed(Protocol):
-    """A trained compressor bound to its weights; a pytree, so that weights are an argument of jit."""
+    """A trained compressor bound to its weights: a pytree, so weights are an argument of jit."""
 
     def compress(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
         """Right-padded texts → wire (a pytree of arrays with a leading batch axis)."""
@@ -69,7 +70,7 @@ class Compressed(Protocol):
 
 @flax.struct.dataclass
 class Latents:
-    """A `Compressor` module with its parameters and the frozen body it runs on (implements `Compressed`)."""
+    """A `Compressor` module with its parameters and its frozen body; implements `Compressed`."""
 
     module: Any = flax.struct.field(pytree_node=False)
     params: Any
@@ -103,7 +104,7 @@ def prefill(decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Ar
 
 
 def prefix_to_given(decoder: Decoder, params: Any, prefix: Prefix) -> Given:
-    """Any prefix as keys and values: soft tokens are run through the reader once, at their own positions."""
+    """Any prefix as keys and values: soft tokens run through the reader at their own positions."""
     kv = prefix.kv
     if kv is None:
         kv = decoder.apply({"params": params}, prefix.embeds, prefix.positions, prefix.mask).kv
@@ -158,7 +159,7 @@ def span_means(
 
 
 def principal_projection(table: Float[Array, "v d"], rank: int) -> tuple[Array, Array]:
-    """Mean of the vocabulary's embeddings and the projector onto their ``rank`` leading components."""
+    """The vocabulary's mean embedding and the projector onto its ``rank`` main components."""
     table = table.astype(jnp.float32)
     mean = table.mean(0)
     centred = table - mean
@@ -187,7 +188,7 @@ def latent_given(
     arm: str, decoder: Decoder, params: Any, latents: Compressed, wire: Any,
     rows: Int[Array, " b"], key: Array,
 ) -> Given:  # fmt: skip
-    """The latent arm or one of its controls; for ``shuffled`` the wire is another example's already."""
+    """The latent arm or a control; for ``shuffled`` the wire is another example's already."""
     if arm == "zero":
         wire = wire._replace(z=jnp.zeros_like(wire.z))
     elif arm == "scrambled":
@@ -219,7 +220,7 @@ def build(
       arm: one of `ARMS`.
       decoder: the reader.
       params: its frozen parameters.
-      ids: context tokens, right-padded (for ``shuffled``: another example's, unless ``wire`` is given).
+      ids: context tokens, right-padded (for ``shuffled``: another's, unless ``wire`` is given).
       mask: which of them are real.
       prompt_ids: the question's tokens; only ``kv_question`` looks at them.
       prompt_mask: which of them are real.
@@ -290,7 +291,7 @@ def join(
     prompt_mask: Bool[Array, "b p"],
     lead: Float[Array, "b n d"] | None = None,
 ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-    """Embeddings and mask of everything after ``given.kv``: its own embeddings, learned ones, then the prompt."""
+    """Embeddings and mask after ``given.kv``: its own embeddings, learned ones, the prompt."""
     prompt = embed(decoder, params, prompt_ids)
     parts = [] if given.embeds is None else [(given.embeds, given.mask)]
     if lead is not None:
@@ -314,7 +315,8 @@ def answer_hidden(
 ) -> Float[Array, "b a d"]:
     """Hidden states that predict each answer token, teacher-forced (prompts left-padded).
 
-    The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the same sequence.
+    The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the
+    same sequence.
     """
     x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead)
     gold = embed(decoder, params, answer_ids[:, :-1])

@@ -8,9 +8,7 @@ Interval = tuple[float, float]
 _CHUNK_ELEMENTS = 4_000_000
 
 
-def resampled_sums(
-    columns: np.ndarray, resamples: int = 2000, seed: int = 0
-) -> np.ndarray:
+def resampled_sums(columns: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Sums over ``resamples`` draws of the rows, with replacement.
 
     Args:
@@ -44,7 +42,7 @@ def mean_interval(
     values: np.ndarray, counts: np.ndarray | None = None, *,
     resamples: int = 2000, level: float = 0.95, seed: int = 0,
 ) -> Interval:  # fmt: skip
-    """Interval of ``sum(values) / sum(counts)``; without counts, of the plain mean over examples."""
+    """Interval of ``sum(values) / sum(counts)``, or of the mean over examples without counts."""
     values = np.asarray(values, np.float64)
     if values.size == 0:
         return float("nan"), float("nan")
@@ -67,9 +65,13 @@ def ratio_interval(
     numerator: np.ndarray, denominator: np.ndarray, *,
     resamples: int = 2000, level: float = 0.95, seed: int = 0,
 ) -> Interval:  # fmt: skip
-    """Interval of ``mean(numerator) / mean(denominator)`` on the same examples (a ratio of means, not a mean of
-    ratios); draws with a zero denominator are left out."""
-    pair = np.stack([np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)], axis=1)
+    """Interval of ``mean(numerator) / mean(denominator)`` on the same examples.
+
+    A ratio of means, not a mean of ratios; draws with a zero denominator are left out.
+    """
+    pair = np.stack(
+        [np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)], axis=1
+    )
     if len(pair) == 0:
         return float("nan"), float("nan")
     sums = resampled_sums(pair, resamples, seed)

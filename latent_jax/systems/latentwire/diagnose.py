@@ -22,7 +22,7 @@ def repeats(text: str) -> bool:
     """Whether a text is mostly one word or one pair of words over and over ("the the the").
 
     Example:
-      >>> repeats("the the the the"), repeats("of the of the of the"), repeats("the cat sat on the mat")
+      >>> repeats("the the the the"), repeats("of the of the of the"), repeats("a cat on a mat")
       (True, True, False)
     """
     words = text.lower().split()
@@ -37,7 +37,7 @@ def repeats(text: str) -> bool:
 
 
 def predictions(texts: Sequence[str], top: int = 10) -> dict[str, Any]:
-    """How varied answers are: distinct answers and words, the commonest, empty and repetitive ones."""
+    """How varied answers are: distinct ones and words, commonest, empty and repetitive ones."""
     n = max(len(texts), 1)
     cleaned = [normalise(t) for t in texts]
     counts = collections.Counter(cleaned)
@@ -65,7 +65,10 @@ def cosines(
     weight = mask[..., None].astype(np.float32)
     mean = (z * weight).sum(1) / np.maximum(weight.sum(1), 1)
     slots = [_pairwise(z[mask[:, j], j]) for j in range(z.shape[1]) if mask[:, j].sum() > 1]
-    return {"cosine": _pairwise(mean), "slot_cosine": float(np.mean(slots)) if slots else float("nan")}
+    return {
+        "cosine": _pairwise(mean),
+        "slot_cosine": float(np.mean(slots)) if slots else float("nan"),
+    }
 
 
 def _pairwise(x: Float[np.ndarray, "n d"]) -> float:
@@ -210,8 +213,8 @@ def findings(
         began = first_step(log, "latent_cosine", COLLAPSED_COSINE)
         since = "" if began is None else f", since step {began}"
         found.append(
-            f"latents of different texts have cosine {s['cosine']:.2f}{since}: collapsed, the reader cannot "
-            "tell texts apart"
+            f"latents of different texts have cosine {s['cosine']:.2f}{since}: "
+            "collapsed, the reader cannot tell texts apart"
         )
     low, high = HEALTHY_NORM
     if "norm_ratio" in s and not low <= s["norm_ratio"] <= high:
@@ -226,8 +229,9 @@ def findings(
     gap = r.get("ae.forced_accuracy", 0.0) - r.get("ae.token_accuracy", 0.0)
     if gap > 0.2:
         found.append(
-            f"reconstruction is {r['ae.forced_accuracy']:.2f} teacher-forced and {r['ae.token_accuracy']:.2f} "
-            "greedy: the first miss derails the rest; train longer or with corrupted inputs"
+            f"reconstruction is {r['ae.forced_accuracy']:.2f} teacher-forced and "
+            f"{r['ae.token_accuracy']:.2f} greedy: the first miss derails the rest; "
+            "train longer or with corrupted inputs"
         )
     own, other = r.get("ae.token_accuracy"), r.get("ae.token_accuracy.shuffled")
     if own is not None and other is not None and own < other + 0.02:
@@ -251,13 +255,18 @@ def _answer_findings(r: Mapping[str, Any], samples: Sequence[Mapping[str, Any]])
         if p["empty"] > 0.2:
             found.append(f"{p['empty']:.0%} of the answers from latents are empty")
         if p["repetitive"] > 0.1:
-            found.append(f"{p['repetitive']:.0%} of the answers from latents repeat one word or pair")
+            found.append(
+                f"{p['repetitive']:.0%} of the answers from latents repeat one word or pair"
+            )
         if share > 0.3 and common:
-            found.append(f"{share:.0%} of the answers from latents are {common!r}: answers collapsed")
+            found.append(
+                f"{share:.0%} of the answers from latents are {common!r}: answers collapsed"
+            )
     own, other = r.get("squad.f1.latent"), r.get("squad.f1.shuffled")
     low = (r.get("squad.f1_gain.shuffled.ci95") or [None])[0]
     if own is not None and other is not None and low is not None and low <= 0:
         found.append(
-            f"answers from own latents (F1 {own:.2f}) are not surely better than from another text's ({other:.2f})"
+            f"answers from own latents (F1 {own:.2f}) are not surely better than from another "
+            f"text's ({other:.2f})"
         )
     return found

@@ -149,15 +149,18 @@ def evaluate_qa(
       progress: called after every arm of every batch.
 
     Returns:
-      Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``first_top1``, ``first_top5``, ``empty``;
-      comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and ``<name>.f1_gain.<arm>``), and one sample per example.
+      Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``first_top1``,
+      ``first_top5``, ``empty``; comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and
+      ``<name>.f1_gain.<arm>``), and one sample per example.
     """
     tuned = dict(tuned or {})
     arms = [*arms, *(a + TUNED for a in tuned if a + TUNED not in arms)]
     check_arms(arms)
     missing = [a for a in arms if a.endswith(TUNED) and a.removesuffix(TUNED) not in tuned]
     if missing:
-        raise ConfigError(f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)")
+        raise ConfigError(
+            f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)"
+        )
     rows, dropped = prepare(builder, examples, max_context)
     partner = partners(rows, seed) if "shuffled" in arms else None
     widths = (
@@ -200,14 +203,10 @@ def evaluate_qa(
             if base == "latent":
                 tokens += int(own[1][:real].sum())
                 slots += int(np.asarray(given.kv.mask)[:real].sum())
-            ids, lengths = decode(
-                reader, given, *prompt, lead, max_new_tokens, builder.stop_ids
-            )
+            ids, lengths = decode(reader, given, *prompt, lead, max_new_tokens, builder.stop_ids)
             forced = {}
             if score:
-                forced = score_answers(
-                    reader.decoder, reader.params, given, *prompt, *gold, lead
-                )
+                forced = score_answers(reader.decoder, reader.params, given, *prompt, *gold, lead)
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])
                 table[arm].add(i, said, rows[i].example.answers, forced, j)
@@ -255,7 +254,7 @@ class _Scores:
 
 
 def _compare(out: dict[str, Any], name: str, table: Mapping[str, _Scores], seed: int) -> None:
-    """The latent arm against every other: a gain over controls, a share of everything else (paired)."""
+    """The latent arm against the others, paired: gain over controls, share of everything else."""
     if "latent" not in table:
         return
     ours = table["latent"].values["f1"]
@@ -272,8 +271,8 @@ def _compare(out: dict[str, Any], name: str, table: Mapping[str, _Scores], seed:
 def _sample(row: Row, i: int, table: Mapping[str, _Scores]) -> dict[str, Any]:
     e = row.example
     return {
-        "kind": "answer", "id": e.id, "title": e.title, "context": e.context, "question": e.question,
-        "answers": list(e.answers),
+        "kind": "answer", "id": e.id, "title": e.title, "context": e.context,
+        "question": e.question, "answers": list(e.answers),
         "predictions": {arm: s.said[i] for arm, s in table.items()},
         "f1": {arm: round(float(s.values["f1"][i]), 4) for arm, s in table.items()},
     }  # fmt: skip

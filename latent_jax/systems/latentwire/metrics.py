@@ -1,4 +1,4 @@
-"""Scores of answers and reconstructions, every one a masked (sum, count) or a per-example vector."""
+"""Scores of answers and reconstructions: masked (sum, count) pairs or one value per example."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max((token_f1(prediction, a) for a in answers), default=0.0)
 
 
-def token_nll(
-    logits: Float[Array, "b t v"], targets: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
+def token_nll(logits: Float[Array, "b t v"], targets: Int[Array, "b t"]) -> Float[Array, "b t"]:
     """Negative log-likelihood of each target, fp32."""
     logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
@@ -66,9 +64,7 @@ def nll(
     return Mean.of(token_nll(logits, targets), mask)
 
 
-def in_top_k(
-    logits: Float[Array, "b v"], targets: Int[Array, " b"], k: int
-) -> Bool[Array, " b"]:
+def in_top_k(logits: Float[Array, "b v"], targets: Int[Array, " b"], k: int) -> Bool[Array, " b"]:
     """Whether fewer than ``k`` tokens score above the target (ties count for the target)."""
     gold = jnp.take_along_axis(logits, targets[:, None], axis=-1)
     return (logits > gold).sum(-1) < k
@@ -85,7 +81,8 @@ def agreement(
       mask: which of them are real.
 
     Returns:
-      ``correct`` and ``count`` (tokens), ``prefix`` (tokens before the first miss), ``exact`` (all of them right).
+      ``correct`` and ``count`` (tokens), ``prefix`` (tokens before the first miss), ``exact`` (all
+      of them right).
     """
     guess, gold, mask = np.asarray(guess), np.asarray(gold), np.asarray(mask, bool)
     right = (guess[:, : gold.shape[1]] == gold) & mask

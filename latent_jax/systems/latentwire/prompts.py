@@ -1,11 +1,11 @@
-"""How a question about a compressed text is put to a reader: one builder for training and evaluation.
+"""How a question about a compressed text is put to a reader, in training and in evaluation.
 
 Layout, the same for every arm and every loss::
 
     [context, or what stands for it] [after_context] [question + anchor] [answer] [stop]
 
-Each bracket is tokenised on its own, so that what the wire replaces is exactly the context's tokens, and the first
-supervised token is by construction the first one the reader has to produce.
+Each bracket is tokenised on its own, so that what the wire replaces is exactly the context's
+tokens, and the first supervised token is by construction the first one the reader has to produce.
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ class PromptConfig:
     question: str = field(default="\nQuestion: {q}", help="text that follows the context")
     anchor: str = field(default="\nAnswer:", help="text after which the answer begins (plain)")
     answer: str = field(default=" {a}", help="how an answer is written after the anchor (plain)")
-    after_context: str = field(default="", help="text between the context and the question, all arms")
+    after_context: str = field(
+        default="", help="text between the context and the question, all arms"
+    )
     bos_after_context: bool = field(default=False, help="put BOS after the context, all arms")
     replay_anchor: str = field(
         default="\n\n", help="text after the context in the arm embedding_replay_anchor"
     )
     stop: Literal["newline", "eos"] = field(
-        default="newline", help="token that ends an answer (plain); generation stops at EOS as well",
+        default="newline", help="what ends a plain answer; generation stops at EOS as well",
         choices=("newline", "eos"),
     )  # fmt: skip
 
@@ -52,7 +54,8 @@ class PromptBuilder:
     """Turns contexts, questions and answers into token ids for one tokenizer.
 
     Args:
-      tokenizer: anything with ``encode``, ``decode``, ``eos_id``, ``bos_id`` and, for chat, ``token_to_id``.
+      tokenizer: anything with ``encode``, ``decode``, ``eos_id``, ``bos_id`` and, for chat,
+        ``token_to_id``.
       config: the layout.
 
     Raises:
@@ -65,7 +68,9 @@ class PromptBuilder:
         self.chat = config.format == "chat"
         end = _special(tokenizer, "<|im_end|>")
         if self.chat and end is None:
-            raise ConfigError("prompt.format: chat needs a tokenizer with <|im_start|> and <|im_end|>; use plain")
+            raise ConfigError(
+                "prompt.format: chat needs a tokenizer with <|im_start|> and <|im_end|>; use plain"
+            )
         newline = tokenizer.encode("\n")
         if self.chat:
             self.stop_id = end
@@ -76,11 +81,15 @@ class PromptBuilder:
         else:
             raise ConfigError("prompt.stop: this tokenizer has no EOS token; use newline")
         #: Ids at which generation ends. Text is cut at the first newline as well (`text`).
-        self.stop_ids = tuple(sorted({self.stop_id, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))}))
+        self.stop_ids = tuple(
+            sorted({self.stop_id, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))})
+        )
         self._after = tokenizer.encode(config.after_context) if config.after_context else []
         if config.bos_after_context and tokenizer.bos_id is not None:
             self._after = [tokenizer.bos_id, *self._after]
-        self.replay_anchor_ids = tokenizer.encode(config.replay_anchor) if config.replay_anchor else []
+        self.replay_anchor_ids = (
+            tokenizer.encode(config.replay_anchor) if config.replay_anchor else []
+        )
 
     @property
     def pad_id(self) -> int:
@@ -115,23 +124,24 @@ class PromptBuilder:
         """Prompt and answer ids of one training example, checked against the joint tokenisation.
 
         Raises:
-          DataError: if prompt and answer, tokenised as one text, do not split at the boundary: the reader would then
-            be trained on a first token that it never has to produce.
+          DataError: if prompt and answer, tokenised as one text, do not split at the boundary: the
+            reader would then be trained on a first token that it never has to produce.
         """
         prompt, gold = self.prompt_ids(question), self.answer_ids(answer, stop=False)
         self.check_boundary(question, answer)
         return prompt, [*gold, self.stop_id]
 
     def check_boundary(self, question: str, answer: str) -> None:
-        """Asserts that the first gold token after the anchor is the supervised one (see `supervised`)."""
+        """Asserts that the first gold token after the anchor is the supervised one."""
         text = self.prompt_text(question)
         alone = self.tokenizer.encode(text)
         first = self.tokenizer.encode(self.answer_text(answer))[:1]
         joint = self.tokenizer.encode(text + self.answer_text(answer))
         if not first or joint[: len(alone)] != alone or joint[len(alone) : len(alone) + 1] != first:
             raise DataError(
-                f"answer {answer!r} does not start a token of its own after the anchor {text[-12:]!r}; "
-                "change prompt.anchor or prompt.answer so that one ends, or the other begins, with the space"
+                f"answer {answer!r} does not start a token of its own after the anchor "
+                f"{text[-12:]!r}; change prompt.anchor or prompt.answer so that one ends, or the "
+                "other begins, with the space"
             )
 
     def text(self, ids: Sequence[int]) -> str:
@@ -181,8 +191,9 @@ def qa_batch(
       lengths: padded lengths of context, prompt and answer.
 
     Returns:
-      ``context_ids, context_mask`` (right-padded), ``prompt_ids, prompt_mask`` (left-padded, so that the answer
-      follows without a hole) and ``answer_ids, answer_mask`` (right-padded, stop token included).
+      ``context_ids, context_mask`` (right-padded), ``prompt_ids, prompt_mask`` (left-padded, so
+      that the answer follows without a hole) and ``answer_ids, answer_mask`` (right-padded, stop
+      token included).
     """
     pairs = [builder.supervised(q, a) for q, a in zip(questions, answers, strict=True)]
     context, context_mask = pad_rows(contexts, lengths[0], builder.pad_id)

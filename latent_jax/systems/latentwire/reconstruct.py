@@ -38,7 +38,7 @@ def evaluate_ae(
     name: str = "ae",
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know the text.
+    """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know them.
 
     Args:
       reader: the frozen LLM.
@@ -54,9 +54,10 @@ def evaluate_ae(
       progress: called after every arm of every batch.
 
     Returns:
-      Flat metrics, ``<name>.<metric>`` for the latents and ``<name>.<metric>.<arm>`` for the controls, with metrics
-      ``token_accuracy, exact_prefix`` (tokens before the first miss)``, exact_match, bleu, nll`` and
-      ``forced_accuracy`` (teacher-forced, to show the gap to greedy); and samples.
+      Flat metrics, ``<name>.<metric>`` for the latents and ``<name>.<metric>.<arm>`` for the
+      controls, with metrics ``token_accuracy, exact_prefix`` (tokens before the first miss)``,
+      exact_match, bleu, nll`` and ``forced_accuracy`` (teacher-forced, to show the gap to greedy);
+      and samples.
 
     Raises:
       DataError: fewer than two texts.
@@ -91,7 +92,9 @@ def evaluate_ae(
             forced = score_answers(reader.decoder, reader.params, given, *empty, *gold, lead)
             row = metrics.agreement(guess, *gold)
             row |= {k: np.asarray(forced[k]) for k in ("nll", "hit")}
-            row["bleu"] = np.array([metrics.bleu(g, t) for g, t in zip(guess, gold[0], strict=True)])
+            row["bleu"] = np.array(
+                [metrics.bleu(g, t) for g, t in zip(guess, gold[0], strict=True)]
+            )
             for key, value in row.items():
                 scores[arm].setdefault(key, np.zeros(n))[at[:real]] = value[:real]
             rebuilt[arm][at[:real]] = guess[:real]

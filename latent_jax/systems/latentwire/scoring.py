@@ -45,7 +45,7 @@ def score_answers(
     answer_mask: Bool[Array, "b a"],
     lead: Float[Array, "b n d"] | None = None,
 ) -> dict[str, Float[Array, " b"]]:
-    """Teacher-forced scores per row: summed NLL, tokens, hits of the greedy choice, first token in the top 1 and 5."""
+    """Teacher-forced scores per row: summed NLL, tokens, greedy hits, rank of the first token."""
     hidden = baselines.answer_hidden(
         decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead
     )
@@ -53,7 +53,8 @@ def score_answers(
     nll = metrics.token_nll(logits, answer_ids)
     hit = (jnp.argmax(logits, -1) == answer_ids) & answer_mask
     return {
-        "nll": jnp.where(answer_mask, nll, 0.0).sum(-1), "count": answer_mask.sum(-1), "hit": hit.sum(-1),
+        "nll": jnp.where(answer_mask, nll, 0.0).sum(-1), "count": answer_mask.sum(-1),
+        "hit": hit.sum(-1),
         "top1": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 1),
         "top5": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 5),
     }  # fmt: skip

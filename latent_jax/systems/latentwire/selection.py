@@ -17,16 +17,16 @@ from latent_jax.ops.attention import MASKED
 def keep_positions(kv: KV, index: Int[Array, "b m"], valid: Bool[Array, "b m"]) -> KV:
     """The entries at ``index`` of each row, the same for all layers and heads."""
     where = index[None, :, :, None, None]
-    return KV(jnp.take_along_axis(kv.k, where, axis=2), jnp.take_along_axis(kv.v, where, axis=2), valid)
+    return KV(
+        jnp.take_along_axis(kv.k, where, axis=2), jnp.take_along_axis(kv.v, where, axis=2), valid
+    )
 
 
-def keep_best(
-    kv: KV, score: Float[Array, "l b t g"], budget: Int[Array, " b"], slots: int
-) -> KV:
+def keep_best(kv: KV, score: Float[Array, "l b t g"], budget: Int[Array, " b"], slots: int) -> KV:
     """Each head's own ``budget[i]`` best-scored entries, in ``slots`` places.
 
-    Position 0 is always kept: decoders park attention there, and without it any selection fails for a reason that
-    has nothing to do with the text (Xiao et al. 2023, "attention sinks").
+    Position 0 is always kept: decoders park attention there, and without it any selection fails for
+    a reason that has nothing to do with the text (Xiao et al. 2023, "attention sinks").
     """
     score = jnp.where(kv.mask[None, :, :, None], score, -jnp.inf).at[:, :, 0].set(jnp.inf)
     index = jax.lax.top_k(jnp.moveaxis(score, 2, -1), slots)[1]
@@ -48,8 +48,9 @@ def queries(
 ) -> tuple[Float[Array, "l b w h d"], KV]:
     """Rotated attention queries of every layer at ``rows``, and the call's own keys and values.
 
-    The decoder does not hand out its queries. A method interceptor takes them from the projection named ``q`` (or
-    its ``q_norm``) and returns them beside the values, so that the scan over layers stacks them.
+    The decoder does not hand out its queries. A method interceptor takes them from the projection
+    named ``q`` (or its ``q_norm``) and returns them beside the values, so that the scan over layers
+    stacks them.
     """
     config = decoder.config
     source = "q_norm" if config.qk_norm else "q"
@@ -79,7 +80,7 @@ def queries(
 def attention_mass(
     q: Float[Array, "l b w h d"], k: Float[Array, "l b s g d"], visible: Bool[Array, "b w s"]
 ) -> Float[Array, "l b s g"]:
-    """Attention that each key receives from the given queries, summed over them and over its query heads."""
+    """Attention each key receives, summed over the queries and over its query heads."""
     b, w, s = visible.shape
     heads, groups, width = q.shape[3], k.shape[3], q.shape[4]
 
@@ -103,7 +104,8 @@ def mass_from_tail(
 ) -> Float[Array, "l b t g"]:
     """Attention mass that each position receives from the text's last ``window`` tokens.
 
-    The observation window of SnapKV (Li et al. 2024), question-agnostic: what a stored cache could have done.
+    The observation window of SnapKV (Li et al. 2024), question-agnostic: what a stored cache could
+    have done.
     """
     b, t = ids.shape
     window = min(window, t)
@@ -127,7 +129,8 @@ def mass_from_question(
 ) -> Float[Array, "l b t g"]:
     """Attention mass that each context position receives from the question's tokens.
 
-    It sees the question before it selects, which no stored latent can: an upper reference, not an equal.
+    It sees the question before it selects, which no stored latent can: an upper reference, not an
+    equal.
     """
     b, p = ids.shape
     positions = start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)

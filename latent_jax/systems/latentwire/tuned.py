@@ -1,8 +1,9 @@
 """Tuned controls: what a soft prompt of the same training makes of text, without any latent.
 
-A frozen reader that was never trained on the task is a weak yardstick: a compressor trained on answers also learns how
-to answer. So the text arms get ``n`` learned soft tokens between the text and the question (Lester et al. 2021),
-trained by the same loss through the same frozen reader, on the same questions, for as many steps as the compressor's.
+A frozen reader that was never trained on the task is a weak yardstick: a compressor trained on
+answers also learns how to answer. So the text arms get ``n`` learned soft tokens between the text
+and the question (Lester et al. 2021), trained by the same loss through the same frozen reader, on
+the same questions, for as many steps as the compressor's.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ INSTRUCTION = "\nAnswer the question briefly with words from the text above."
 def init_prompt(
     table: Float[Array, "v d"], ids: Sequence[int], tokens: int
 ) -> dict[str, Float[Array, "n d"]]:
-    """Soft tokens that start on the embedding manifold: an instruction's embeddings, repeated to ``tokens``."""
+    """Soft tokens that start as an instruction's embeddings, repeated to ``tokens``."""
     chosen = np.resize(np.asarray(ids, np.int32), tokens)
     return {"prompt": jnp.asarray(table)[chosen].astype(jnp.float32)}
 
@@ -52,7 +53,8 @@ def tuned_loss(
     seed: int = 0,
     chunk: int | None = None,
 ) -> tuple[Mean, Mean]:
-    """Answer cross-entropy (nats per answer token, stop token included) and teacher-forced accuracy.
+    """Answer cross-entropy (nats per answer token, stop token included) and teacher-forced
+    accuracy.
 
     Args:
       params: ``{'prompt': [n, d]}``.
@@ -95,9 +97,7 @@ class SoftPromptSystem:
     jit_init = False
     logical_rules = DECODER_RULES
 
-    def __init__(
-        self, config: LatentWireRun, backbone: Backbone, builder: PromptBuilder, arm: str
-    ):
+    def __init__(self, config: LatentWireRun, backbone: Backbone, builder: PromptBuilder, arm: str):
         if arm not in TUNABLE:
             raise ConfigError(f"eval.tuned: cannot tune {arm!r}; allowed: {', '.join(TUNABLE)}")
         self.config, self.backbone, self.builder, self.arm = config, backbone, builder, arm
@@ -145,7 +145,7 @@ class SoftPromptSystem:
 
 
 def answer_steps(config: LatentWireRun) -> int:
-    """Steps of a tuned control: ``eval.tuned_steps``, else as many answer batches as the compressor saw."""
+    """``eval.tuned_steps``, else as many steps as the compressor had answer batches."""
     if config.eval.tuned_steps is not None:
         return config.eval.tuned_steps
     mix = config.data.mix
@@ -153,7 +153,7 @@ def answer_steps(config: LatentWireRun) -> int:
 
 
 def control_config(config: LatentWireRun, arm: str, lr: float = 5e-3) -> LatentWireRun:
-    """The run's config with the training section of a soft prompt (its own optimizer, no phases or guards)."""
+    """The run's config with a soft prompt's training: its own optimizer, no phases or guards."""
     steps = answer_steps(config)
     train = TrainConfig(
         steps=steps,
@@ -184,7 +184,8 @@ def train_controls(
       backbone: the frozen reader.
       builder: the prompt builder.
       arms: of `TUNABLE`.
-      fit: the trainer, ``fit(system, config, out, mesh, progress) -> state with .params`` (systems do not import it).
+      fit: the trainer, ``fit(system, config, out, mesh, progress) -> state with .params`` (systems
+        do not import it).
       out: each control trains, and resumes, in ``out/<arm>``.
       mesh: device mesh.
       progress: handed to ``fit``.

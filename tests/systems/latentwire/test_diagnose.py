@@ -63,7 +63,8 @@ def test_findings_name_the_symptoms(tmp_path):
     statistics = {"cosine": 0.97, "norm_ratio": 30.0}
     results = {
         "ae.token_accuracy": 0.4, "ae.forced_accuracy": 0.8, "ae.token_accuracy.shuffled": 0.4,
-        "squad.f1.latent": 0.1, "squad.f1.shuffled": 0.1, "squad.f1_gain.shuffled.ci95": [-0.1, 0.1],
+        "squad.f1.latent": 0.1, "squad.f1.shuffled": 0.1,
+        "squad.f1_gain.shuffled.ci95": [-0.1, 0.1],
     }  # fmt: skip
     samples = [{"kind": "answer", "predictions": {"latent": "the the the the"}}] * 10
     text = "\n".join(diagnose.findings(statistics, results, samples, log))

@@ -42,7 +42,7 @@ def run():
 
 
 def test_training_and_evaluation_see_the_same_sequence(reader, run):
-    """The training batch has question and answer in one row, evaluation has them apart; the NLL agrees."""
+    """Training has question and answer in one row, evaluation has them apart; the NLL agrees."""
     builder = PromptBuilder(reader.tokenizer, run.prompt)
     contexts = [builder.context_ids("k1: red; k2: blue"), builder.context_ids("k1: blue")]
     pairs = [builder.supervised("k2?", "blue"), builder.supervised("key k1?", "red")]
@@ -63,7 +63,13 @@ def test_training_and_evaluation_see_the_same_sequence(reader, run):
     asked = pad_rows([p for p, _ in pairs], 30, left=True)
     gold = pad_rows([a for _, a in pairs], 8)
     given = baselines.build(
-        "token_budget_head", reader.decoder, reader.params, *context, *asked, np.arange(2), ratio=2.0
+        "token_budget_head",
+        reader.decoder,
+        reader.params,
+        *context,
+        *asked,
+        np.arange(2),
+        ratio=2.0,
     )
     lead = jnp.broadcast_to(prompt["prompt"], (2, *prompt["prompt"].shape))
     scores = score_answers(reader.decoder, reader.params, given, *asked, *gold, lead)
