@@ -19,6 +19,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from latent_jax.backbones import decode_cpu
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.sampling import Sampling, SamplingMode, choose, row_keys
 from latent_jax.core.errors import BackboneError, ConfigError
@@ -115,11 +116,12 @@ def _pad_prefix(prefix: KV, width: int) -> KV:
 
 
 class _Loop(NamedTuple):
-    """What the decode loop carries."""
+    """What the decode loop carries; `cache` is whatever the step in use keeps its entries in."""
 
     step: Array
     token: Int[Array, " b"]
-    cache: KV
+    cache: Any
+    valid: Bool[Array, "b s"]
     tokens: Int[Array, "b n"]
     lengths: Int[Array, " b"]
     stopped: Bool[Array, " b"]
@@ -163,20 +165,47 @@ def prefill(
     return out.hidden[:, -1], KV(k, v, valid), start + jnp.sum(mask, axis=1)
 
 
-def _write(cache: KV, new: KV, slot: Array, alive: Bool[Array, " b"]) -> KV:
-    """Put one token's keys and values into `slot` of every row; in place in the loop's carry."""
+def decode_step(
+    decoder: Decoder,
+    params: Any,
+    token: Int[Array, " b"],
+    position: Int[Array, " b"],
+    cache: KV,
+    slot: Int[Array, ""],
+    dtype: Any,
+    lora: Any = None,
+) -> tuple[Float[Array, "b d"], KV]:
+    """One token per row through the decoder; its keys and values go into `slot` (in place).
+
+    Args:
+        decoder: the decoder module.
+        params: its parameters.
+        token: ids.
+        position: rotary positions.
+        cache: entries that the tokens see besides themselves.
+        slot: free entry, the same for every row.
+        dtype: compute dtype.
+        lora: low-rank deltas.
+
+    Returns:
+        (hidden states, cache with the entry written and valid).
+    """
+    x = decoder.apply({"params": params}, token[:, None], dtype, method="embed")
+    out = decoder.apply({"params": params}, x, position[:, None], prefix=cache, lora=lora)
     at = (0, 0, slot, 0, 0)
-    return KV(
-        jax.lax.dynamic_update_slice(cache.k, new.k, at),
-        jax.lax.dynamic_update_slice(cache.v, new.v, at),
-        jax.lax.dynamic_update_slice(cache.mask, alive[:, None], (0, slot)),
+    cache = KV(
+        jax.lax.dynamic_update_slice(cache.k, out.kv.k, at),
+        jax.lax.dynamic_update_slice(cache.v, out.kv.v, at),
+        jax.lax.dynamic_update_slice(cache.mask, out.kv.mask, (0, slot)),
     )
+    return out.hidden[:, 0], cache
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "mode"))
 def _generate(
     decoder: Decoder,
     params: Any,
+    layers: Any,
     inputs_embeds: Array,
     mask: Array,
     start: Array,
@@ -190,22 +219,48 @@ def _generate(
     slots: int,
     mode: SamplingMode,
 ) -> Generated:
-    def unembed(hidden: Array) -> Array:
-        return decoder.apply({"params": params}, hidden[:, None], method="unembed")[:, 0]
-
-    def pick(hidden: Array, step: Array) -> Array:
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        return choose(step_keys, unembed(hidden), mode, *values)
-
-    b = inputs_embeds.shape[0]
+    b, dtype = inputs_embeds.shape[0], inputs_embeds.dtype
     hidden, cache, position = prefill(
         decoder, params, inputs_embeds, mask, start, prefix, room=slots, lora=lora
     )
     first_slot = cache.mask.shape[1] - slots
+    valid = cache.mask
+
+    if layers is None:
+
+        def forward(token: Array, step: Array, cache: KV, valid: Array) -> tuple[Array, KV]:
+            return decode_step(
+                decoder, params, token, position + step, cache, first_slot + step, dtype, lora
+            )
+
+        def logits_of(hidden: Array) -> Array:
+            return decoder.apply({"params": params}, hidden[:, None], method="unembed")[:, 0]
+    else:
+        cache = decode_cpu.lay_out_cache(cache)
+
+        def forward(token: Array, step: Array, cache: Any, valid: Array) -> tuple[Array, Any]:
+            x = decoder.apply({"params": params}, token[:, None], dtype, method="embed")[:, 0]
+            return decode_cpu.step(
+                decoder.config,
+                layers,
+                params["final_norm"]["scale"],
+                x,
+                position + step,
+                cache,
+                valid,
+                first_slot + step,
+            )
+
+        def logits_of(hidden: Array) -> Array:
+            return decode_cpu.unembed(decoder.config, params, hidden)
+
+    def pick(hidden: Array, step: Array) -> Array:
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        return choose(step_keys, logits_of(hidden), mode, *values)
 
     def record(state: _Loop, token: Array) -> _Loop:
         """Store `token` for the rows still running and see which of them it ends."""
-        alive = ~state.stopped & (state.step < limit)
+        alive = ~state.stopped
         tokens = jax.lax.dynamic_update_slice(
             state.tokens, jnp.where(alive, token, 0)[:, None], (0, state.step)
         )
@@ -221,29 +276,24 @@ def _generate(
         return (state.step + 1 < limit) & ~jnp.all(state.stopped)
 
     def advance(state: _Loop) -> _Loop:
-        x = decoder.apply(
-            {"params": params}, state.token[:, None], inputs_embeds.dtype, method="embed"
+        # A finished row keeps computing on its own entries; nothing of it is recorded.
+        valid = jax.lax.dynamic_update_slice(
+            state.valid, jnp.ones((b, 1), bool), (0, first_slot + state.step)
         )
-        out = decoder.apply(
-            {"params": params},
-            x,
-            (position + state.step)[:, None],
-            prefix=state.cache,
-            lora=lora,
-        )
-        cache = _write(state.cache, out.kv, first_slot + state.step, ~state.stopped)
-        state = state._replace(step=state.step + 1, cache=cache)
-        return record(state, pick(out.hidden[:, 0], state.step))
+        hidden, cache = forward(state.token, state.step, state.cache, valid)
+        state = state._replace(step=state.step + 1, cache=cache, valid=valid)
+        return record(state, pick(hidden, state.step))
 
     state = _Loop(
         step=jnp.int32(0),
         token=jnp.zeros((b,), jnp.int32),
         cache=cache,
+        valid=valid,
         tokens=jnp.zeros((b, slots), jnp.int32),
         lengths=jnp.zeros((b,), jnp.int32),
         stopped=jnp.zeros((b,), bool),
     )
-    state = record(state, pick(hidden, state.step))
+    state = record(state, pick(hidden if layers is None else hidden.T, state.step))
     state = jax.lax.while_loop(running, advance, state)
     return Generated(state.tokens, state.lengths, state.stopped)
 
@@ -324,9 +374,13 @@ def generate_ids(
     padded = bucket(max(len(stop_ids), 1), 4)
     stops = np.full((padded,), -1, np.int32)
     stops[: len(stop_ids)] = list(stop_ids)
+    layers = None
+    if decode_cpu.pays(decoder.config, params, b, max_new_tokens):
+        layers = decode_cpu.laid_out(decoder.config, params, lora, inputs_embeds.dtype)
     out = _generate(
         decoder,
         params,
+        layers,
         inputs_embeds,
         mask,
         jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,)),

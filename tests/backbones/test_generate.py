@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones import generate, sampling
+from latent_jax.backbones import decode_cpu, generate, sampling
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.generate import bucket, generate_ids, generate_text, left_pad
 from latent_jax.backbones.sampling import Sampling
@@ -116,11 +116,11 @@ def test_decode_logits_match_prefill_logits():
         5,
     )
     np.testing.assert_allclose(hidden, full[:, 5], atol=1e-5)
+    step = jax.jit(generate.decode_step, static_argnums=(0, 6))
     for i in range(5):
-        x = embed(decoder, params, ids[:, 6 + i, None])
-        out = decoder.apply({"params": params}, x, (position + i)[:, None], prefix=cache)
-        np.testing.assert_allclose(out.hidden[:, 0], full[:, 6 + i], atol=1e-5)
-        cache = generate._write(cache, out.kv, jnp.int32(6 + i), jnp.ones(2, bool))
+        slot = jnp.int32(6 + i)
+        hidden, cache = step(decoder, params, ids[:, 6 + i], position + i, cache, slot, jnp.float32)
+        np.testing.assert_allclose(hidden, full[:, 6 + i], atol=1e-5)
 
 
 def test_rows_do_not_depend_on_the_batch():
@@ -149,6 +149,34 @@ def test_right_padding_is_accepted():
     a = generate_ids(decoder, params, embed(decoder, params, right), mask, max_new_tokens=NEW)
     b = generate_ids(decoder, params, embed(decoder, params, ids), left_mask, max_new_tokens=NEW)
     assert a.tokens.tolist() == b.tokens.tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cpu_layout_equals_the_general_step(family, monkeypatch):
+    """The CPU decode layout gives the same tokens, with a prefix and low-rank deltas too."""
+    decoder, params = model(family)
+    ids, mask = left_pad(prompts(decoder.config.vocab_size))
+    x = embed(decoder, params, ids)
+    args = dict(max_new_tokens=9)
+    if family == "qwen2":
+        prefix = decoder.apply({"params": params}, x[:, -4:]).kv
+        shapes = decoder.config.projection_shapes
+        lora = {
+            name: {
+                "a": jax.random.normal(jax.random.key(i), (decoder.config.num_layers, n, 2)) * 0.1,
+                "b": jax.random.normal(jax.random.key(i), (decoder.config.num_layers, 2, m)) * 0.1,
+            }
+            for i, (name, (n, m)) in enumerate(shapes.items())
+        }
+        args |= dict(prefix=prefix, start=4, lora=lora)
+    want = generate_ids(decoder, params, x, mask, **args).tokens
+    assert not decode_cpu._laid_out
+    monkeypatch.setattr(decode_cpu, "SMALLEST_MODEL", 0)
+    got = generate_ids(decoder, params, x, mask, **args).tokens
+    assert got.tolist() == want.tolist()
+    assert bool(decode_cpu._laid_out) == (family != "qwen2")
+    del params  # the remembered layout goes with the weights
+    assert not decode_cpu._laid_out
 
 
 def test_stop_ids_end_rows_one_by_one():
