@@ -297,12 +297,18 @@ def finish(
 
     with jax.set_mesh(mesh):
         variables = {name: placed(tree) for name, tree in variables.items()}
+        if hasattr(system, "train_controls"):  # what the evaluation compares with is trained too
+            from latent_jax.train.loop import fit
+
+            system.train_controls(fit, out / "controls", mesh)
         metrics, artefacts = system.evaluate(variables, placed(system.frozen), progress=progress)
     costs = _read(out / "throughput.json") | {"memory.peak_bytes": record.peak_bytes()}
     results = Results(record.flat_numbers(costs | dict(metrics)), out, artefacts, system)
     if record.primary():
-        if artefacts.get("samples") is not None:
-            files.write_jsonl(out / "samples.jsonl", artefacts["samples"])
+        samples = list(artefacts.get("samples") or [])
+        if artefacts.get("demonstration"):
+            samples.append({"kind": "demonstration", **artefacts["demonstration"]})
+        files.write_jsonl(out / "samples.jsonl", samples)
         files.write_json(out / "results.json", dict(results))
         record.history(out, "eval", config, began, record.headline(results), checkpoint)
         write_report(out)

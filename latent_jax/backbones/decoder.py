@@ -1,8 +1,8 @@
 """One decoder for every Llama-like family: embeddings in, hidden states and keys/values out.
 
-There is a single memory mechanism. A KV cache, a deep prefix of latents and a selected subset of another prefill are
-all a `KV` that the decoder reads and never writes; each call returns the `KV` of its own tokens and the
-caller decides what to keep.
+There is a single memory mechanism. A KV cache, a deep prefix of latents and a selected subset of
+another prefill are all a `KV` that the decoder reads and never writes; each call returns the `KV`
+of its own tokens and the caller decides what to keep.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class _Norm(nn.Module):
 class _Dense(nn.Module):
     """``x @ kernel (+ bias)`` with an optional low-rank delta handed in by the caller.
 
-    The delta is an argument and not a parameter, so that one frozen tree serves as encoder (with LoRA) and as
-    reader (without) in the same step.
+    The delta is an argument and not a parameter, so that one frozen tree serves as encoder (with
+    LoRA) and as reader (without) in the same step.
     """
 
     features: int
@@ -149,7 +149,8 @@ class Decoder(nn.Module):
           mask: valid tokens (left or right padding), all by default; attention is causal over them.
           attention_mask: replaces the causal mask among the call's own tokens.
           prefix: keys and values that every token sees.
-          lora: ``{projection: {'a': [l, in, r], 'b': [l, r, out]}}`` for any of q, k, v, o, gate, up, down.
+          lora: ``{projection: {'a': [l, in, r], 'b': [l, r, out]}}`` for any of q, k, v, o, gate,
+            up, down.
         """
         b, t, _ = inputs_embeds.shape
         if positions is None:
@@ -176,7 +177,10 @@ class Decoder(nn.Module):
                 preferred_element_type=jnp.float32,
             )  # fmt: skip
         return jnp.einsum(
-            "btd,dv->btv", hidden, self.head.astype(hidden.dtype), preferred_element_type=jnp.float32
+            "btd,dv->btv",
+            hidden,
+            self.head.astype(hidden.dtype),
+            preferred_element_type=jnp.float32,
         )
 
 

@@ -22,9 +22,9 @@ def attend(
 ) -> Float[Array, "b t h d"]:
     """Softmax attention of ``h`` query heads on ``g`` shared key/value heads (``h % g == 0``).
 
-    Prefix and own keys are scored apart and share one softmax, so that a cache or a compressed prefix is read in
-    place and never copied. Softmax is fp32. A query that may see nothing returns the mean of what it was given,
-    finite; callers mask such rows.
+    Prefix and own keys are scored apart and share one softmax, so that a cache or a compressed
+    prefix is read in place and never copied. Softmax is fp32. A query that may see nothing
+    returns the mean of what it was given, finite; callers mask such rows.
 
     Args:
       mask: which of the own keys each query may see.
@@ -47,7 +47,9 @@ def attend(
         return out.reshape(b, t, h, d)
 
     m = prefix_k.shape[1]
-    scores = jnp.concatenate([score(prefix_k, prefix_mask[:, None, None, None, :]), scores], axis=-1)
+    scores = jnp.concatenate(
+        [score(prefix_k, prefix_mask[:, None, None, None, :]), scores], axis=-1
+    )
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bgrts,bsgd->btgrd", weights[..., :m], prefix_v)
     out += jnp.einsum("bgrts,bsgd->btgrd", weights[..., m:], v)

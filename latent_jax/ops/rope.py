@@ -19,9 +19,9 @@ def inverse_frequencies(
 ) -> np.ndarray:
     """Inverse frequencies of the rotary planes, optionally with Llama 3 scaling.
 
-    With ``original_max_position`` > 0, wavelengths longer than ``original/low_freq_factor`` are stretched by
-    ``factor``, shorter than ``original/high_freq_factor`` are kept, and those between are blended linearly
-    (Llama 3.1 reference code).
+    With ``original_max_position`` > 0, wavelengths longer than ``original/low_freq_factor`` are
+    stretched by ``factor``, shorter than ``original/high_freq_factor`` are kept, and those
+    between are blended linearly (Llama 3.1 reference code).
 
     Returns:
       ``[head_dim / 2]`` float32.

@@ -77,7 +77,8 @@ class LatentWire:
                 raise DataError(f"text {number} is empty: there is nothing to compress")
             if len(row) > limit:
                 raise DataError(
-                    f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: split it"
+                    f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: "
+                    "split it"
                 )
         width = context_width(max(map(len, rows)), self.config.segment)
         ids, mask = pad_rows(rows, width, self.builder.pad_id)
@@ -101,7 +102,8 @@ class LatentWire:
         b, total, _ = wire.z.shape
         n = max(1, total // m)
         start = np.arange(n) * c.segment
-        # Each segment was compressed alone, so each is rebuilt alone, at the positions it was compressed at.
+        # Each segment was compressed alone, so each is rebuilt alone, at the positions it was
+        # compressed at.
         parts = Wire(
             wire.z.reshape(b * n, total // n, -1),
             wire.mask.reshape(b * n, -1),

@@ -1,4 +1,4 @@
-"""Compressors as files: a packaged asset, an exported directory or a run, all loaded the same way."""
+"""Compressors as files: packaged, exported or a run's, all loaded the same way."""
 
 from __future__ import annotations
 

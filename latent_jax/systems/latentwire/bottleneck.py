@@ -16,16 +16,18 @@ from latent_jax.systems.latentwire.model import Compressor
 def principal_map(x: np.ndarray, width: int) -> dict[str, np.ndarray]:
     """PCA of standardised rows as a pair of linear maps.
 
-    With ``n`` rows at most ``n - 1`` directions are determined; further ones are random orthogonal directions, so that
-    the map is an isometry onto its range and training can use them.
+    With ``n`` rows at most ``n - 1`` directions are determined; further ones are random
+    orthogonal directions, so that the map is an isometry onto its range and training can use
+    them.
 
     Args:
       x: ``[n, features]`` encoder outputs.
       width: ``d_z``.
 
     Returns:
-      ``in_mean, in_scale`` ``[features]``, ``down`` ``[features, width]`` and ``up`` ``[width, features]`` with orthonormal
-      columns and rows, ``out_scale, out_mean`` ``[features]`` undoing the standardisation.
+      ``in_mean, in_scale`` ``[features]``, ``down`` ``[features, width]`` and ``up`` ``[width,
+      features]`` with orthonormal columns and rows, ``out_scale, out_mean`` ``[features]``
+      undoing the standardisation.
     """
     mean, std = x.mean(0), x.std(0) + 1e-6
     y = (x - mean) / std
@@ -45,9 +47,10 @@ def principal_map(x: np.ndarray, width: int) -> dict[str, np.ndarray]:
 
 
 def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int | None = None):
-    """Starts ``down`` and ``up`` as the principal directions of the encoder's output on training text.
+    """Starts ``down`` and ``up`` as principal directions of the encoder's output.
 
-    Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise the random start stays.
+    Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise
+    the random start stays.
     """
     config = model.config
     if (config.encoder.output == "kv") != (config.adapter.kind == "kv"):
@@ -80,7 +83,9 @@ def adopt(params: Mapping[str, Any], start: Mapping[str, Any], name: str) -> dic
     out = dict(params)
     for key, value in start.items():
         if key not in params:
-            raise CheckpointError(f"model.start={name}: its part {key!r} is not in this configuration")
+            raise CheckpointError(
+                f"model.start={name}: its part {key!r} is not in this configuration"
+            )
         ours = jax.tree.map(jnp.shape, params[key])
         theirs = jax.tree.map(jnp.shape, value)
         if ours != theirs:

@@ -77,7 +77,8 @@ class ModelConfig:
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
-        default=None, help="packaged compressor, its directory, or a run whose weights to start from"
+        default=None,
+        help="packaged compressor, its directory, or a run whose weights to start from",
     )
 
     def validate(self) -> None:
@@ -85,11 +86,13 @@ class ModelConfig:
         if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
             raise ConfigError(
                 f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
-                f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with kv, hidden with soft"
+                f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
+                "kv, hidden with soft"
             )
         if self.ratio > self.segment:
             raise ConfigError(
-                f"model.ratio={self.ratio} leaves less than one latent per model.segment={self.segment}"
+                f"model.ratio={self.ratio} leaves less than one latent per "
+                f"model.segment={self.segment}"
             )
 
 

@@ -1,4 +1,4 @@
-"""Losses through the frozen reader: reconstruction, continuation and answers share one teacher-forced pass."""
+"""Losses through the frozen reader, in one teacher-forced pass for every task."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ def token_cross_entropy(
     """Per-token cross-entropy (nats) and whether the greedy choice is right.
 
     Args:
-      chunk: rows of the vocabulary product done at once; each is recomputed in the backward pass, so that the
-        ``b x t x vocabulary`` logits never exist. None does all at once, which is faster where they fit.
+      chunk: rows of the vocabulary product done at once; each is recomputed in the backward pass,
+        so that the ``b x t x vocabulary`` logits never exist. None does all at once, which is
+        faster where they fit.
     """
 
     def rows(h, y):
@@ -46,8 +47,8 @@ def corrupt_tokens(
 ) -> Int[Array, "b t"]:
     """Replaces a share of the teacher-forced inputs with random tokens.
 
-    With clean inputs the reader learns to lean on the previous token and derails at its first own mistake; a corrupted
-    history can only be survived by reading the latents.
+    With clean inputs the reader learns to lean on the previous token and derails at its first own
+    mistake; a corrupted history can only be survived by reading the latents.
     """
     swap, draw = jax.random.split(key)
     noise = jax.random.randint(draw, ids.shape, 0, vocab_size, ids.dtype)

@@ -1,8 +1,9 @@
 """Text → latents → what a frozen reader is given.
 
-The encoder is the frozen LLM itself: memory slots, one per span of text, read the text's keys and values through
-LoRA'd projections. What the slots leave behind, per-layer keys and values or a last hidden state, is put on the *wire*
-as one vector of width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or into soft tokens.
+The encoder is the frozen LLM itself: memory slots, one per span of text, read the text's keys and
+values through LoRA'd projections. What the slots leave behind, per-layer keys and values or a
+last hidden state, is put on the *wire* as one vector of width ``d_z`` per slot, and the adapter
+turns the wire into a deep prefix or into soft tokens.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 class Wire(NamedTuple):
     """Latents of a batch of texts; everything another process needs to read them.
 
-    ``z[i, j]`` stands at ``positions[i, j]`` of a text of ``length[i]`` tokens; keys are stored before rotation, so a
-    wire can be moved to another place in a longer context.
+    ``z[i, j]`` stands at ``positions[i, j]`` of a text of ``length[i]`` tokens; keys are stored
+    before rotation, so a wire can be moved to another place in a longer context.
     """
 
     z: Float[Array, "b m z"]
@@ -95,8 +96,9 @@ class Compressor(nn.Module):
             self.down = self.param("down", nn.initializers.orthogonal(), (width, c.wire.d_z))
             out = r.kv_floats_per_token if c.adapter.kind == "kv" else r.hidden_size
             self.up = self.param("up", nn.initializers.orthogonal(), (c.wire.d_z, out))
-            # Per-dimension centre and spread of the encoder's output and of what the reader expects; keys are an
-            # order of magnitude larger than values, so neither PCA nor a linear map works on raw numbers.
+            # Per-dimension centre and spread of the encoder's output and of what the reader
+            # expects; keys are an order of magnitude larger than values, so neither PCA nor a
+            # linear map works on raw numbers.
             zeros, ones = nn.initializers.zeros, nn.initializers.ones
             self.in_mean = self.param("in_mean", zeros, (width,))
             self.in_scale = self.param("in_scale", ones, (width,))
@@ -116,7 +118,8 @@ class Compressor(nn.Module):
         positions = jnp.broadcast_to(positions, (b, m))
         text = self.body.apply({"params": frozen}, ids, method="embed")
 
-        # A slot starts as the mean embedding of its span: on the embedding manifold, and already about its text.
+        # A slot starts as the mean embedding of its span: on the embedding manifold, and already
+        # about its text.
         span = (jnp.arange(t) // c.ratio).astype(jnp.int32)
         weight = (span[None, :] == slot[:, None])[None] & mask[:, None, :]
         weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
@@ -147,8 +150,8 @@ class Compressor(nn.Module):
     def compress(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
         """Compresses right-padded texts.
 
-        Texts longer than ``segment`` tokens are cut into segments that are compressed independently; ``t`` must then
-        be a multiple of ``segment``.
+        Texts longer than ``segment`` tokens are cut into segments that are compressed
+        independently; ``t`` must then be a multiple of ``segment``.
         """
         c = self.config
         b, t = ids.shape
@@ -207,9 +210,7 @@ def read(
     t = embeds.shape[1]
     positions = prefix.start[:, None] + jnp.arange(t)
     if prefix.kv is not None:
-        return body.apply(
-            {"params": frozen}, embeds, positions, mask, prefix=prefix.kv
-        ).hidden
+        return body.apply({"params": frozen}, embeds, positions, mask, prefix=prefix.kv).hidden
     m = prefix.embeds.shape[1]
     out = body.apply(
         {"params": frozen},

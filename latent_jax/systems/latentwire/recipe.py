@@ -1,8 +1,9 @@
 """LatentWire's data: three tasks in one record format, mixed batch by batch.
 
-Every record is ``context`` (what is compressed), ``inputs`` (what the reader is fed after the latents, teacher-forced)
-and ``supervised`` (which of the inputs it must predict). Reconstruction, continuation and answers differ in nothing
-else, so they share one loss and one compiled step per shape.
+Every record is ``context`` (what is compressed), ``inputs`` (what the reader is fed after the
+latents, teacher-forced) and ``supervised`` (which of the inputs it must predict). Reconstruction,
+continuation and answers differ in nothing else, so they share one loss and one compiled step per
+shape.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def text_segments(config: LatentWireRun, tokenizer, split: str, limit: int, cont
 def questions(
     config: LatentWireRun, builder: PromptBuilder, split: str, limit: int
 ) -> tuple[list[QAExample], list[list[int]]]:
-    """Examples whose passage fits ``data.max_context``, shuffled by the run's seed, with their context tokens."""
+    """Shuffled examples whose passage fits ``data.max_context``, with their context tokens."""
     d = config.data
     examples = data.load_squad(d.qa, split, d.root)
     order = np.random.default_rng([config.seed, 7]).permutation(len(examples))
@@ -46,12 +47,15 @@ def questions(
             break
     if not kept:
         raise DataError(
-            f"data.qa={d.qa}: no passage of the {split} split fits data.max_context={d.max_context} tokens"
+            f"data.qa={d.qa}: no passage of the {split} split fits data.max_context="
+            f"{d.max_context} tokens"
         )
     return kept, ids
 
 
-def _record(context: Sequence[int], inputs: Sequence[int], supervised: int) -> dict[str, np.ndarray]:
+def _record(
+    context: Sequence[int], inputs: Sequence[int], supervised: int
+) -> dict[str, np.ndarray]:
     """One example; its last ``supervised`` inputs are what the reader must predict."""
     mask = np.zeros(len(inputs), bool)
     mask[len(inputs) - supervised :] = True
@@ -90,7 +94,8 @@ def _answer_records(config: LatentWireRun, builder: PromptBuilder):
             rows.append((context, prompt + gold, len(gold)))
     if not rows:
         raise DataError(
-            f"data.qa={d.qa}: no question with its answer fits data.max_prompt={d.max_prompt} tokens"
+            f"data.qa={d.qa}: no question with its answer fits data.max_prompt="
+            f"{d.max_prompt} tokens"
         )
     return (lambda i: _record(*rows[i])), len(rows)
 

@@ -18,9 +18,11 @@ from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import load_compressor
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire.evaluate import check_arms
 from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
 from latent_jax.systems.latentwire.model import Compressor, read
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.tuned import train_controls
 
 _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
@@ -51,6 +53,7 @@ class LatentWireSystem:
     )
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
+        check_arms(config.eval.arms, config.eval.tuned)
         self.config = config
         self.backbone = backbone or backbones.load(
             config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)
@@ -67,10 +70,11 @@ class LatentWireSystem:
             "first_token": losses.first_token,
         }
         self._held_out: np.ndarray | None = None
+        self._tuned: dict[str, jax.Array] = {}
         self._quick = jax.jit(self._quick_terms)
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh parameters, or those of ``model.start``; a bottleneck is fitted to the encoder's own output."""
+        """Fresh parameters, or those of ``model.start``; a fresh bottleneck is fitted to data."""
         reader = self.frozen["reader"]
         make = jax.jit(lambda r, i, m: self.model.init(rngs["params"], r, i, m)["params"])
         ids = jnp.zeros(batch["context"].shape, jnp.int32)
@@ -85,7 +89,9 @@ class LatentWireSystem:
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``memory``, ``bottleneck``; a bottleneck's input statistics are frozen."""
+        """Groups ``lora_a``, ``lora_b``, ``memory``, ``bottleneck``; a bottleneck's input
+        statistics are frozen.
+        """
         return trees.match_tree(_LABELS, params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -95,7 +101,10 @@ class LatentWireSystem:
     def loss_terms(self, variables, frozen, batch, rngs, train):
         """Cross-entropy of the supervised tokens per task, and what the guards watch."""
         params, reader = variables["params"], frozen["reader"]
-        apply = lambda *a, method: self.model.apply({"params": params}, *a, method=method)  # noqa: E731
+
+        def apply(*args, method):
+            return self.model.apply({"params": params}, *args, method=method)
+
         task, targets, inputs = batch["task"], batch["inputs"], batch["inputs"]
         wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
         if train and self.config.losses.corrupt:
@@ -112,9 +121,7 @@ class LatentWireSystem:
             jnp.concatenate([lead, text], axis=1),
             batch["inputs_mask"],
         )
-        nll, hit = token_cross_entropy(
-            self.body, reader, hidden, targets, self.config.losses.chunk
-        )
+        nll, hit = token_cross_entropy(self.body, reader, hidden, targets, self.config.losses.chunk)
         supervised = batch["supervised"].astype(jnp.float32)
         first = supervised * (jnp.cumsum(supervised, axis=1) == 1)
         terms = {"first_token": Mean(jnp.sum(nll * first), jnp.sum(first))}
@@ -170,7 +177,9 @@ class LatentWireSystem:
         return score(shown), score(other), _neighbour_cosine(shown)
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
-        """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's latents."""
+        """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's
+        latents.
+        """
         n = self.config.eval.quick_segments
         if not n or not self.config.data.mix.get("reconstruct"):
             return {}
@@ -189,9 +198,15 @@ class LatentWireSystem:
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
         return LatentWire(backbone, self.config.model, variables["params"], self.builder)
 
+    def train_controls(self, fit, out, mesh=None) -> None:
+        """Trains the soft prompts of ``eval.tuned``, each a small (resumable) run below ``out``."""
+        arms = self.config.eval.tuned if self.config.eval.questions else ()
+        self._tuned = train_controls(self.config, self.backbone, self.builder, arms, fit, out, mesh)
+
     def evaluate(self, variables, frozen, progress=None):
         """See `suite.final_evaluation`."""
-        return suite.final_evaluation(self, self.wire(variables, frozen), progress)
+        wire = self.wire(variables, frozen)
+        return suite.final_evaluation(self, wire, progress, self._tuned)
 
     def ask(self, variables, frozen, text: str, question: str) -> dict[str, Any]:
         """Compresses a text, rebuilds it, and answers from the latents alone."""
@@ -207,7 +222,9 @@ class LatentWireSystem:
 
 
 def _neighbour_cosine(wire) -> jax.Array:
-    """Mean cosine between the mean latents of neighbouring texts; near 1 the encoder says the same of everything."""
+    """Mean cosine between the mean latents of neighbouring texts; near 1 the encoder says the
+    same of everything.
+    """
     weight = wire.mask[..., None].astype(jnp.float32)
     mean = jnp.sum(wire.z * weight, 1) / jnp.maximum(weight.sum(1), 1)
     mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)

@@ -33,9 +33,7 @@ VARIANTS = {
     "kv_bidirectional": ModelConfig(
         segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", causal=False)
     ),
-    "kv_narrow": ModelConfig(
-        segment=8, encoder=EncoderConfig(lora_rank=2), wire=WireConfig(d_z=6)
-    ),
+    "kv_narrow": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2), wire=WireConfig(d_z=6)),
     "soft": ModelConfig(
         segment=8,
         encoder=EncoderConfig(output="hidden", lora_rank=2),
@@ -76,7 +74,9 @@ def compressor(request, reader, texts):
     return request.param, params, prefix
 
 
-@pytest.mark.parametrize("tokens,ratio,expected", [(16, 4, 4), (17, 4, 5), (3, 4, 1), (12, 1.2, 10)])
+@pytest.mark.parametrize(
+    "tokens,ratio,expected", [(16, 4, 4), (17, 4, 5), (3, 4, 1), (12, 1.2, 10)]
+)
 def test_number_of_latents_is_exact(tokens, ratio, expected):
     assert num_latents(tokens, ratio) == expected
 
@@ -117,9 +117,7 @@ def test_gradient_reaches_every_trainable_part_and_no_frozen_one(reader, texts):
         def loss(params, model=model, body=body):
             wire = model.apply({"params": params}, reader, *texts, method="compress")
             prefix = model.apply({"params": params}, wire, method="prefix")
-            lead = model.apply(
-                {"params": params}, jnp.arange(3), method="task_embedding"
-            )
+            lead = model.apply({"params": params}, jnp.arange(3), method="task_embedding")
             hidden = read(body, reader, prefix, lead, jnp.ones((3, 1), bool))
             nll, _ = token_cross_entropy(body, reader, hidden, texts[0][:, :1])
             return nll.sum()
@@ -137,7 +135,9 @@ def test_gradient_reaches_every_trainable_part_and_no_frozen_one(reader, texts):
 def test_kv_round_trip_and_move(reader, texts):
     body = Decoder(READER)
     ids, mask = texts
-    out = body.apply({"params": reader}, body.apply({"params": reader}, ids, method="embed"), mask=mask)
+    out = body.apply(
+        {"params": reader}, body.apply({"params": reader}, ids, method="embed"), mask=mask
+    )
     inv = inverse_frequencies(READER)
     positions = jnp.broadcast_to(jnp.arange(16), ids.shape)
     z = flatten_kv(out.kv, inv, positions)
@@ -150,7 +150,9 @@ def test_full_width_bottleneck_is_lossless(reader, texts):
     config = VARIANTS["kv"]
     model = Compressor(config, READER)
     params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
-    wide = jax.jit(lambda *a: model.apply({"params": params}, *a, method="compress"))(reader, *texts)
+    wide = jax.jit(lambda *a: model.apply({"params": params}, *a, method="compress"))(
+        reader, *texts
+    )
     rows = np.asarray(wide.z.reshape(-1, wide.z.shape[-1]))
     fitted = bottleneck.principal_map(rows, width=len(rows) - 1)
     z = ((rows - fitted["in_mean"]) * fitted["in_scale"]) @ fitted["down"]
