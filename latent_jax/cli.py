@@ -94,12 +94,18 @@ def report(run: Run) -> None:
 @app.command()
 def generate(
     run: Run, text: Text = None,
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
     checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
 ) -> None:  # fmt: skip
-    """Generate from a run: LatentWire compresses a text and rebuilds it."""
-    _hook("generate", run, checkpoint, set_, out, seed, text=text, prompt=prompt,
+    """Generate from a run: LatentWire compresses a text and rebuilds it, an LM continues it."""
+    from latent_jax.commands.inspect import read_text
+    from latent_jax.core.errors import ConfigError
+
+    if text is not None and prompt is not None:
+        raise ConfigError("--text and --prompt are two ways to give one text: use one of them")
+    prompt = prompt if text is None else read_text(text)
+    _hook("generate", run, checkpoint, set_, out, seed, prompt=prompt,
           max_new_tokens=max_new_tokens)  # fmt: skip
 
 
@@ -115,7 +121,9 @@ def ask(
         from latent_jax.core.errors import DataError
 
         raise DataError("--question is empty")
-    _hook("ask", run, checkpoint, set_, out, seed, text=text, question=question)
+    from latent_jax.commands.inspect import read_text
+
+    _hook("ask", run, checkpoint, set_, out, seed, text=read_text(text), question=question)
 
 
 @app.command()
@@ -133,8 +141,6 @@ def _hook(
     from latent_jax.commands import inspect
     from latent_jax.commands.show import present
 
-    if options.get("text") is not None:
-        options["text"] = inspect.read_text(options["text"])
     overrides = _overrides(set_, seed=seed)
     present(inspect.call(name, run, options, overrides, checkpoint, out))
 

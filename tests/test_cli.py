@@ -29,6 +29,8 @@ def work(tmp_path_factory) -> Path:
     os.chdir(folder)
     try:
         assert cli.main(["run", "toy.yaml", "--quiet"]) == 0
+        Path("runs/mute").mkdir()
+        Path("runs/mute/config.yaml").write_text(dump_yaml({**TOY, "system": "tests.toy_cli:Mute"}))
     finally:
         os.chdir(before)
     return folder
@@ -119,6 +121,13 @@ def test_train_eval_and_report_each_alone(at_work, capsys):
     assert code == 0 and Path(out.strip()).is_file()
 
 
+def test_generate_takes_a_file_or_a_text(at_work, capsys):
+    Path("text.txt").write_text("abc\n")
+    for option in (["--text", "text.txt"], ["--prompt", "abc"]):
+        code, out, _ = call(capsys, "generate", "runs/toy", *option)
+        assert code == 0 and "rebuilt: cba" in out
+
+
 def test_ask_and_diagnose(at_work, capsys):
     Path("text.txt").write_text("abc\n")
     code, out, _ = call(capsys, "ask", "runs/toy", "--text", "text.txt", "--question", "How long?")
@@ -155,7 +164,10 @@ BAD = {
     "no such run": (["eval", "runs/nope"], "runs/nope"),
     "no run there": (["report", "."], "config.yaml"),
     "no such checkpoint": (["eval", "runs/toy", "--checkpoint", "5"], "'5'"),
-    "no such hook": (["generate", "runs/toy"], "cannot generate"),
+    "no such hook": (["generate", "runs/mute"], "cannot generate"),
+    "needed option": (["generate", "runs/toy"], "--prompt"),
+    "useless option": (["generate", "runs/toy", "--max-new-tokens", "3"], "--max-new-tokens"),
+    "two texts": (["generate", "runs/toy", "--prompt", "a", "--text", "toy.yaml"], "one of them"),
     "no text": (["ask", "runs/toy", "--text", "no.txt", "--question", "?"], "no.txt"),
     "empty text": (["ask", "runs/toy", "--text", "empty.txt", "--question", "?"], "empty"),
     "empty question": (["ask", "runs/toy", "--text", "toy.yaml", "--question", " "], "question"),

@@ -34,6 +34,12 @@ def test_a_run_leaves_everything_behind(finished):
     assert [row["step"] for row in lines(finished.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_demonstration_is_in_the_report(finished):
+    assert lines(finished.out / "samples.jsonl")[-1]["kind"] == "demonstration"
+    text = finished.report.read_text()
+    assert "Demonstration" in text and "a test" in text
+
+
 def test_results_are_flat_numbers(finished):
     on_disk = json.loads((finished.out / "results.json").read_text())
     assert on_disk == dict(finished)

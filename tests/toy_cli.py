@@ -57,12 +57,18 @@ class Toy(ToySystem):
                 progress("toy", i + 1, 3)
         mse = self.quick_eval(variables, frozen)["mse"]
         samples = [{"kind": "answer", "question": "?", "answers": ["a"], "latent": "a"}]
-        return {"toy.mse": mse, "toy.mse.ci95": [mse - 0.1, mse + 0.1]}, {"samples": samples}
+        return {"toy.mse": mse, "toy.mse.ci95": [mse - 0.1, mse + 0.1]}, {
+            "samples": samples,
+            "demonstration": {"text": "a text", "rebuilt": "a test"},
+        }
 
     def ask(self, variables: Any, frozen: Any, text: str, question: str) -> str:
         if "nothing" in text:
             raise DataError("the text holds nothing")
         return f"{question} {len(text)}"
+
+    def generate(self, variables: Any, frozen: Any, prompt: str) -> dict[str, Any]:
+        return {"rebuilt": prompt[::-1], "n": len(prompt)}
 
     def diagnose(self, variables: Any, frozen: Any) -> dict[str, Any]:
         return {"finding": "healthy", "telemetry.norm": 1.0}
@@ -71,4 +77,4 @@ class Toy(ToySystem):
 class Mute(Toy):
     """A toy without hooks."""
 
-    ask = None
+    generate = None

@@ -3,9 +3,9 @@
 A system may define any of these; their keyword arguments are the options of the commands:
 
     ask(variables, frozen, text, question) -> str or mapping
-    generate(variables, frozen, text=None, prompt=None, max_new_tokens=None) -> str or mapping
+    generate(variables, frozen, prompt=None, max_new_tokens=None) -> str or mapping
     diagnose(variables, frozen) -> mapping: flat numbers as in results.json, and findings as text
-    show(results) -> anything rich can print, at the end of `run` and `eval`
+    show(results) -> anything rich can print, or a mapping, at the end of `run` and `eval`
 """
 
 from __future__ import annotations

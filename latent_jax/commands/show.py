@@ -99,12 +99,12 @@ def present(value: Any, where: Console | None = None) -> None:
         where.print(value, markup=False)
     elif isinstance(value, Mapping):
         numbers = {k: v for k, v in value.items() if isinstance(v, (int, float, list))}
+        for table in results_table(numbers):
+            where.print(table)
         for key, entry in value.items():
             if key not in numbers:
                 where.print(f"[bold]{escape(str(key))}[/bold]", end=": ")
                 where.print(str(entry), markup=False)
-        for table in results_table(numbers):
-            where.print(table)
     elif isinstance(value, (list, tuple)):
         for entry in value:
             present(entry, where)

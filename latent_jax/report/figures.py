@@ -103,7 +103,8 @@ def curve(
                 axes.plot(x, y, color=colour, alpha=0.3, linewidth=0.7)
                 y = _smooth(y)
             axes.plot(x, y, color=colour, linewidth=1.4, label=name, marker=marker, markersize=3)
-        if log and all(min(values, default=0) > 0 for _, values in lines.values()):
+        every = [value for _, values in lines.values() for value in values]
+        if log and min(every) > 0 and max(every) > 10 * min(every):  # else a log axis has no ticks
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())

@@ -84,6 +84,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
             rows += _flat(value, f"{name}.")
         elif isinstance(value, list):
             rows.append((name, ", ".join(map(str, value))))
+        elif name.endswith("_bytes") and tables.is_number(value):
+            rows.append((name.removesuffix("_bytes"), tables.size(value)))
         elif value is not None:
             rows.append((name, tables.number(value)))
     return rows

@@ -15,6 +15,8 @@ from typing import Any
 
 from latent_jax.core import files
 from latent_jax.core.errors import RunError
+from latent_jax.report.load import is_number
+from latent_jax.report.tables import HEADLINES
 
 _PACKAGES = (
     "latent-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
@@ -129,10 +131,11 @@ def flat_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def headline(results: Mapping[str, Any], limit: int = 12) -> dict[str, Any]:
-    """The single numbers of a result that a line of history holds."""
-    numbers = {k: v for k, v in results.items() if isinstance(v, (int, float))}
-    first = {k: v for k, v in numbers.items() if k.endswith(".latent") or k.count(".") <= 1}
-    return dict(list((first or numbers).items())[:limit])
+    """The single numbers of a result that a line of history holds, the telling ones first."""
+    numbers = {k: v for k, v in results.items() if is_number(v)}
+    first = [name for name in HEADLINES if name in numbers]
+    first += [name for name in numbers if name.endswith(".latent")]
+    return {name: numbers[name] for name in list(dict.fromkeys([*first, *numbers]))[:limit]}
 
 
 def history(

@@ -139,7 +139,15 @@ def answers(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> list[Answer]:
     return shown
 
 
-def others(rows: Sequence[Mapping[str, Any]], limit: int = 12) -> list[list[tuple[str, str]]]:
-    """Samples of any other kind, field by field."""
+def others(
+    rows: Sequence[Mapping[str, Any]], limit: int = 12
+) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Samples of any other kind, a demonstration for one: (kind, fields)."""
     rows = [row for row in rows if row.get("kind") not in ("reconstruction", "answer")]
-    return [[(key, _show(value)) for key, value in row.items()] for row in rows[:limit]]
+    return [
+        (
+            str(row.get("kind", "sample")).capitalize(),
+            [(key, _show(value)) for key, value in row.items() if key != "kind"],
+        )
+        for row in rows[:limit]
+    ]

@@ -68,7 +68,7 @@ _MEASURES = frozenset(
 # Columns that come first.
 _FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")
 # What stands on top of a page, where the run has it.
-_HEADLINES = (
+HEADLINES = (
     "squad.f1.latent",
     "squad.f1.full_text",
     "squad.f1.no_context",
@@ -290,7 +290,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
 
 def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cell]]:
     """The few numbers that stand on top of the page."""
-    chosen = [name for name in _HEADLINES if is_number(results.get(name))]
+    chosen = [name for name in HEADLINES if is_number(results.get(name))]
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
     return [(name, _cell(results, name)) for name in chosen[:limit]]
