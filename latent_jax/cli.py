@@ -229,8 +229,10 @@ _add_groups()
 
 def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
     debug = bool(os.environ.get("LATENT_JAX_DEBUG"))  # keeps every traceback
+    if not debug:
+        # Orbax logs the tracebacks of its threads there, and raises the same errors here.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         code = app(args, prog_name="latent-jax", standalone_mode=False)
         if code == 130:  # typer has swallowed the interrupt
