@@ -232,7 +232,14 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
         title=f"{options.model} fp32, batch {options.batch}, {options.prompt_tokens} prompt + "
         f"{options.new_tokens} new tokens, {options.pairs} alternated pairs"
     )
-    for column in ("", "latent_jax tokens/s", "torch tokens/s", "ratio (median)", "min … max"):
+    for column in (
+        "",
+        "latent_jax tokens/s",
+        "torch tokens/s",
+        "ratio (median)",
+        "min … max",
+        "of the best",
+    ):
         table.add_column(column, justify="right")
     for part in ("prefill", "decode"):
         r = {
@@ -246,6 +253,7 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
             f"{r['peer_per_second']:.1f}",
             f"{r['ratio']:.2f}x",
             f"{r['ratio_min']:.2f} … {r['ratio_max']:.2f}",
+            f"{r['ratio_of_best']:.2f}x",
         )
     console.print(table)
     console.print(

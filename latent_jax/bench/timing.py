@@ -48,6 +48,7 @@ class Pair:
             "ours_per_second": units / statistics.median(self.ours),
             "peer_per_second": units / statistics.median(self.peer),
             "ratio": self.ratio,
+            "ratio_of_best": min(self.peer) / min(self.ours),
             "ratio_min": min(self.ratios),
             "ratio_max": max(self.ratios),
             "pairs": float(len(self.ours)),
