@@ -82,6 +82,8 @@ def call(
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise ConfigError(f"`{hook}` of the system {config.system!r} needs {flags}")
+    if "run" in accepted:  # a hook that reads the run's log and samples too
+        given["run"] = path
     system, variables = runs.load(path, config, checkpoint)
     value = getattr(system, hook)(variables, system.frozen, **given)
     if out is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Int
 
 from latent_jax import backbones
 from latent_jax.core.errors import DataError
@@ -58,6 +59,13 @@ class LatentWire:
         return cls(backbone, stored.config, params, builder)
 
     @property
+    def width(self) -> int:
+        """Numbers per latent."""
+        reader, c = self.backbone.config, self.config
+        full = reader.kv_floats_per_token if c.encoder.output == "kv" else reader.hidden_size
+        return c.wire.d_z or full
+
+    @property
     def latents(self) -> baselines.Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
         model = Compressor(self.config, self.backbone.config)
@@ -82,7 +90,7 @@ class LatentWire:
                 )
         width = context_width(max(map(len, rows)), self.config.segment)
         ids, mask = pad_rows(rows, width, self.builder.pad_id)
-        return _compress(self.latents, jnp.asarray(ids), jnp.asarray(mask))
+        return compress_ids(self.latents, jnp.asarray(ids), jnp.asarray(mask))
 
     def answer(
         self, wire: Wire, questions: str | Sequence[str], max_new_tokens: int = 24
@@ -128,7 +136,10 @@ class LatentWire:
 
 
 @jax.jit
-def _compress(latents: baselines.Latents, ids: jax.Array, mask: jax.Array) -> Wire:
+def compress_ids(
+    latents: baselines.Latents, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Wire:
+    """Right-padded token ids → wire; ``t`` up to a segment, or a multiple of it."""
     return latents.compress(ids, mask)
 
 

@@ -184,6 +184,19 @@ class Compressor(nn.Module):
             embeds = z
         return Prefix(kv, embeds, wire.mask, wire.positions, wire.length)
 
+    @nn.nowrap
+    def informative(self, wire: Wire) -> Float[Array, "b m f"]:
+        """The part of a latent that tells texts apart.
+
+        Keys carry a large constant part in every Llama-like model (even two unrelated texts' keys
+        have a cosine above 0.9), so a wire of raw keys and values is judged by its values.
+        """
+        c, r = self.config, self.reader
+        if c.wire.d_z is not None or c.encoder.output != "kv":
+            return wire.z
+        shape = (r.num_layers, 2, r.num_kv_heads * r.head_dim)
+        return wire.z.reshape(*wire.z.shape[:2], *shape)[:, :, :, 1].reshape(*wire.z.shape[:2], -1)
+
     def task_embedding(self, task: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
         """The learned vector that tells the reader what to do with the latents."""
         return self.tasks[task][:, None]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from latent_jax.systems.latentwire import recipe
-from latent_jax.systems.latentwire.api import LatentWire
+from latent_jax.systems.latentwire import diagnose, recipe
+from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 
 
@@ -49,8 +52,36 @@ def final_evaluation(
         samples += rows
         demonstration = demonstrate(wire, examples[0].context, examples[0].question)
         demonstration["expected"] = examples[0].answers[0]
-    metrics |= wire_cost(wire)
+    metrics |= wire_cost(wire) | latent_numbers(system, wire)
     return metrics, {"samples": samples, "demonstration": demonstration}
+
+
+def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, float]:
+    """``latent.*``: spread, norm and rank of the latents of held-out segments."""
+    ids = jnp.asarray(system.eval_data()[:texts])
+    z = compress_ids(wire.latents, ids, jnp.ones(ids.shape, bool))
+    shown = wire.latents.module.informative(z)
+    soft = system.config.model.adapter.kind == "soft" and z.z.shape[-1] == wire.width
+    table = np.asarray(wire.backbone.params["embed"]) if soft else None
+    statistics = diagnose.latent_statistics(np.asarray(shown), np.asarray(z.mask), table)
+    return {f"latent.{name}": value for name, value in statistics.items()}
+
+
+def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str, Any]:
+    """Numbers about the latents, and findings from them and from a run's log and samples."""
+    numbers = latent_numbers(system, wire)
+    statistics = {name.removeprefix("latent."): value for name, value in numbers.items()}
+    log, results, samples = [], {}, []
+    if run is not None:
+        path = Path(run)
+        if (path / "metrics.jsonl").is_file():
+            log = diagnose.read_log(path / "metrics.jsonl")
+        if (path / "results.json").is_file():
+            results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        if (path / "samples.jsonl").is_file():
+            samples = diagnose.read_log(path / "samples.jsonl")
+    found = diagnose.findings(statistics, results, samples, log)
+    return {**numbers, "findings": "; ".join(found) or "nothing known is wrong"}
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:
@@ -74,11 +105,8 @@ def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, 
 
 def wire_cost(wire: LatentWire) -> dict[str, Any]:
     """Numbers per latent and per text token, next to the reader's own cache."""
-    reader, c = wire.backbone.config, wire.config
-    kv = reader.kv_floats_per_token
-    width = c.wire.d_z or (kv if c.encoder.output == "kv" else reader.hidden_size)
     return {
-        "wire.d_z": width,
-        "wire.floats_per_token": width / c.ratio,
-        "wire.cache_floats_per_token": kv,
+        "wire.d_z": wire.width,
+        "wire.floats_per_token": wire.width / wire.config.ratio,
+        "wire.cache_floats_per_token": wire.backbone.config.kv_floats_per_token,
     }

@@ -131,7 +131,7 @@ class LatentWireSystem:
                 mask = supervised * (task == number)[:, None]
                 terms[name] = Mean(jnp.sum(nll * mask), jnp.sum(mask))
                 aux[f"{name}_accuracy"] = Mean(jnp.sum(hit * mask), jnp.sum(mask))
-        aux["latent_cosine"] = _neighbour_cosine(wire)
+        aux["latent_cosine"] = self._neighbour_cosine(wire)
         return terms, {}, aux
 
     def train_data(self, phase: str, start_state: Any):
@@ -174,7 +174,15 @@ class LatentWireSystem:
             return nll.mean(), hit.mean()
 
         other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
-        return score(shown), score(other), _neighbour_cosine(shown)
+        return score(shown), score(other), self._neighbour_cosine(shown)
+
+    def _neighbour_cosine(self, wire) -> jax.Array:
+        """Mean cosine between the mean latents of neighbouring texts; near 1 they look alike."""
+        z = self.model.informative(wire)
+        weight = wire.mask[..., None].astype(jnp.float32)
+        mean = jnp.sum(z * weight, 1) / jnp.maximum(weight.sum(1), 1)
+        mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
+        return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's
@@ -216,16 +224,10 @@ class LatentWireSystem:
         """Compresses a text and rebuilds it."""
         return suite.demonstrate(self.wire(variables, frozen), prompt, None)
 
+    def diagnose(self, variables, frozen, run: str | None = None) -> dict[str, Any]:
+        """Statistics of the latents of held-out texts, and what is known to be wrong with them."""
+        return suite.diagnosis(self, self.wire(variables, frozen), run)
+
     def show(self, results):
         """What a run ends with: its numbers, and one passage compressed, rebuilt and asked."""
         return {**results, **(results.artefacts.get("demonstration") or {})}
-
-
-def _neighbour_cosine(wire) -> jax.Array:
-    """Mean cosine between the mean latents of neighbouring texts; near 1 the encoder says the
-    same of everything.
-    """
-    weight = wire.mask[..., None].astype(jnp.float32)
-    mean = jnp.sum(wire.z * weight, 1) / jnp.maximum(weight.sum(1), 1)
-    mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
-    return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))
