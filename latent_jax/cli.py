@@ -134,6 +134,15 @@ def diagnose(
     _hook("diagnose", run, checkpoint, set_, out, seed)
 
 
+@app.command()
+def export(
+    run: Run, to: Annotated[str, typer.Option(help="Directory to write.")],
+    checkpoint: Checkpoint = "last", set_: Set = None, seed: Seed = None,
+) -> None:  # fmt: skip
+    """Write a run's trained weights with their training record, to be loaded or shipped."""
+    _hook("export", run, checkpoint, set_, None, seed, to=to)
+
+
 def _hook(
     name: str, run: str, checkpoint: str, set_: list[str] | None, out: str | None,
     seed: int | None, **options: Any,

@@ -4,6 +4,7 @@ A system may define any of these; their keyword arguments are the options of the
 
     ask(variables, frozen, text, question) -> str or mapping
     generate(variables, frozen, prompt=None, max_new_tokens=None) -> str or mapping
+    export(variables, frozen, to) -> what was written
     diagnose(variables, frozen) -> mapping: flat numbers as in results.json, and findings as text
     show(results) -> anything rich can print, or a mapping, at the end of `run` and `eval`
 """

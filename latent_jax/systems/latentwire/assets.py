@@ -76,6 +76,34 @@ def save_compressor(
     return out
 
 
+def training_record(run: str | Path) -> dict[str, Any]:
+    """How a run came to be: its configuration, environment, curve and results.
+
+    Returns:
+      ``config``, ``environment``, ``tokens`` (compressed in training, from the configuration's
+      fixed length), ``curve`` (rows of the evaluation while training) and ``results``.
+    """
+    path = Path(run)
+    config = read_yaml(path / "config.yaml")
+    environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    rows = [json.loads(x) for x in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = max((row["step"] for row in rows), default=0)
+    curve = [
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+        for row in rows
+        if any(k.startswith("eval.") for k in row)
+    ]
+    results = path / "results.json"
+    return {
+        "config": config,
+        "environment": environment,
+        "steps": steps,
+        "tokens": steps * config["train"]["batch_size"] * config["data"]["length"],
+        "curve": curve,
+        "results": json.loads(results.read_text("utf-8")) if results.is_file() else {},
+    }
+
+
 def _read_file(directory: Path) -> Stored:
     path = directory / WEIGHTS
     try:

@@ -16,7 +16,11 @@ from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
-from latent_jax.systems.latentwire.assets import load_compressor
+from latent_jax.systems.latentwire.assets import (
+    load_compressor,
+    save_compressor,
+    training_record,
+)
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.evaluate import check_arms
 from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
@@ -227,6 +231,13 @@ class LatentWireSystem:
     def diagnose(self, variables, frozen, run: str | None = None) -> dict[str, Any]:
         """Statistics of the latents of held-out texts, and what is known to be wrong with them."""
         return suite.diagnosis(self, self.wire(variables, frozen), run)
+
+    def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
+        """Writes the compressor, half precision, with the record of how it was trained."""
+        record = training_record(run) if run is not None else {}
+        out = save_compressor(to, variables["params"], self.config.model, self.backbone, record)
+        size = sum(f.stat().st_size for f in out.iterdir())
+        return {"written": out, "megabytes": f"{size / 1e6:.1f}"}
 
     def show(self, results):
         """What a run ends with: its numbers, and one passage compressed, rebuilt and asked."""

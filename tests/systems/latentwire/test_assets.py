@@ -1,0 +1,94 @@
+"""Compressor files: round trip, wrong reader, damage."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from latent_jax.backbones.backbone import Backbone
+from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.backbones.tokenizer import ByteTokenizer
+from latent_jax.core.errors import CheckpointError, DataError
+from latent_jax.systems.latentwire import bottleneck
+from latent_jax.systems.latentwire.api import LatentWire
+from latent_jax.systems.latentwire.assets import (
+    WEIGHTS,
+    load_compressor,
+    read_compressor,
+    save_compressor,
+)
+from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.model import Compressor
+
+READER = tiny_config("llama", vocab_size=300)
+CONFIG = ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2))
+
+
+def backbone(sha256="a" * 64):
+    params = random_params(READER, jax.random.key(0))
+    return Backbone("tiny-random", READER, params, ByteTokenizer(), sha256, Decoder(READER))
+
+
+@pytest.fixture(scope="module")
+def params():
+    ids = np.zeros((1, 8), np.int32)
+    model, reader = Compressor(CONFIG, READER), backbone().params
+    return jax.jit(model.init)(jax.random.key(1), reader, ids, ids == 0)["params"]
+
+
+@pytest.fixture
+def directory(tmp_path, params):
+    return save_compressor(tmp_path / "c", params, CONFIG, backbone(), {"seed": 3})
+
+
+def test_round_trip(directory, params):
+    stored = load_compressor(directory, backbone())
+    assert stored.config == CONFIG
+    assert stored.record == {"seed": 3}
+    jax.tree.map(np.testing.assert_array_equal, stored.params, jax.tree.map(np.asarray, params))
+
+
+def test_another_readers_compressor_is_refused(directory):
+    with pytest.raises(CheckpointError, match="trained on tiny-random"):
+        load_compressor(directory, backbone("b" * 64))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:40], lambda b: b"x" * len(b)])
+def test_damaged_file_is_one_line(directory, damage):
+    path = directory / WEIGHTS
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match="not a readable compressor"):
+        read_compressor(directory)
+
+
+def test_unknown_name_lists_what_there_is():
+    with pytest.raises(CheckpointError, match="no packaged compressor"):
+        read_compressor("nothing-of-that-name")
+
+
+def test_start_with_other_shapes_is_refused(params):
+    wrong = {"memory": np.zeros(3)}
+    with pytest.raises(CheckpointError, match="memory"):
+        bottleneck.adopt(params, wrong, "old")
+    with pytest.raises(CheckpointError, match="unknown"):
+        bottleneck.adopt(params, {"unknown": np.zeros(3)}, "old")
+
+
+def test_api_honours_ratio_segments_and_batches(directory):
+    wire = LatentWire.load(directory, backbone())
+    texts = ["abcdefghijklmnopqr", "xyz"]
+    z = wire.compress(texts)
+    # 18 bytes: 8 + 8 + 2 in segments of 8 at ratio 4 are 2 + 2 + 1 latents; 3 bytes are 1.
+    assert np.asarray(z.mask).sum(1).tolist() == [5, 1]
+    assert [len(ids) for ids in wire.rebuild_ids(z)] == [18, 3]
+    assert all(isinstance(answer, str) for answer in wire.answer(z, "what?", max_new_tokens=2))
+    alone = wire.compress(texts[1])
+    np.testing.assert_allclose(alone.z[0, 0], z.z[1, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("text,line", [("", "empty"), ("x" * 600, "600 tokens")])
+def test_unusable_texts_are_refused(directory, text, line):
+    with pytest.raises(DataError, match=line):
+        LatentWire.load(directory, backbone()).compress(text)
