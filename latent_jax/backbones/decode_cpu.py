@@ -33,9 +33,9 @@ from latent_jax.ops.attention import MASKED
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Below this many bytes of layer weights compiling an unrolled step costs more than it saves; above
-# this many rows the general decoder's products are as fast.
+# this many rows it was not measured to be faster.
 SMALLEST_MODEL = 32 * 2**20
-MOST_ROWS = 32
+MOST_ROWS = 64
 
 
 class LayerCache(NamedTuple):
@@ -80,33 +80,39 @@ def lay_out(config: DecoderConfig, params: Any, lora: Any, dtype: Any) -> list[d
         One dict per layer: `qkv` [H·d + 2·G·d, hidden], `o`, `gate_up` [2·f, hidden], `down`, the
         norms, and with Qwen2 the fused `bias`.
     """
-    stacked, lora = params["layers"], lora or {}
+    dtype = jnp.dtype(dtype)
+    return [
+        _lay_out_layer(config, dtype, params["layers"], lora or {}, jnp.int32(i))
+        for i in range(config.num_layers)
+    ]
 
-    def kernel(name: str, i: int) -> Array:
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lay_out_layer(
+    config: DecoderConfig, dtype: Any, stacked: Any, lora: Any, i: Int[Array, ""]
+) -> dict[str, Any]:
+    """Layer `i`; the index is traced, so that one small program serves all layers."""
+
+    def kernel(name: str) -> Array:
         w = stacked[name]["kernel"][i]
         if name in lora:
             delta = lora[name]["a"][i].astype(jnp.float32) @ lora[name]["b"][i].astype(jnp.float32)
             w = w + delta.astype(w.dtype)
         return w.T.astype(dtype)
 
-    layers = []
-    for i in range(config.num_layers):
-        layer = {
-            "qkv": jnp.concatenate([kernel(n, i) for n in ("q", "k", "v")], axis=0),
-            "o": kernel("o", i),
-            "gate_up": jnp.concatenate([kernel(n, i) for n in ("gate", "up")], axis=0),
-            "down": kernel("down", i),
-        }
-        for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if config.qk_norm else ())):
-            layer[name] = stacked[name]["scale"][i]
-        if config.qkv_bias:
-            bias = [stacked[n]["bias"][i] for n in ("q", "k", "v")]
-            layer["bias"] = jnp.concatenate(bias).astype(dtype)
-        layers.append(layer)
-    return layers
+    layer = {
+        "qkv": jnp.concatenate([kernel(n) for n in ("q", "k", "v")], axis=0),
+        "o": kernel("o"),
+        "gate_up": jnp.concatenate([kernel(n) for n in ("gate", "up")], axis=0),
+        "down": kernel("down"),
+    }
+    for name in ("attn_norm", "mlp_norm", *(("q_norm", "k_norm") if config.qk_norm else ())):
+        layer[name] = stacked[name]["scale"][i]
+    if config.qkv_bias:
+        layer["bias"] = jnp.concatenate([stacked[n]["bias"][i] for n in ("q", "k", "v")])
+        layer["bias"] = layer["bias"].astype(dtype)
+    return layer
 
-
-_lay_out = functools.partial(jax.jit, static_argnums=(0, 3))(lay_out)
 
 # The layout of the last model decoded, by the identity of its weights: (ids, dtype) -> layers.
 _laid_out: dict[Any, list[dict[str, Any]]] = {}
@@ -118,12 +124,12 @@ def laid_out(config: DecoderConfig, params: Any, lora: Any, dtype: Any) -> list[
     The copy takes the layers' size once more and goes away with the weights it was made from.
     """
     if lora is not None:
-        return _lay_out(config, params, lora, dtype)
+        return lay_out(config, params, lora, dtype)
     leaves = jax.tree.leaves(params["layers"])
     key = (config, tuple(id(leaf) for leaf in leaves), jnp.dtype(dtype))
     if key not in _laid_out:
         _laid_out.clear()
-        _laid_out[key] = _lay_out(config, params, None, dtype)
+        _laid_out[key] = lay_out(config, params, None, dtype)
         weakref.finalize(leaves[0], _laid_out.pop, key, None)
     return _laid_out[key]
 
@@ -217,6 +223,9 @@ def step(
 
 def unembed(config: DecoderConfig, params: Any, hidden: Float[Array, "d b"]) -> Float[Array, "b v"]:
     """Logits, fp32. An untied head [d, v] is used as it is: transposing it would double it."""
+    if config.tie_embeddings and hidden.shape[1] == 1:  # one row: XLA's own matrix-vector product
+        logits = params["embed"].astype(hidden.dtype) @ hidden[:, 0]
+        return logits.astype(jnp.float32)[None]
     if config.tie_embeddings:
         return _matmul(params["embed"].astype(hidden.dtype), hidden).astype(jnp.float32).T
     return (hidden.T @ params["head"].astype(hidden.dtype)).astype(jnp.float32)

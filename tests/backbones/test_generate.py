@@ -22,7 +22,7 @@ NEW = 7
 
 
 def model(family="llama"):
-    config = tiny_config(family)
+    config = tiny_config(family, num_layers=2)
     return Decoder(config), random_params(config, jax.random.key(1))
 
 
