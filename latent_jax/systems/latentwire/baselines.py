@@ -103,6 +103,7 @@ def prefill(decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Ar
     return decoder.apply({"params": params}, embed(decoder, params, ids), mask=mask).kv
 
 
+@functools.partial(jax.jit, static_argnames=("decoder",))
 def prefix_to_given(decoder: Decoder, params: Any, prefix: Prefix) -> Given:
     """Any prefix as keys and values: soft tokens run through the reader at their own positions."""
     kv = prefix.kv
@@ -184,6 +185,7 @@ def encode(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
     return latents.compress(ids, mask)
 
 
+@functools.partial(jax.jit, static_argnames=("arm", "decoder"))
 def latent_given(
     arm: str, decoder: Decoder, params: Any, latents: Compressed, wire: Any,
     rows: Int[Array, " b"], key: Array,
@@ -196,7 +198,52 @@ def latent_given(
     return prefix_to_given(decoder, params, latents.prefix(wire))
 
 
+@functools.partial(jax.jit, static_argnames=("arm", "ratio"))
+def token_subset(
+    arm: str, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], ratio: float,
+    rows: Int[Array, " b"], key: Array,
+) -> tuple[Int[Array, "b m"], Bool[Array, "b m"]]:  # fmt: skip
+    """The kept tokens of a text arm, right-padded, and which of them are real."""
+    index, valid = subset_index(arm, mask, ratio, rows, key)
+    return jnp.take_along_axis(ids, index, axis=1), valid
+
+
 @functools.partial(jax.jit, static_argnames=("arm", "decoder", "ratio"))
+def pooled_prefix(
+    arm: str, decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"],
+    ratio: float,
+) -> Prefix:  # fmt: skip
+    """Soft tokens of the arms ``mean_pool`` and ``pca``."""
+    prefix = span_means(decoder, params, ids, mask, ratio)
+    if arm == "pca":
+        rank = max(1, round(decoder.config.hidden_size / ratio))
+        mean, project = principal_projection(params["embed"], rank)
+        low = (prefix.embeds - mean) @ project + mean
+        prefix = prefix._replace(embeds=low.astype(prefix.embeds.dtype))
+    return prefix
+
+
+@functools.partial(jax.jit, static_argnames=("arm", "decoder", "ratio"))
+def selected_kv(
+    arm: str, decoder: Decoder, params: Any, context: KV,
+    ids: Int[Array, "b t"], mask: Bool[Array, "b t"],
+    prompt_ids: Int[Array, "b p"], prompt_mask: Bool[Array, "b p"],
+    ratio: float,
+) -> KV:  # fmt: skip
+    """What the arms ``kv_stride``, ``kv_topk`` and ``kv_question`` keep of the text's cache."""
+    b, t = ids.shape
+    if arm == "kv_stride":
+        rows, key = jnp.arange(b), jax.random.key(0)  # a stride draws nothing
+        return selection.keep_positions(context, *subset_index(arm, mask, ratio, rows, key))
+    if arm == "kv_topk":
+        score = selection.mass_from_tail(decoder, params, ids, mask)
+    else:
+        score = selection.mass_from_question(
+            decoder, params, context, mask.sum(-1), prompt_ids, prompt_mask
+        )
+    return selection.keep_best(context, score, budget(mask, ratio), num_latents(t, ratio))
+
+
 def build(
     arm: str,
     decoder: Decoder,
@@ -215,6 +262,8 @@ def build(
     key: Array | None = None,
 ) -> Given:
     """What the reader is given in one arm.
+
+    Made of jitted pieces rather than jitted as a whole: arms with equal shapes share programs.
 
     Args:
       arm: one of `ARMS`.
@@ -252,35 +301,39 @@ def build(
             mask = jnp.concatenate([mask, jnp.ones(anchor.shape, bool)], axis=1)
         return Given(None, vectors, mask, zero)
     if arm in ("token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens"):
-        index, valid = subset_index(arm, mask, ratio, rows, key)
-        kept = jnp.take_along_axis(ids, index, axis=1)
+        kept, valid = token_subset(arm, ids, mask, ratio, rows, key)
         return Given(prefill(decoder, params, kept, valid), None, None, valid.sum(-1))
     if arm in ("mean_pool", "pca"):
-        prefix = span_means(decoder, params, ids, mask, ratio)
-        if arm == "pca":
-            rank = max(1, round(decoder.config.hidden_size / ratio))
-            mean, project = principal_projection(params["embed"], rank)
-            low = (prefix.embeds - mean) @ project + mean
-            prefix = prefix._replace(embeds=low.astype(prefix.embeds.dtype))
+        prefix = pooled_prefix(arm, decoder, params, ids, mask, ratio)
         return prefix_to_given(decoder, params, prefix)
-    if arm == "kv_stride":
-        index, valid = subset_index(arm, mask, ratio, rows, key)
-        return Given(selection.keep_positions(context, index, valid), None, None, length)
-    if arm in ("kv_topk", "kv_question"):
-        if arm == "kv_topk":
-            score = selection.mass_from_tail(decoder, params, ids, mask)
-        else:
-            score = selection.mass_from_question(
-                decoder, params, context, length, prompt_ids, prompt_mask
-            )
-        kept = selection.keep_best(context, score, budget(mask, ratio), num_latents(t, ratio))
+    if arm in ("kv_stride", "kv_topk", "kv_question"):
+        kept = selected_kv(arm, decoder, params, context, ids, mask, prompt_ids, prompt_mask, ratio)
         return Given(kept, None, None, length)
     if arm not in LATENT_ARMS:
         raise ValueError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
     if latents is None:
         raise ValueError(f"arm {arm!r} needs a compressor")
-    wire = latents.compress(ids, mask) if wire is None else wire
+    wire = encode(latents, ids, mask) if wire is None else wire
     return latent_given(arm, decoder, params, latents, wire, rows, key)
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "width"))
+def widen(decoder: Decoder, params: Any, given: Given, width: int) -> Given:
+    """The same with ``width`` key/value places, the added ones masked.
+
+    Evaluation widens every arm to one shape: decoding is compiled once and not once per arm.
+    """
+    c, kv = decoder.config, given.kv
+    if kv is None:
+        shape = (c.num_layers, given.start.shape[0], 0, c.num_kv_heads, c.head_dim)
+        none = jnp.zeros(shape, params["embed"].dtype)
+        kv = KV(none, none, jnp.zeros(shape[1:3], bool))
+    room = width - kv.mask.shape[1]
+    pad = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    # A weakly typed mask (of a comparison) would be another signature, hence another compilation.
+    mask = jnp.pad(kv.mask.astype(bool), [(0, 0), (0, room)])
+    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask)
+    return given._replace(kv=kv)
 
 
 def join(
@@ -290,12 +343,13 @@ def join(
     prompt_ids: Int[Array, "b p"],
     prompt_mask: Bool[Array, "b p"],
     lead: Float[Array, "b n d"] | None = None,
+    lead_mask: Bool[Array, "b n"] | None = None,
 ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
     """Embeddings and mask after ``given.kv``: its own embeddings, learned ones, the prompt."""
     prompt = embed(decoder, params, prompt_ids)
     parts = [] if given.embeds is None else [(given.embeds, given.mask)]
     if lead is not None:
-        parts.append((lead, jnp.ones(lead.shape[:2], bool)))
+        parts.append((lead, jnp.ones(lead.shape[:2], bool) if lead_mask is None else lead_mask))
     parts.append((prompt, prompt_mask))
     return (
         jnp.concatenate([x.astype(prompt.dtype) for x, _ in parts], axis=1),
@@ -312,13 +366,14 @@ def answer_hidden(
     answer_ids: Int[Array, "b a"],
     answer_mask: Bool[Array, "b a"],
     lead: Float[Array, "b n d"] | None = None,
+    lead_mask: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b a d"]:
     """Hidden states that predict each answer token, teacher-forced (prompts left-padded).
 
     The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the
     same sequence.
     """
-    x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead)
+    x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead, lead_mask)
     gold = embed(decoder, params, answer_ids[:, :-1])
     x = jnp.concatenate([x, gold.astype(x.dtype)], axis=1)
     mask = jnp.concatenate([mask, answer_mask[:, :-1]], axis=1)

@@ -26,8 +26,9 @@ from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
 from latent_jax.systems.latentwire.scoring import (
     Progress,
+    batch_widths,
     batches,
-    context_width,
+    common_lead,
     decode,
     score_answers,
     task_embedding,
@@ -170,13 +171,22 @@ def evaluate_qa(
     table = {arm: _Scores(len(rows)) for arm in arms}
     anchor = jnp.asarray(builder.replay_anchor_ids, jnp.int32)
     plan = list(batches([len(r.context) for r in rows], batch_size))
+    lengths = [max(len(rows[i].context) for i in at) for at in plan]
+    context_widths = batch_widths(lengths, segment)
+    size = reader.config.hidden_size
+    leads = {a: tuned[a.removesuffix(TUNED)] for a in arms if a.endswith(TUNED)}
+    for arm in arms:
+        if (task_lead := task_embedding(latents, arm, task, 1)) is not None:
+            leads[arm] = task_lead[0]
+    lead_width = max((len(v) for v in leads.values()), default=0)
     tokens = slots = done = 0
-    for at in plan:
+    for at, wide in zip(plan, context_widths, strict=True):
         real = len(dict.fromkeys(at.tolist()))
 
-        def texts(which):
+        def texts(which, wide=wide):
             longest = max(len(rows[i].context) for i in which)
-            width = context_width(longest, segment)
+            width = min((w for w in context_widths if w >= longest), default=wide)
+            width = max(width, wide)
             return pad_rows([rows[i].context for i in which], width, builder.pad_id)
 
         prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
@@ -197,16 +207,24 @@ def evaluate_qa(
                 latents=latents if base in baselines.LATENT_ARMS else None, wire=sent,
                 anchor_ids=anchor, key=jax.random.key(seed),
             )  # fmt: skip
-            lead = task_embedding(latents, base, task, len(at))
-            if arm != base:
-                lead = jnp.broadcast_to(tuned[base], (len(at), *tuned[base].shape))
             if base == "latent":
                 tokens += int(own[1][:real].sum())
                 slots += int(np.asarray(given.kv.mask)[:real].sum())
-            ids, lengths = decode(reader, given, *prompt, lead, max_new_tokens, builder.stop_ids)
+            if given.embeds is None:
+                places = max(wide, 0 if given.kv is None else given.kv.mask.shape[1])
+                given = baselines.widen(reader.decoder, reader.params, given, places)
+            lead = leads.get(arm)
+            lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))
+            lead, lead_mask = common_lead(lead, lead_width, len(at), size)
+            ids, lengths = decode(
+                reader, given, *prompt, lead, max_new_tokens, builder.stop_ids, lead_mask
+            )
             forced = {}
             if score:
-                forced = score_answers(reader.decoder, reader.params, given, *prompt, *gold, lead)
+                forced = score_answers(
+                    reader.decoder, reader.params, given, *prompt, *gold, lead, lead_mask
+                )
+                forced = {k: np.asarray(v) for k, v in forced.items()}
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])
                 table[arm].add(i, said, rows[i].example.answers, forced, j)

@@ -21,6 +21,41 @@ from latent_jax.systems.latentwire.baselines import Compressed, Given
 Progress = Callable[[str, int, int], None]
 
 
+def common_lead(lead: Any, width: int, rows: int, size: int) -> tuple[Any, Any]:
+    """Learned embeddings in ``width`` places with their mask, so that arms share one shape.
+
+    Args:
+      lead: ``[b, n, d]`` or None for an arm without any.
+      width: places of the arm with most; 0 gives (None, None).
+      rows: batch size.
+      size: the reader's width.
+    """
+    if not width:
+        return None, None
+    lead = jnp.zeros((rows, 0, size)) if lead is None else jnp.asarray(lead, jnp.float32)
+    room = width - lead.shape[1]
+    mask = np.arange(width)[None] >= np.full((rows, 1), room)
+    return jnp.pad(lead, [(0, 0), (room, 0), (0, 0)]), jnp.asarray(mask)
+
+
+def batch_widths(longest: Sequence[int], segment: int, least: int = 4) -> list[int]:
+    """Static context width of each batch: its own bucket, but no width for fewer than ``least``.
+
+    Every width is compiled for once per arm, which costs more than padding a few batches.
+
+    Args:
+      longest: longest context of each batch, ascending.
+      segment: widths are multiples of it.
+      least: batches a width needs to be worth compiling.
+    """
+    widths = [context_width(n, segment) for n in longest]
+    for width in sorted(set(widths))[:-1]:
+        if widths.count(width) < least:
+            wider = min(w for w in widths if w > width)
+            widths = [wider if w == width else w for w in widths]
+    return widths
+
+
 def context_width(longest: int, segment: int) -> int:
     """Static width of a batch of contexts: 1, 2, 3, 4, 6, 8, 12, 16, … segments."""
     return segment * bucket(-(-max(longest, 1) // segment), 1)
@@ -44,10 +79,11 @@ def score_answers(
     answer_ids: Int[Array, "b a"],
     answer_mask: Bool[Array, "b a"],
     lead: Float[Array, "b n d"] | None = None,
+    lead_mask: Bool[Array, "b n"] | None = None,
 ) -> dict[str, Float[Array, " b"]]:
     """Teacher-forced scores per row: summed NLL, tokens, greedy hits, rank of the first token."""
     hidden = baselines.answer_hidden(
-        decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead
+        decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead, lead_mask
     )
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     nll = metrics.token_nll(logits, answer_ids)
@@ -71,9 +107,12 @@ def decode(
     lead: Any,
     max_new_tokens: int,
     stop_ids: Sequence[int],
+    lead_mask: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens of each row and how many they are."""
-    embeds, mask = _join(reader.decoder, reader.params, given, prompt_ids, prompt_mask, lead)
+    embeds, mask = _join(
+        reader.decoder, reader.params, given, prompt_ids, prompt_mask, lead, lead_mask
+    )
     out = generate_ids(
         reader.decoder,
         reader.params,

@@ -18,6 +18,7 @@ from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.evaluate import Row
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
+from latent_jax.systems.latentwire.scoring import batch_widths, score_answers
 
 SEGMENT = 16
 
@@ -176,3 +177,17 @@ def test_a_tokenizer_that_merges_across_the_boundary_is_refused():
         b.supervised("who?", "Bob")
     with pytest.raises(ConfigError, match="chat needs"):
         PromptBuilder(ByteTokenizer(), PromptConfig(format="chat"))
+
+
+def test_few_widths_are_compiled_for():
+    assert batch_widths([10, 20, 40, 60], 16) == [64] * 4
+    assert batch_widths([10] * 4 + [60], 16) == [16] * 4 + [64]
+    assert batch_widths([10, 10, 30, 30, 60], 16, least=2) == [16, 16, 32, 32, 64]
+    assert batch_widths([10, 30, 30, 60], 16, least=3) == [32, 32, 32, 64]
+
+
+def test_decoding_is_compiled_once_for_all_arms():
+    arms = ("latent", "full_text", "token_budget_head", "kv_stride", "no_context", "zero")
+    before = score_answers._cache_size()
+    qa(arms, batch_size=3)  # a batch size no other test uses
+    assert score_answers._cache_size() == before + 1
