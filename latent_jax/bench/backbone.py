@@ -10,8 +10,8 @@ Decode time is that of a whole generation minus that of its prefill, for both.
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -229,7 +229,7 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{options.model} fp32, batch {options.batch}, {options.prompt_tokens} prompt + "
+        title=f"{Path(options.model).name} fp32, batch {options.batch}, {options.prompt_tokens} prompt + "
         f"{options.new_tokens} new tokens, {options.pairs} alternated pairs"
     )
     for column in (
@@ -260,5 +260,5 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
         f"memory: ours {results['memory.ours_bytes'] / 2**20:.0f} MiB, "
         f"peer {results['memory.peer_bytes'] / 2**20:.0f} MiB, "
         f"peak of the process {results['memory.peak_bytes'] / 2**20:.0f} MiB; "
-        f"load average {os.getloadavg()[0]:.1f}"
+        f"load average at the start {results['machine']['load_average']}"
     )

@@ -8,6 +8,7 @@ are shown beside it for orientation.
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 import resource
 import statistics
@@ -112,8 +113,6 @@ def rss_bytes() -> int:
 
 def machine() -> dict[str, str]:
     """What a figure was measured on: processor, cores, devices, versions."""
-    import os
-
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -129,5 +128,6 @@ def machine() -> dict[str, str]:
         "devices": ", ".join(f"{d.platform}:{d.device_kind}" for d in jax.devices()),
         "python": platform.python_version(),
         "jax": jax.__version__,
+        "load_average": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "",
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
