@@ -229,16 +229,16 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{Path(options.model).name} fp32, batch {options.batch}, {options.prompt_tokens} prompt + "
-        f"{options.new_tokens} new tokens, {options.pairs} alternated pairs"
+        title=f"{Path(options.model).name} fp32, batch {options.batch}, "
+        f"{options.prompt_tokens} prompt + {options.new_tokens} new tokens, {options.pairs} alternated pairs"
     )
     for column in (
         "",
-        "latent_jax tokens/s",
-        "torch tokens/s",
-        "ratio (median)",
+        "ours, tokens/s",
+        "torch",
+        "median ratio",
         "min … max",
-        "of the best",
+        "best ratio",
     ):
         table.add_column(column, justify="right")
     for part in ("prefill", "decode"):
