@@ -230,7 +230,8 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
 
     table = Table(
         title=f"{Path(options.model).name} fp32, batch {options.batch}, "
-        f"{options.prompt_tokens} prompt + {options.new_tokens} new tokens, {options.pairs} alternated pairs"
+        f"{options.prompt_tokens} prompt + {options.new_tokens} new tokens, "
+        f"{options.pairs} alternated pairs"
     )
     for column in (
         "",
