@@ -55,7 +55,7 @@ class DecoderConfig:
         return dict(zip(PROJECTIONS, shapes, strict=True))
 
     def num_params(self, embedding: bool = True) -> int:
-        """Parameter count from the shapes; ``embedding=False`` leaves out input and output tables."""
+        """Parameter count from the shapes; ``embedding=False`` leaves out the token tables."""
         d = self.hidden_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         layer = sum(a * b for a, b in self.projection_shapes.values()) + 2 * d

@@ -17,9 +17,9 @@ from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.config import ModelConfig, PromptConfig
-from latent_jax.systems.latentwire.evaluate import context_width, decode
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.scoring import context_width, decode
 
 
 @dataclasses.dataclass(frozen=True)
