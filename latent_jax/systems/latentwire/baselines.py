@@ -9,7 +9,7 @@ leave it where that text ends.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.systems.latentwire import selection
 from latent_jax.systems.latentwire.config import TASKS
+from latent_jax.systems.latentwire.given import Given, embed, prefill, prefix_to_given
 from latent_jax.systems.latentwire.model import Prefix, num_latents
 
 #: Arms of the reader's own text, no training anywhere.
@@ -37,22 +38,6 @@ BUDGETED = frozenset(
 )
 #: Arms that start from the frozen cache of the whole text.
 CACHED = frozenset({"full_text", "kv_stride", "kv_topk", "kv_question"})
-
-
-class Given(NamedTuple):
-    """What the reader holds before the prompt.
-
-    Attributes:
-      kv: keys and values that the prompt sees, or None.
-      embeds: embeddings that precede the prompt in one sequence, or None.
-      mask: which of ``embeds`` are real.
-      start: rotary position of the first of ``embeds``, or of the prompt without them.
-    """
-
-    kv: KV | None
-    embeds: Float[Array, "b n d"] | None
-    mask: Bool[Array, "b n"] | None
-    start: Int[Array, " b"]
 
 
 class Compressed(Protocol):
@@ -90,26 +75,6 @@ class Latents:
 
     def _run(self, *args, method):
         return self.module.apply({"params": self.params}, *args, method=method)
-
-
-def embed(decoder: Decoder, params: Any, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    """Input embeddings of token ids."""
-    return decoder.apply({"params": params}, ids, method="embed")
-
-
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def prefill(decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> KV:
-    """The frozen reader's cache of right-padded texts."""
-    return decoder.apply({"params": params}, embed(decoder, params, ids), mask=mask).kv
-
-
-@functools.partial(jax.jit, static_argnames=("decoder",))
-def prefix_to_given(decoder: Decoder, params: Any, prefix: Prefix) -> Given:
-    """Any prefix as keys and values: soft tokens run through the reader at their own positions."""
-    kv = prefix.kv
-    if kv is None:
-        kv = decoder.apply({"params": params}, prefix.embeds, prefix.positions, prefix.mask).kv
-    return Given(kv, None, None, prefix.start)
 
 
 def budget(mask: Bool[Array, "b t"], ratio: float) -> Int[Array, " b"]:
@@ -315,68 +280,3 @@ def build(
         raise ValueError(f"arm {arm!r} needs a compressor")
     wire = encode(latents, ids, mask) if wire is None else wire
     return latent_given(arm, decoder, params, latents, wire, rows, key)
-
-
-@functools.partial(jax.jit, static_argnames=("decoder", "width"))
-def widen(decoder: Decoder, params: Any, given: Given, width: int) -> Given:
-    """The same with ``width`` key/value places, the added ones masked.
-
-    Evaluation widens every arm to one shape: decoding is compiled once and not once per arm.
-    """
-    c, kv = decoder.config, given.kv
-    if kv is None:
-        shape = (c.num_layers, given.start.shape[0], 0, c.num_kv_heads, c.head_dim)
-        none = jnp.zeros(shape, params["embed"].dtype)
-        kv = KV(none, none, jnp.zeros(shape[1:3], bool))
-    room = width - kv.mask.shape[1]
-    pad = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    # A weakly typed mask (of a comparison) would be another signature, hence another compilation.
-    mask = jnp.pad(kv.mask.astype(bool), [(0, 0), (0, room)])
-    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask)
-    return given._replace(kv=kv)
-
-
-def join(
-    decoder: Decoder,
-    params: Any,
-    given: Given,
-    prompt_ids: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
-    lead: Float[Array, "b n d"] | None = None,
-    lead_mask: Bool[Array, "b n"] | None = None,
-) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-    """Embeddings and mask after ``given.kv``: its own embeddings, learned ones, the prompt."""
-    prompt = embed(decoder, params, prompt_ids)
-    parts = [] if given.embeds is None else [(given.embeds, given.mask)]
-    if lead is not None:
-        parts.append((lead, jnp.ones(lead.shape[:2], bool) if lead_mask is None else lead_mask))
-    parts.append((prompt, prompt_mask))
-    return (
-        jnp.concatenate([x.astype(prompt.dtype) for x, _ in parts], axis=1),
-        jnp.concatenate([m for _, m in parts], axis=1),
-    )
-
-
-def answer_hidden(
-    decoder: Decoder,
-    params: Any,
-    given: Given,
-    prompt_ids: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
-    answer_ids: Int[Array, "b a"],
-    answer_mask: Bool[Array, "b a"],
-    lead: Float[Array, "b n d"] | None = None,
-    lead_mask: Bool[Array, "b n"] | None = None,
-) -> Float[Array, "b a d"]:
-    """Hidden states that predict each answer token, teacher-forced (prompts left-padded).
-
-    The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the
-    same sequence.
-    """
-    x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead, lead_mask)
-    gold = embed(decoder, params, answer_ids[:, :-1])
-    x = jnp.concatenate([x, gold.astype(x.dtype)], axis=1)
-    mask = jnp.concatenate([mask, answer_mask[:, :-1]], axis=1)
-    positions = given.start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    out = decoder.apply({"params": params}, x, positions, mask, prefix=given.kv)
-    return out.hidden[:, -answer_ids.shape[1] :]

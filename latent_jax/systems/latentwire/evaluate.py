@@ -22,6 +22,7 @@ from latent_jax.systems.latentwire.bootstrap import (
     mean_interval,
     ratio_interval,
 )
+from latent_jax.systems.latentwire.given import prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
 from latent_jax.systems.latentwire.scoring import (
@@ -193,7 +194,7 @@ def evaluate_qa(
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
         if any(a.removesuffix(TUNED) in baselines.CACHED for a in arms):
-            cache = baselines.prefill(reader.decoder, reader.params, *own)
+            cache = prefill(reader.decoder, reader.params, *own)
         if set(arms) & {"latent", "scrambled", "zero"} and latents is not None:
             wire = baselines.encode(latents, *own)
         for arm in arms:
@@ -212,7 +213,7 @@ def evaluate_qa(
                 slots += int(np.asarray(given.kv.mask)[:real].sum())
             if given.embeds is None:
                 places = max(wide, 0 if given.kv is None else given.kv.mask.shape[1])
-                given = baselines.widen(reader.decoder, reader.params, given, places)
+                given = widen(reader.decoder, reader.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))
             lead, lead_mask = common_lead(lead, lead_width, len(at), size)

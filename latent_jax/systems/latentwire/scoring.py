@@ -15,7 +15,8 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.generate import bucket, generate_ids
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed, Given
+from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.given import Given, answer_hidden, join
 
 #: Called as ``progress(what, done, total)``.
 Progress = Callable[[str, int, int], None]
@@ -82,7 +83,7 @@ def score_answers(
     lead_mask: Bool[Array, "b n"] | None = None,
 ) -> dict[str, Float[Array, " b"]]:
     """Teacher-forced scores per row: summed NLL, tokens, greedy hits, rank of the first token."""
-    hidden = baselines.answer_hidden(
+    hidden = answer_hidden(
         decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead, lead_mask
     )
     logits = decoder.apply({"params": params}, hidden, method="unembed")
@@ -96,7 +97,7 @@ def score_answers(
     }  # fmt: skip
 
 
-_join = jax.jit(baselines.join, static_argnums=0)
+_join = jax.jit(join, static_argnums=0)
 
 
 def decode(

@@ -24,6 +24,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import baselines, recipe
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.given import answer_hidden
 from latent_jax.systems.latentwire.losses import token_cross_entropy
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
@@ -75,7 +76,7 @@ def tuned_loss(
         jnp.arange(b), ratio=ratio, key=jax.random.key(seed),
     )  # fmt: skip
     lead = jnp.broadcast_to(params["prompt"], (b, *params["prompt"].shape))
-    hidden = baselines.answer_hidden(
+    hidden = answer_hidden(
         decoder, reader, jax.lax.stop_gradient(given), *none, inputs, batch["inputs_mask"], lead
     )
     nll, hit = token_cross_entropy(decoder, reader, hidden, inputs, chunk)

@@ -12,6 +12,7 @@ import pytest
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.systems.latentwire import baselines, selection
+from latent_jax.systems.latentwire import given as given_
 from latent_jax.systems.latentwire.model import Wire
 
 RATIO = 3.0
@@ -50,7 +51,7 @@ def logits(arm, data, family="llama", **kwargs):
 @functools.partial(jax.jit, static_argnums=0)
 def _read(decoder, params, given, ids, mask):
     answers = jnp.full((len(ids), 2), 7, jnp.int32)
-    hidden = baselines.answer_hidden(
+    hidden = given_.answer_hidden(
         decoder, params, given, ids, mask, answers, jnp.ones(answers.shape, bool)
     )
     return decoder.apply({"params": params}, hidden, method="unembed")
@@ -166,7 +167,7 @@ def test_queries_reproduce_the_decoders_attention():
 def test_topk_keeps_the_sink_and_the_most_attended():
     decoder, params = reader()
     ids, mask, *_ = batch()
-    kv = baselines.prefill(decoder, params, ids, mask)
+    kv = given_.prefill(decoder, params, ids, mask)
     score = jnp.zeros(kv.k.shape[:4]).at[:, :, 5].set(2.0).at[:, :, 2].set(1.0)
     kept = selection.keep_best(kv, score, jnp.array([3, 3, 2]), 3)
     np.testing.assert_array_equal(kept.k, kv.k[:, :, jnp.array([0, 5, 2])])
