@@ -16,7 +16,7 @@ from latent_jax import backbones
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
-from latent_jax.systems.latentwire.config import ModelConfig, PromptConfig
+from latent_jax.systems.latentwire.config import TASKS, ModelConfig, PromptConfig
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
@@ -31,6 +31,7 @@ class LatentWire:
       config: shape of the compressor.
       params: its trained parameters.
       builder: how questions are put.
+      tasks: what its task embeddings were trained for; another task goes without one.
 
     Example:
       >>> wire = LatentWire.load("smollm2-4x")  # doctest: +SKIP
@@ -42,6 +43,7 @@ class LatentWire:
     config: ModelConfig
     params: Any = dataclasses.field(repr=False)
     builder: PromptBuilder = dataclasses.field(repr=False)
+    tasks: tuple[str, ...] = TASKS
 
     @classmethod
     def load(cls, name: str | Path, backbone: backbones.Backbone | None = None) -> LatentWire:
@@ -56,7 +58,7 @@ class LatentWire:
         stored = load_compressor(name, backbone)
         params = jax.tree.map(jnp.asarray, stored.params)
         builder = PromptBuilder(backbone.tokenizer, PromptConfig())
-        return cls(backbone, stored.config, params, builder)
+        return cls(backbone, stored.config, params, builder, stored.tasks)
 
     @property
     def width(self) -> int:
@@ -131,7 +133,7 @@ class LatentWire:
     def _decode(self, wire, task, prompt, max_new_tokens, stop_ids):
         latents, reader = self.latents, self.backbone
         given = _given(reader.decoder, latents, wire)
-        lead = latents.task(task, wire.z.shape[0])
+        lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         return decode(reader, given, *prompt, lead, max_new_tokens, stop_ids)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from latent_jax.core import trees
 from latent_jax.core.config import parse, read_yaml, to_dict
 from latent_jax.core.errors import CheckpointError
 from latent_jax.core.files import make_dir, write_bytes, write_json
-from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
+from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 
 FORMAT = "latentwire-compressor-1"
 WEIGHTS = "compressor.safetensors"
@@ -33,12 +33,14 @@ class Stored:
       config: its shape.
       params: trained parameters, fp32 numpy.
       backbone: ``{'name', 'sha256'}`` of the LLM that it was trained on.
+      tasks: what its task embeddings were trained for.
       record: how it came to be (config, data, seed, curves, results); empty for a bare run.
     """
 
     config: ModelConfig
     params: dict[str, Any]
     backbone: dict[str, str]
+    tasks: tuple[str, ...]
     record: dict[str, Any]
 
 
@@ -53,6 +55,7 @@ def save_compressor(
     params: Mapping[str, Any],
     config: ModelConfig,
     backbone: Backbone,
+    tasks: Sequence[str],
     record: Mapping[str, Any],
     dtype: Any = jnp.bfloat16,
 ) -> Path:
@@ -68,12 +71,19 @@ def save_compressor(
     }
     metadata = {
         "format": FORMAT,
+        "tasks": json.dumps(list(tasks)),
         "model": json.dumps(to_dict(dataclasses.replace(config, start=None))),
         "backbone": json.dumps({"name": backbone.name, "sha256": backbone.sha256}),
     }
     write_bytes(out / WEIGHTS, serialise(flat, metadata))
     write_json(out / "record.json", dict(record))
     return out
+
+
+def trained_tasks(run: LatentWireRun) -> tuple[str, ...]:
+    """Tasks with a share of the batches, here or in what the run started from."""
+    before = read_compressor(run.model.start).tasks if run.model.start is not None else ()
+    return tuple(t for t in TASKS if run.data.mix.get(t) or t in before)
 
 
 def training_record(run: str | Path) -> dict[str, Any]:
@@ -120,6 +130,7 @@ def _read_file(directory: Path) -> Stored:
         parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),
         trees.unflatten(flat),
         json.loads(meta["backbone"]),
+        tuple(json.loads(meta["tasks"])),
         json.loads(record.read_text()) if record.exists() else {},
     )
 
@@ -139,7 +150,8 @@ def read_compressor(name: str | Path) -> Stored:
 
         variables, _ = load_variables(name)
         run = parse(LatentWireRun, read_yaml(Path(name) / "config.yaml"), str(name))
-        return Stored(run.model, variables["params"], {"name": run.backbone.name, "sha256": ""}, {})
+        reader = {"name": run.backbone.name, "sha256": ""}
+        return Stored(run.model, variables["params"], reader, trained_tasks(run), {})
     raise CheckpointError(
         f"model.start={name}: no packaged compressor ({', '.join(packaged()) or 'none'}), "
         f"no directory with {WEIGHTS}, no run with checkpoints"

@@ -35,6 +35,7 @@ def final_evaluation(
     if e.segments:
         found, rows = evaluate_ae(
             wire.backbone, wire.latents, system.eval_data()[: e.segments],
+            task="reconstruct" if "reconstruct" in wire.tasks else None,
             batch_size=e.batch_size, segment=model.segment, seed=config.seed, progress=progress,
         )  # fmt: skip
         metrics |= found
@@ -47,6 +48,7 @@ def final_evaluation(
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
             seed=config.seed, tuned=tuned, progress=progress,
+            task="answer" if "answer" in wire.tasks else None,
         )  # fmt: skip
         metrics |= found
         samples += rows

@@ -19,6 +19,7 @@ from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     load_compressor,
     save_compressor,
+    trained_tasks,
     training_record,
 )
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
@@ -208,7 +209,8 @@ class LatentWireSystem:
     def wire(self, variables, frozen) -> LatentWire:
         """The compressor with these weights, as users hold it."""
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
-        return LatentWire(backbone, self.config.model, variables["params"], self.builder)
+        tasks = trained_tasks(self.config)
+        return LatentWire(backbone, self.config.model, variables["params"], self.builder, tasks)
 
     def train_controls(self, fit, out, mesh=None) -> None:
         """Trains the soft prompts of ``eval.tuned``, each a small (resumable) run below ``out``."""
@@ -235,7 +237,8 @@ class LatentWireSystem:
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
         """Writes the compressor, half precision, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
-        out = save_compressor(to, variables["params"], self.config.model, self.backbone, record)
+        params, tasks = variables["params"], trained_tasks(self.config)
+        out = save_compressor(to, params, self.config.model, self.backbone, tasks, record)
         size = sum(f.stat().st_size for f in out.iterdir())
         return {"written": out, "megabytes": f"{size / 1e6:.1f}"}
 

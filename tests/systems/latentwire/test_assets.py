@@ -40,13 +40,14 @@ def params():
 
 @pytest.fixture
 def directory(tmp_path, params):
-    return save_compressor(tmp_path / "c", params, CONFIG, backbone(), {"seed": 3})
+    return save_compressor(tmp_path / "c", params, CONFIG, backbone(), ["reconstruct"], {"seed": 3})
 
 
 def test_round_trip(directory, params):
     stored = load_compressor(directory, backbone())
     assert stored.config == CONFIG
     assert stored.record == {"seed": 3}
+    assert stored.tasks == ("reconstruct",)
     jax.tree.map(np.testing.assert_array_equal, stored.params, jax.tree.map(np.asarray, params))
 
 
