@@ -31,18 +31,28 @@ class LMModelConfig:
 
     hidden_size: int = field(default=128, ge=8, help="width")
     num_layers: int = field(default=4, ge=1, help="layers")
-    num_heads: int = field(default=4, ge=1, help="query heads; they share hidden_size")
+    num_heads: int = field(default=4, ge=1, help="query heads")
     num_kv_heads: int = field(default=2, ge=1, help="key/value heads")
+    head_dim: int = field(default=32, ge=2, help="width of a head")
     intermediate_size: int = field(default=352, ge=8, help="width of the gated MLP")
     max_position: int = field(default=512, ge=16, help="longest context, tokens")
     rope_theta: float = field(default=10_000.0, gt=0, help="base of the rotary frequencies")
+    start: Literal["plain", "induction"] = field(
+        default="plain",
+        help="initialisation; induction outlines induction heads in the first two layers",
+    )
 
     def validate(self) -> None:
-        """Refuses head counts that do not divide."""
-        if self.hidden_size % (2 * self.num_heads) or self.num_heads % self.num_kv_heads:
+        """Refuses heads that cannot be grouped or rotated."""
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ConfigError(
-                f"model: num_heads={self.num_heads} must divide hidden_size={self.hidden_size} "
-                f"into even heads, and num_kv_heads={self.num_kv_heads} must divide num_heads"
+                f"model: num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}, "
+                f"and head_dim={self.head_dim} must be even"
+            )
+        shape = (self.num_heads, self.num_kv_heads)
+        if self.start == "induction" and (shape != (4, 2) or self.num_layers < 2):
+            raise ConfigError(
+                "model.start=induction needs num_heads=4, num_kv_heads=2 and at least 2 layers"
             )
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
@@ -54,12 +64,18 @@ class LMModelConfig:
             num_layers=self.num_layers,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
-            head_dim=self.hidden_size // self.num_heads,
+            head_dim=self.head_dim,
             intermediate_size=self.intermediate_size,
             max_position=self.max_position,
             rope_theta=self.rope_theta,
             tie_embeddings=True,
         )
+
+
+def _check_template(where: str, template: str) -> None:
+    missing = [f for f in ("{context}", "{question}", "{answer}") if f not in template]
+    if missing:
+        raise ConfigError(f"{where}: {template!r} lacks {', '.join(missing)}")
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,15 @@ class StageConfig:
     )
     pairs: tuple[int, int] = field(default=(4, 8), help="fewest and most facts of a lookup")
     questions: int = field(default=3, ge=1, help="solved questions per lookup")
+    templates: tuple[str, ...] = field(
+        default=(), help="layouts of lookups, drawn evenly; empty: data.template"
+    )
     copy: tuple[int, int] = field(default=(4, 32), help="shortest and longest copied text, tokens")
     noise: float = field(
         default=0.5, ge=0, le=1, help="share of copies that repeat random tokens instead of text"
+    )
+    facts: float = field(
+        default=0.0, ge=0, le=1, help="share of copies that repeat the facts of a lookup"
     )
 
     def validate(self) -> None:
@@ -86,6 +108,10 @@ class StageConfig:
             raise ConfigError(f"mix: unknown kind {unknown}; allowed: {', '.join(KINDS)}")
         if any(v < 0 for v in self.mix.values()) or sum(self.mix.values()) <= 0:
             raise ConfigError(f"mix={self.mix}: shares must be >= 0 and not all 0")
+        if self.noise + self.facts > 1:
+            raise ConfigError(f"noise={self.noise} and facts={self.facts} add up to more than 1")
+        for template in self.templates:
+            _check_template("templates", template)
         if not 1 <= self.copy[0] <= self.copy[1] <= (self.length - 2) // 2:
             raise ConfigError(
                 f"copy={self.copy}: a text and its copy must fit a row of length={self.length}"
@@ -108,8 +134,7 @@ class LMDataConfig:
 
     def validate(self) -> None:
         """Refuses a layout whose answers cannot be found again."""
-        if not all(f in self.template for f in ("{context}", "{question}", "{answer}")):
-            raise ConfigError(f"data.template={self.template!r} lacks a field")
+        _check_template("data.template", self.template)
         if not self.template.endswith("{answer}\n"):
             raise ConfigError("data.template must end with the answer and a newline")
 

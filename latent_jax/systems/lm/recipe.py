@@ -20,6 +20,8 @@ from latent_jax.data.lookup import KEYS, WORDS
 from latent_jax.systems.lm.config import KINDS, LMDataConfig, StageConfig, TokenizerConfig
 
 EOS, PAD = "<|eos|>", "<|pad|>"
+# Around an answer while a lookup is written; private use, so no text holds them.
+_OPEN, _CLOSE = "\ue000", "\ue001"
 
 
 def make_tokenizer(config: TokenizerConfig, source: LMDataConfig) -> Tokenizer:
@@ -59,43 +61,84 @@ Document = tuple[list[int], list[int]]
 def lookup_documents(
     tokenizer: Tokenizer, config: LMDataConfig, stage: StageConfig, n: int, seed: int
 ) -> list[Document]:
-    """Solved lookups; the answers, each with its newline, are supervised."""
-    texts = data.lookup_texts(
-        n, seed, stage.pairs, config.values, stage.questions, template=config.template
-    )
-    anchor = config.template.rpartition("{answer}")[0].rpartition("\n")[2].rstrip(" ")
-    answer = re.compile(rf"(?<=\n{re.escape(anchor)})[^\n]*\n")
+    """Solved lookups; the answers, each with the newline that follows it, are supervised."""
+    templates = stage.templates or (config.template,)
+    texts, spans = [], []
+    for number, template in enumerate(templates):
+        count = (n + number) // len(templates)
+        marked = template.replace("{answer}", f"{_OPEN}{{answer}}{_CLOSE}")
+        for text in data.lookup_texts(
+            count, len(templates) * seed + number, stage.pairs, config.values, stage.questions,
+            template=marked,
+        ) if count else ():  # fmt: skip
+            plain, inside = _unmark(text)
+            texts.append(plain)
+            spans.append(inside)
     kind = 1 + KINDS.index("lookup")
-    documents = []
-    for text, encoding in zip(
-        texts, tokenizer.backend.encode_batch(texts, add_special_tokens=False), strict=True
-    ):
-        inside = np.zeros(len(text) + 1, bool)
-        for match in answer.finditer(text):
-            inside[match.start() : match.end()] = True
-        marks = [kind if inside[end - 1] else 0 for _, end in encoding.offsets]
-        documents.append((encoding.ids, marks))
-    return documents
+    encodings = tokenizer.backend.encode_batch(texts, add_special_tokens=False)
+    return [
+        (e.ids, [kind if inside[end - 1] else 0 for _, end in e.offsets])
+        for e, inside in zip(encodings, spans, strict=True)
+    ]
+
+
+def _unmark(text: str) -> tuple[str, np.ndarray]:
+    """The text without the answers' marks, and which of its characters were between them."""
+    plain, inside, on, stop = [], [], False, False
+    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
+        if piece in (_OPEN, _CLOSE):
+            on = piece == _OPEN
+            stop = piece == _CLOSE
+            continue
+        shown = [on] * len(piece)
+        if inside and piece.startswith("\n") and stop:
+            shown[0] = True
+        plain.append(piece)
+        inside += shown
+    return "".join(plain), np.asarray(inside, bool)
 
 
 def copy_documents(
-    tokenizer: Tokenizer, texts: Sequence[str], stage: StageConfig, n: int, seed: int
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    config: LMDataConfig,
+    stage: StageConfig,
+    n: int,
+    seed: int,
 ) -> list[Document]:
-    """``text, newline, the text again, newline``; the second copy is supervised."""
+    """``text, newline, the text again, newline``; the second copy is supervised.
+
+    The text is random tokens, a lookup's facts, or running text. Random tokens are the fastest teacher of induction
+    (nothing else helps); facts, where every other token is common, ask it to match more than one token back.
+    """
     rng = np.random.default_rng([seed, 3])
     low, high = stage.copy
     kind = 1 + KINDS.index("copy")
     newline = tokenizer.encode("\n")
-    noisy = rng.random(n) < stage.noise
-    windows = data.segments(tokenizer, texts, high, max(n - int(noisy.sum()), 1), seed=seed)
-    documents, used = [], 0
-    for noise in noisy:
+    draw = rng.random(n)
+    noisy, factual = draw < stage.noise, draw >= 1 - stage.facts
+    plain = n - int(noisy.sum()) - int(factual.sum())
+    windows = data.segments(tokenizer, texts, high, plain, seed=seed).tolist() if plain else []
+    facts = []
+    if factual.any():
+        contexts = [
+            e.context
+            for e in data.lookup_examples(
+                int(factual.sum()), seed, pairs=stage.pairs, values=config.values
+            )
+        ]
+        facts = tokenizer.encode_batch(contexts)
+    documents = []
+    for i in range(n):
         length = int(rng.integers(low, high + 1))
-        if noise:
+        if noisy[i]:
             ids = rng.integers(tokenizer.vocab_size, size=length).tolist()
+        elif factual[i]:
+            ids = facts.pop()
         else:
-            ids = windows[used % len(windows)][:length].tolist()
-            used += 1
+            # A short source has fewer windows than copies are wanted: they come round again.
+            windows.append(windows.pop(0))
+            ids = windows[-1][:length]
         ids = ids + newline
         documents.append((ids + ids, [0] * len(ids) + [kind] * len(ids)))
     return documents
@@ -154,7 +197,7 @@ def _fill(name, budget, tokenizer, config, stage, texts, seed) -> list[Document]
         if name == "lookup":
             return lookup_documents(tokenizer, config, stage, n, seed)
         if name == "copy":
-            return copy_documents(tokenizer, texts, stage, n, seed)
+            return copy_documents(tokenizer, texts, config, stage, n, seed)
         return text_documents(tokenizer, texts, stage, n, seed)
 
     probe = make(8)

@@ -16,7 +16,7 @@ from latent_jax.backbones import Backbone
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.core.types import Mean
-from latent_jax.systems.lm import recipe
+from latent_jax.systems.lm import recipe, start
 from latent_jax.systems.lm.config import KINDS, LMRun
 
 
@@ -38,10 +38,12 @@ class LMSystem:
         self._terms = jax.jit(self._loss_terms)
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh parameters."""
-        embeds = jnp.zeros((1, 4, self.config.model.hidden_size))
-        variables = self.decoder.init(rngs["params"], embeds)
-        return {"params": variables["params"]}
+        """Fresh parameters, arranged as ``model.start`` says."""
+        model = self.config.model
+        params = self.decoder.init(rngs["params"], jnp.zeros((1, 4, model.hidden_size)))["params"]
+        if model.start == "plain":
+            return {"params": start.plain(params, self.decoder.config)}
+        return {"params": start.induction(params, self.decoder.config, rngs["params"])}
 
     def param_labels(self, params: Any) -> Any:
         """One group."""

@@ -29,7 +29,9 @@ def test_answers_and_only_answers_of_a_lookup_are_supervised(tokenizer):
 
 def test_copies_repeat_and_supervise_the_second_half(tokenizer):
     stage = StageConfig(length=64, mix={"copy": 1.0}, copy=(4, 10))
-    documents = recipe.copy_documents(tokenizer, ["some words to be copied " * 20], stage, 12, 1)
+    documents = recipe.copy_documents(
+        tokenizer, ["some words to be copied " * 20], LMDataConfig(), stage, 12, 1
+    )
     lengths = set()
     for ids, marks in documents:
         half = len(ids) // 2

@@ -19,7 +19,7 @@ def tiny_run(**extra):
     tree = {
         "system": "lm",
         "tokenizer": {"kind": "bytes"},
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8,
                   "intermediate_size": 24, "max_position": 256},
         "data": {"stages": {"main": {"rows": 16, "length": 96, "pairs": [2, 2], "questions": 1,
                                      "mix": {"lookup": 1, "copy": 1, "text": 1}, "copy": [4, 8]}}},
