@@ -1,4 +1,4 @@
-"""From a run to files that `backbones.load` reads, with the record of how they came to be."""
+"""A trained language model as files that `backbones.load` reads, with the record of its run."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ from typing import Any
 import jax
 import numpy as np
 
+from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.readers import hf
-from latent_jax.core.config import to_dict
+from latent_jax.core.config import read_yaml
 from latent_jax.core.errors import RunError
 from latent_jax.core.files import write_json
-from latent_jax.systems.lm.system import LMSystem
 
 
 def curve(run: str | Path, points: int = 40) -> list[dict[str, float]]:
-    """About ``points`` rows of a run's ``metrics.jsonl``: step, loss terms, accuracies, held-out values."""
+    """About ``points`` rows of a run's ``metrics.jsonl``: losses, accuracies, held-out values."""
     path = Path(run) / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot read the training curve ({error})") from error
-    merged: dict[int, dict[str, float]] = {}
+    merged: dict[int, dict[str, Any]] = {}
     for row in rows:
         merged.setdefault(int(row["step"]), {}).update(row)
-    steps = sorted(merged)
-    every = max(1, -(-len(steps) // points))
-    # The last of each group, so that the end of training is always in it.
-    kept = steps[::-1][::every][::-1]
-    return [{"step": s, **_numbers(merged[s])} for s in kept]
+    # Every so many from the end, so that the end of training and the held-out rows are in it.
+    every = max(1, -(-len(merged) // points))
+    return [{"step": s, **_numbers(merged[s])} for s in sorted(merged)[::-1][::every][::-1]]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
@@ -43,56 +41,39 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def export(
-    system: LMSystem,
-    variables: Mapping[str, Any],
-    directory: str | Path,
-    record: Mapping[str, Any],
-    dtype: Any = np.float32,
+def training_record(run: str | Path) -> dict[str, Any]:
+    """``config, environment, results`` and ``curve`` of a finished run.
+
+    Raises:
+      RunError: it has no results yet.
+    """
+    run = Path(run)
+    parts: dict[str, Any] = {"config": {}}
+    for name in ("environment", "results"):
+        path = run / f"{name}.json"
+        if not path.is_file():
+            raise RunError(f"{path} is missing: finish the run first (latent-jax run)")
+        parts[name] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_yaml(run / "config.yaml")
+    parts["config"] = {k: v for k, v in config.items() if k != "out"}
+    return {**parts, "curve": curve(run)}
+
+
+def save(
+    model: Backbone, directory: str | Path, record: Mapping[str, Any], dtype: Any = np.float32
 ) -> Path:
     """Writes ``config.json, model.safetensors, tokenizer.json`` and ``record.json``.
 
     Args:
-      system: what was trained.
-      variables: its trained variables.
+      model: what was trained.
       directory: made if needed.
-      record: machine, curve, results and whatever else a reader of the file should know; the run's config is added.
+      record: `training_record`, or whatever else a reader of the files should know.
       dtype: of the stored weights.
 
     Returns:
       The directory.
     """
-    params = jax.device_get(variables["params"])
-    out = hf.save_hf(directory, system.decoder.config, params, system.tokenizer, dtype)
-    config = {k: v for k, v in to_dict(system.config).items() if k not in ("out", "mesh")}
-    entry = {"config": config, "parameters": system.backbone(variables).parameter_count()}
-    write_json(out / "record.json", {**entry, **record})
+    params = jax.device_get(model.params)
+    out = hf.save_hf(directory, model.config, params, model.tokenizer, dtype)
+    write_json(out / "record.json", {"parameters": model.parameter_count(), **record})
     return out
-
-
-def export_run(run: str | Path, directory: str | Path) -> Path:
-    """`export` of a finished run, whose results and environment become the record.
-
-    Raises:
-      RunError: the run has no results yet.
-    """
-    from latent_jax.core.config import parse, read_yaml
-    from latent_jax.systems.lm.config import LMRun
-    from latent_jax.train.checkpoints import load_variables
-
-    run = Path(run)
-    parts = {}
-    for name in ("results", "environment"):
-        path = run / f"{name}.json"
-        if not path.is_file():
-            raise RunError(f"{path} is missing: finish the run first (latent-jax run)")
-        parts[name] = json.loads(path.read_text(encoding="utf-8"))
-    variables, _ = load_variables(run)
-    config = parse(LMRun, read_yaml(run / "config.yaml"), str(run))
-    return export(LMSystem(config), variables, directory, {**parts, "curve": curve(run)})
-
-
-if __name__ == "__main__":
-    import sys
-
-    print(export_run(*sys.argv[1:3]))

@@ -1,7 +1,7 @@
-"""Training rows of a language model: running text, solved lookups and copies, packed with a supervised mask.
+"""Training rows of a language model: text, solved lookups and copies, packed and supervised.
 
-A lookup's facts and questions are noise that nothing can predict, so only its answers are supervised, and of a copy
-only the second half; all of running text is.
+A lookup's facts and questions are noise that nothing can predict, so only its answers are
+supervised, and of a copy only the second half; all of running text is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def make_tokenizer(config: TokenizerConfig, source: LMDataConfig) -> Tokenizer:
 
 
 Document = tuple[list[int], list[int]]
-"""Token ids, and for each the number of its kind in `KINDS` plus one where it is supervised, else 0."""
+"""Token ids, and for each its kind (place in `KINDS` + 1) where it is supervised, else 0."""
 
 
 def lookup_documents(
@@ -108,8 +108,9 @@ def copy_documents(
 ) -> list[Document]:
     """``text, newline, the text again, newline``; the second copy is supervised.
 
-    The text is random tokens, a lookup's facts, or running text. Random tokens are the fastest teacher of induction
-    (nothing else helps); facts, where every other token is common, ask it to match more than one token back.
+    The text is random tokens, a lookup's facts, or running text. Random tokens are the fastest
+    teacher of induction (nothing else helps); facts, where every other token is common, ask it to
+    match more than one token back.
     """
     rng = np.random.default_rng([seed, 3])
     low, high = stage.copy
@@ -169,8 +170,9 @@ def rows(
       limit: number of rows; the stage's own by default.
 
     Returns:
-      ``tokens, segment_ids, positions, kinds``, int32 ``[rows, length]``. ``kinds`` is the number of a token's kind
-      plus one where it is to be predicted, else 0; a document's first token never is.
+      ``tokens, segment_ids, positions, kinds``, int32 ``[rows, length]``. ``kinds`` is the number
+      of a token's kind plus one where it is to be predicted, else 0; a document's first token never
+      is.
     """
     wanted = limit or stage.rows
     total = sum(stage.mix.values())

@@ -1,9 +1,10 @@
 """Where training starts: a small decoder that has the outline of induction heads, and nothing else.
 
-From an unstructured start most of a small model's training passes on a plateau: nothing can be matched before some head
-looks at the token before, and no head gains by looking there before something is matched. A transformer that can look
-things up has solved this in its first two layers (Olsson et al. 2022, "In-context learning and induction heads"), so
-these two start near that solution. What tokens mean, what follows what, what to ignore and when is learned.
+From an unstructured start most of a small model's training passes on a plateau: nothing can be
+matched before some head looks at the token before, and no head gains by looking there before
+something is matched. A transformer that can look things up has solved this in its first two layers
+(Olsson et al. 2022, "In-context learning and induction heads"), so these two start near that
+solution. What tokens mean, what follows what, what to ignore and when is learned.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import inverse_frequencies
 from latent_jax.ops import rope
 
-# Length of the table's rows; a state that is all one token has the logit sqrt(hidden_size) * length.
+# Length of the table's rows; a state that is all one token has the logit
+# sqrt(hidden_size) * length.
 ROW_LENGTH = 2.0
 # Nats by which a first-layer head prefers its place to far ones.
 SHARPNESS = 20.0
-# Second layer, per query head: what a query is made of (the token this many places back; 0: its own) ...
+# Second layer, per query head: what a query is made of (the token this many places back; 0: its
+# own) ...
 ASKS = (1, 4, 0, 0)
 # ... and per key/value head: the token this many places before a key's.
 OFFERS = (2, 1)
@@ -43,11 +46,12 @@ def induction(
 ) -> dict[str, Any]:
     """`plain`, with the outline of induction heads in the first two layers.
 
-    * Rows of the table share one direction (as those of trained models do): rotary scores of equal vectors depend on
-      their distance alone, which is what positional attention needs. Head ``h`` of the first layer looks ``h + 1``
-      tokens back and writes what it finds into a subspace of its own.
-    * Heads of the second layer look for keys that offer what their queries ask for (`ASKS`, `OFFERS`), and pass on the
-      token that they find.
+    * Rows of the table share one direction (as those of trained models do): rotary scores of equal
+      vectors depend on their distance alone, which is what positional attention needs. Head ``h``
+      of the first layer looks ``h + 1`` tokens back and writes what it finds into a subspace of its
+      own.
+    * Heads of the second layer look for keys that offer what their queries ask for (`ASKS`,
+      `OFFERS`), and pass on the token that they find.
 
     Args:
       params: of `Decoder.init`.
@@ -66,7 +70,7 @@ def induction(
     strength = (d / 2) ** 0.5
 
     def frames(key, n):
-        """``n`` orthonormal frames of ``width`` directions without the shared one, ``[n, d, width]``."""
+        """``n`` frames of orthonormal directions off the shared one, ``[n, d, width]``."""
         draw = jax.random.normal(key, (n, d, width))
         draw -= shared[:, None] * jnp.einsum("d,ndw->nw", shared, draw)[:, None]
         return jnp.linalg.qr(draw)[0]

@@ -16,7 +16,7 @@ from latent_jax.backbones import Backbone
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.core.types import Mean
-from latent_jax.systems.lm import recipe, start
+from latent_jax.systems.lm import asset, recipe, start
 from latent_jax.systems.lm.config import KINDS, LMRun
 
 
@@ -128,7 +128,8 @@ class LMSystem:
         """Held-out text, lookups from full text and without it, and copies.
 
         Returns:
-          metrics: ``text.nats_per_token, text.bits_per_byte, lookup.full_text.{f1,em}, lookup.no_context.{f1,em},
+          metrics: ``text.nats_per_token, text.bits_per_byte, lookup.full_text.{f1,em},
+          lookup.no_context.{f1,em},
             copy.token_accuracy, copy.exact, parameters``.
           artefacts: ``samples``.
         """
@@ -143,6 +144,20 @@ class LMSystem:
         metrics |= self._copy(model)
         report("copy", 3, 3)
         return metrics, {"samples": samples}
+
+    def generate(
+        self, variables, frozen, prompt: str, max_new_tokens: int = 64
+    ) -> dict[str, str]:
+        """Continues a text, greedily."""
+        (text,) = self.backbone(variables).generate([prompt], max_new_tokens=max_new_tokens)
+        return {"prompt": prompt, "continuation": text}
+
+    def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
+        """Writes a directory that `backbones.load` reads, with the record of the run."""
+        record = asset.training_record(run) if run is not None else {}
+        out = asset.save(self.backbone(variables), to, record)
+        size = sum(f.stat().st_size for f in out.iterdir())
+        return {"written": out, "megabytes": f"{size / 1e6:.1f}"}
 
     def _text(self, model: Backbone) -> dict[str, float]:
         c = self.config

@@ -10,6 +10,7 @@ import pytest
 from latent_jax import backbones
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.ops import rope
 from latent_jax.systems.lm import asset
 from latent_jax.systems.lm.config import LMRun
 from latent_jax.systems.lm.system import LMSystem
@@ -19,8 +20,8 @@ def tiny_run(**extra):
     tree = {
         "system": "lm",
         "tokenizer": {"kind": "bytes"},
-        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8,
-                  "intermediate_size": 24, "max_position": 256},
+        "model": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1,
+                  "head_dim": 8, "intermediate_size": 24, "max_position": 256},
         "data": {"stages": {"main": {"rows": 16, "length": 96, "pairs": [2, 2], "questions": 1,
                                      "mix": {"lookup": 1, "copy": 1, "text": 1}, "copy": [4, 8]}}},
         "eval": {"rows": 2, "questions": 3, "copies": 2, "copy_length": 4, "quick": 4,
@@ -85,7 +86,8 @@ def test_evaluation_and_export_round_trip(system, variables, tmp_path):
     metrics, artefacts = system.evaluate(variables, {})
     assert metrics["text.bits_per_byte"] == pytest.approx(8.0, abs=0.5)  # untrained, over bytes
     assert metrics["lookup.full_text.em"] == 0.0 and len(artefacts["samples"]) == 3
-    asset.export(system, variables, tmp_path / "model", {"curve": []})
+    shown = system.export(variables, {}, to=str(tmp_path / "model"))
+    assert shown["written"] == tmp_path / "model"
     loaded = backbones.load(tmp_path / "model")
     ids = np.arange(12)[None]
     want = system.backbone(variables).logits(ids)
@@ -99,4 +101,29 @@ def test_errors_name_what_is_missing(tmp_path):
     with pytest.raises(ConfigError, match="beyond"):
         tiny_run(model={"max_position": 64})
     with pytest.raises(RunError, match=r"results\.json is missing"):
-        asset.export_run(tmp_path, tmp_path / "x")
+        asset.training_record(tmp_path)
+
+
+def test_induction_start_looks_back_and_keeps_the_shapes():
+    run = tiny_run(model={"hidden_size": 32, "num_layers": 2, "head_dim": 16, "start": "induction"})
+    made = LMSystem(run)
+    variables = made.init({"params": jax.random.key(1)}, {})
+    fresh = made.decoder.init(jax.random.key(1), jnp.zeros((1, 4, 32)))["params"]
+    assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables["params"])
+    # A first-layer query prefers the key one place back to its own and to those further away.
+    params = variables["params"]
+    x = params["embed"][jnp.arange(8)]
+    x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
+    q = (x @ params["layers"]["q"]["kernel"][0]).reshape(1, 8, 4, 16)
+    k = (x @ params["layers"]["k"]["kernel"][0]).reshape(1, 8, 2, 16)
+    places = jnp.arange(8)[None]
+    inv = made.decoder.inv_freq
+    q, k = rope.rotate(q, places, inv), rope.rotate(k, places, inv)
+    for head in range(4):
+        score = q[0, 7, head] @ k[0, :, head // 2].T
+        assert int(jnp.argmax(score)) == 7 - (head + 1)
+
+
+def test_induction_start_needs_its_heads():
+    with pytest.raises(ConfigError, match="needs num_heads=4"):
+        tiny_run(model={"num_heads": 2, "num_kv_heads": 1, "start": "induction"})

@@ -29,11 +29,14 @@ def test_it_answers_lookups_from_full_text_and_cannot_without(reader):
     examples = lookup_examples(60, seed=123, split="validation")
 
     def right(context):
-        prompts = [builder.context_ids(context(e)) + builder.prompt_ids(e.question) for e in examples]
+        prompts = [
+            builder.context_ids(context(e)) + builder.prompt_ids(e.question) for e in examples
+        ]
         said = reader.generate(
             prompts, max_new_tokens=4, stop=list(builder.stop_ids), return_ids=True, batch_size=60
         )
-        return np.mean([builder.text(s) == e.answers[0] for s, e in zip(said, examples, strict=True)])
+        hits = [builder.text(s) == e.answers[0] for s, e in zip(said, examples, strict=True)]
+        return np.mean(hits)
 
     assert right(lambda e: e.context) >= 0.9
     assert right(lambda e: "") <= 0.1
