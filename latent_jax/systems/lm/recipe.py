@@ -88,6 +88,8 @@ def _unmark(text: str) -> tuple[str, np.ndarray]:
     for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
         if piece in (_OPEN, _CLOSE):
             on = piece == _OPEN
+            if on and plain and plain[-1].endswith(" "):
+                inside[-1] = True  # the space before an answer belongs to its first token
             stop = piece == _CLOSE
             continue
         shown = [on] * len(piece)
@@ -119,7 +121,9 @@ def copy_documents(
     draw = rng.random(n)
     noisy, factual = draw < stage.noise, draw >= 1 - stage.facts
     plain = n - int(noisy.sum()) - int(factual.sum())
-    windows = data.segments(tokenizer, texts, high, plain, seed=seed).tolist() if plain else []
+    # On one line: a line break inside the text would look like its end.
+    lines = [" ".join(text.split()) for text in texts] if plain else []
+    windows = data.segments(tokenizer, lines, high, plain, seed=seed).tolist() if plain else []
     facts = []
     if factual.any():
         contexts = [

@@ -213,7 +213,8 @@ class LMSystem:
         c = self.config
         texts = data.load_texts(c.data.text, "validation", c.data.root)
         n = c.eval.copy_length
-        windows = data.segments(self.tokenizer, texts, n, c.eval.copies, seed=c.seed)
+        lines = [" ".join(text.split()) for text in texts]
+        windows = data.segments(self.tokenizer, lines, n, c.eval.copies, seed=c.seed)
         newline = self.tokenizer.encode("\n")
         said = model.generate(
             [[*w, *newline] for w in windows.tolist()], max_new_tokens=n,

@@ -84,7 +84,7 @@ def test_a_short_training_lowers_every_term(system, tmp_path):
 
 def test_evaluation_and_export_round_trip(system, variables, tmp_path):
     metrics, artefacts = system.evaluate(variables, {})
-    assert metrics["text.bits_per_byte"] == pytest.approx(8.0, abs=0.5)  # untrained, over bytes
+    assert 7.0 < metrics["text.bits_per_byte"] < 14.0  # untrained, over bytes
     assert metrics["lookup.full_text.em"] == 0.0 and len(artefacts["samples"]) == 3
     shown = system.export(variables, {}, to=str(tmp_path / "model"))
     assert shown["written"] == tmp_path / "model"
@@ -100,7 +100,7 @@ def test_errors_name_what_is_missing(tmp_path):
         tiny_run(train={"phases": [{"name": "a", "data": "late"}]})
     with pytest.raises(ConfigError, match="beyond"):
         tiny_run(model={"max_position": 64})
-    with pytest.raises(RunError, match=r"results\.json is missing"):
+    with pytest.raises(RunError, match=r"environment\.json is missing"):
         asset.training_record(tmp_path)
 
 
