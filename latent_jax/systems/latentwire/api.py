@@ -20,6 +20,7 @@ from latent_jax.systems.latentwire.config import TASKS, ModelConfig, PromptConfi
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
+from latent_jax.systems.latentwire.sink import sink_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,14 @@ class LatentWire:
         return c.wire.d_z or full
 
     @property
+    def sink(self) -> int | None:
+        """Token before everything the LLM is shown."""
+        return sink_token(self.config, self.backbone.tokenizer)
+
+    @property
     def latents(self) -> baselines.Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
-        model = Compressor(self.config, self.backbone.config)
+        model = Compressor(self.config, self.backbone.config, self.sink)
         return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
 
     def compress(self, texts: str | Sequence[str]) -> Wire:

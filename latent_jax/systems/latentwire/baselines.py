@@ -19,8 +19,15 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.systems.latentwire import selection
 from latent_jax.systems.latentwire.config import TASKS
-from latent_jax.systems.latentwire.given import Given, embed, prefill, prefix_to_given
+from latent_jax.systems.latentwire.given import (
+    Given,
+    embed,
+    prefill,
+    prefix_to_given,
+    with_sink,
+)
 from latent_jax.systems.latentwire.model import Prefix, num_latents
+from latent_jax.systems.latentwire.sink import behind, sink_kv
 
 #: Arms of the reader's own text, no training anywhere.
 TEXT_ARMS = (
@@ -193,19 +200,21 @@ def selected_kv(
     arm: str, decoder: Decoder, params: Any, context: KV,
     ids: Int[Array, "b t"], mask: Bool[Array, "b t"],
     prompt_ids: Int[Array, "b p"], prompt_mask: Bool[Array, "b p"],
-    ratio: float,
+    ratio: float, sink: Int[Array, ""] | None = None,
 ) -> KV:  # fmt: skip
     """What the arms ``kv_stride``, ``kv_topk`` and ``kv_question`` keep of the text's cache."""
     b, t = ids.shape
     if arm == "kv_stride":
         rows, key = jnp.arange(b), jax.random.key(0)  # a stride draws nothing
         return selection.keep_positions(context, *subset_index(arm, mask, ratio, rows, key))
+    first = None if sink is None else sink_kv(decoder, params, sink, b)
     if arm == "kv_topk":
-        score = selection.mass_from_tail(decoder, params, ids, mask)
+        score = selection.mass_from_tail(decoder, params, ids, mask, sink=first)
     else:
+        seen = behind(first, context)
         score = selection.mass_from_question(
-            decoder, params, context, mask.sum(-1), prompt_ids, prompt_mask
-        )
+            decoder, params, seen, mask.sum(-1), prompt_ids, prompt_mask
+        )[:, :, seen.mask.shape[1] - t :]
     return selection.keep_best(context, score, budget(mask, ratio), num_latents(t, ratio))
 
 
@@ -225,6 +234,7 @@ def build(
     wire: Any = None,
     anchor_ids: Int[Array, " a"] | None = None,
     key: Array | None = None,
+    sink: Int[Array, ""] | None = None,
 ) -> Given:
     """What the reader is given in one arm.
 
@@ -245,6 +255,7 @@ def build(
       wire: `encode` of the texts, where several arms share it.
       anchor_ids: text after the context in ``embedding_replay_anchor``.
       key: PRNG key of the random arms.
+      sink: token that every arm gets first; a compressor brings its own, which must be the same.
 
     Raises:
       ValueError: unknown arm, or a latent arm without a compressor.
@@ -253,27 +264,31 @@ def build(
     length, zero = mask.sum(-1), jnp.zeros((b,), jnp.int32)
     key = jax.random.key(0) if key is None else key
     if arm in CACHED and context is None:
-        context = prefill(decoder, params, ids, mask)
+        context = prefill(decoder, params, ids, mask, sink)
+    ready = functools.partial(with_sink, decoder, params, sink=sink)
     if arm == "no_context":
-        return Given(None, None, None, zero)
+        return ready(Given(None, None, None, zero))
     if arm == "full_text":
-        return Given(context, None, None, length)
+        return ready(Given(context, None, None, length))
     if arm in ("embedding_replay", "embedding_replay_anchor"):
         vectors = embed(decoder, params, ids)
         if arm == "embedding_replay_anchor" and anchor_ids is not None and anchor_ids.size:
             anchor = jnp.broadcast_to(anchor_ids, (b, anchor_ids.shape[0]))
             vectors = jnp.concatenate([vectors, embed(decoder, params, anchor)], axis=1)
             mask = jnp.concatenate([mask, jnp.ones(anchor.shape, bool)], axis=1)
-        return Given(None, vectors, mask, zero)
+        return ready(Given(None, vectors, mask, zero))
     if arm in ("token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens"):
         kept, valid = token_subset(arm, ids, mask, ratio, rows, key)
-        return Given(prefill(decoder, params, kept, valid), None, None, valid.sum(-1))
+        cache = prefill(decoder, params, kept, valid, sink)
+        return ready(Given(cache, None, None, valid.sum(-1)))
     if arm in ("mean_pool", "pca"):
-        prefix = pooled_prefix(arm, decoder, params, ids, mask, ratio)
+        prefix = pooled_prefix(arm, decoder, params, ids, mask, ratio)._replace(sink=sink)
         return prefix_to_given(decoder, params, prefix)
     if arm in ("kv_stride", "kv_topk", "kv_question"):
-        kept = selected_kv(arm, decoder, params, context, ids, mask, prompt_ids, prompt_mask, ratio)
-        return Given(kept, None, None, length)
+        kept = selected_kv(
+            arm, decoder, params, context, ids, mask, prompt_ids, prompt_mask, ratio, sink
+        )
+        return ready(Given(kept, None, None, length))
     if arm not in LATENT_ARMS:
         raise ValueError(f"unknown arm {arm!r}; known: {', '.join(ARMS)}")
     if latents is None:

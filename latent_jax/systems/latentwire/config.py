@@ -17,8 +17,13 @@ TASKS = ("reconstruct", "continue", "answer")
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The frozen LLM's own layers, read at memory slots."""
+    """The frozen LLM's own layers, read at one slot per span of text."""
 
+    slots: Literal["memory", "pooled", "both"] = field(
+        default="memory",
+        help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
+        "linear combination of its span's keys and values; both: their (gated) sum",
+    )
     output: Literal["kv", "hidden"] = field(
         default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
     )
@@ -46,6 +51,15 @@ class EncoderConfig:
             raise ConfigError(f"encoder.lora_targets: unknown {unknown}; allowed: {PROJECTIONS}")
         if not self.causal and self.lora_on == "memory":
             raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
+        if self.slots != "memory" and self.output != "kv":
+            raise ConfigError(
+                f"encoder.slots={self.slots} pools keys and values: it needs encoder.output=kv"
+            )
+        if self.slots == "both" and self.lora_on == "all":
+            raise ConfigError(
+                "encoder.slots=both pools the untouched LLM's cache: it needs "
+                "encoder.lora_on=memory"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,6 +89,9 @@ class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
     wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
+    sink: bool = field(
+        default=True, help="BOS before the encoder's text and before everything the reader is shown"
+    )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
         default=None,
@@ -117,8 +134,13 @@ class DataConfig:
     qa: str = field(default="auto", help="questions: a SQuAD-format source or path")
     segments: int = field(default=20_000, ge=1, help="most training segments to draw")
     length: int = field(default=64, ge=1, help="longest training text, tokens")
-    min_length: int | None = field(
-        default=None, ge=1, help="shortest training text (drawn uniformly); none: all of length"
+    lengths: tuple[int, ...] = field(
+        default=(),
+        help="training text lengths, one per batch, with as many rows as make train.batch_size x "
+        "length tokens; none: length",
+    )
+    ragged: float = field(
+        default=0.0, ge=0, le=1, help="share of training texts that end inside a latent's span"
     )
     continuation: int = field(default=32, ge=1, help="tokens to continue with")
     max_context: int = field(default=256, ge=1, help="longest passage of a question, tokens")
@@ -136,10 +158,9 @@ class DataConfig:
             raise ConfigError(f"data.mix: unknown task {unknown}; allowed: {', '.join(TASKS)}")
         if any(v < 0 for v in self.mix.values()) or sum(self.mix.values()) <= 0:
             raise ConfigError(f"data.mix={self.mix}: shares must be >= 0 and not all 0")
-        if self.min_length is not None and self.min_length > self.length:
-            raise ConfigError(
-                f"data.min_length={self.min_length} is above data.length={self.length}"
-            )
+        wrong = [n for n in self.lengths if n < 1 or self.length % n]
+        if wrong:
+            raise ConfigError(f"data.lengths: {wrong} do not divide data.length={self.length}")
 
 
 @dataclass(frozen=True)
@@ -203,8 +224,9 @@ class LatentWireRun(RunBase):
                 raise ConfigError(
                     f"data.{name}={value} is not a multiple of model.segment={segment}"
                 )
-        if self.model.ratio > self.data.length:
+        shortest = min((self.data.length, *self.data.lengths))
+        if self.model.ratio > shortest:
             raise ConfigError(
-                f"model.ratio={self.model.ratio} is above data.length={self.data.length}: "
-                "a text would be shorter than the span of one latent"
+                f"model.ratio={self.model.ratio} is above the shortest text, {shortest} tokens: "
+                "it would be shorter than the span of one latent"
             )

@@ -128,6 +128,7 @@ def evaluate_qa(
     tuned: Mapping[str, Float[Array, "n d"]] | None = None,
     name: str = "squad",
     score: bool = True,
+    sink: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -147,6 +148,7 @@ def evaluate_qa(
       task: which learned task embedding follows the latents; None for none.
       tuned: ``{arm: soft prompt}`` of the tuned controls, put before the question.
       name: prefix of the metrics.
+      sink: token that every arm gets first, outside its budget (`sink`).
       score: also compute teacher-forced NLL and first-token ranks.
       progress: called after every arm of every batch.
 
@@ -171,6 +173,7 @@ def evaluate_qa(
     )
     table = {arm: _Scores(len(rows)) for arm in arms}
     anchor = jnp.asarray(builder.replay_anchor_ids, jnp.int32)
+    first = None if sink is None else jnp.int32(sink)
     plan = list(batches([len(r.context) for r in rows], batch_size))
     lengths = [max(len(rows[i].context) for i in at) for at in plan]
     context_widths = batch_widths(lengths, segment)
@@ -194,7 +197,7 @@ def evaluate_qa(
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
         if any(a.removesuffix(TUNED) in baselines.CACHED for a in arms):
-            cache = prefill(reader.decoder, reader.params, *own)
+            cache = prefill(reader.decoder, reader.params, *own, first)
         if set(arms) & {"latent", "scrambled", "zero"} and latents is not None:
             wire = baselines.encode(latents, *own)
         for arm in arms:
@@ -206,13 +209,13 @@ def evaluate_qa(
                 base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),
                 ratio=ratio, context=cache if base in baselines.CACHED else None,
                 latents=latents if base in baselines.LATENT_ARMS else None, wire=sent,
-                anchor_ids=anchor, key=jax.random.key(seed),
+                anchor_ids=anchor, key=jax.random.key(seed), sink=first,
             )  # fmt: skip
             if base == "latent":
                 tokens += int(own[1][:real].sum())
-                slots += int(np.asarray(given.kv.mask)[:real].sum())
+                slots += int(np.asarray(wire.mask)[:real].sum())
             if given.embeds is None:
-                places = max(wide, 0 if given.kv is None else given.kv.mask.shape[1])
+                places = max(wide + (sink is not None), 0 if given.kv is None else given.kv.mask.shape[1])
                 given = widen(reader.decoder, reader.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.systems.latentwire.model import Prefix
+from latent_jax.systems.latentwire.sink import behind, sink_kv
 
 
 class Given(NamedTuple):
@@ -35,18 +36,37 @@ def embed(decoder: Decoder, params: Any, ids: Int[Array, "b t"]) -> Float[Array,
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
-def prefill(decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> KV:
-    """The frozen reader's cache of right-padded texts."""
-    return decoder.apply({"params": params}, embed(decoder, params, ids), mask=mask).kv
+def prefill(
+    decoder: Decoder, params: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"],
+    sink: Int[Array, ""] | None = None,
+) -> KV:  # fmt: skip
+    """The frozen reader's cache of right-padded texts, seen behind the sink but without it."""
+    before = None if sink is None else sink_kv(decoder, params, sink, ids.shape[0])
+    x = embed(decoder, params, ids)
+    return decoder.apply({"params": params}, x, mask=mask, prefix=before).kv
+
+
+@functools.partial(jax.jit, static_argnames=("decoder",))
+def with_sink(decoder: Decoder, params: Any, given: Given, sink: Int[Array, ""] | None) -> Given:
+    """The same behind the sink."""
+    if sink is None:
+        return given
+    first = sink_kv(decoder, params, sink, given.start.shape[0])
+    return given._replace(kv=behind(first, given.kv))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder",))
 def prefix_to_given(decoder: Decoder, params: Any, prefix: Prefix) -> Given:
-    """Any prefix as keys and values: soft tokens run through the reader at their own positions."""
-    kv = prefix.kv
+    """Any prefix as keys and values, behind its sink: soft tokens run through the reader at their
+    own positions.
+    """
+    kv, sink = prefix.kv, None
+    if prefix.sink is not None:
+        sink = sink_kv(decoder, params, prefix.sink, prefix.start.shape[0])
     if kv is None:
-        kv = decoder.apply({"params": params}, prefix.embeds, prefix.positions, prefix.mask).kv
-    return Given(kv, None, None, prefix.start)
+        x, where = prefix.embeds, prefix.positions
+        kv = decoder.apply({"params": params}, x, where, prefix.mask, prefix=sink).kv
+    return Given(behind(sink, kv), None, None, prefix.start)
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "width"))

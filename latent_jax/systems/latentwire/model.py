@@ -1,9 +1,9 @@
 """Text → latents → what a frozen reader is given.
 
-The encoder is the frozen LLM itself: memory slots, one per span of text, read the text's keys and
-values through LoRA'd projections. What the slots leave behind, per-layer keys and values or a
-last hidden state, is put on the *wire* as one vector of width ``d_z`` per slot, and the adapter
-turns the wire into a deep prefix or into soft tokens.
+The encoder is the frozen LLM itself, with one slot per span of text: slots read the text's keys and
+values through LoRA'd projections, or pool those of their own span linearly. What the slots leave
+behind, per-layer keys and values or a last hidden state, is put on the *wire* as one vector of
+width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or into soft tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.pool import KVPool
+from latent_jax.systems.latentwire.sink import behind, sink_kv
 
 
 class Wire(NamedTuple):
@@ -40,6 +42,7 @@ class Prefix(NamedTuple):
     """What the reader gets: a deep prefix, or soft tokens to put before the prompt.
 
     The prompt continues at rotary position ``start``: the latents stand where their text stood.
+    ``sink``, if any, is the token that stands before them (`latent_jax.systems.latentwire.sink`).
     """
 
     kv: KV | None
@@ -47,6 +50,7 @@ class Prefix(NamedTuple):
     mask: Bool[Array, "b m"]
     positions: Int[Array, "b m"]
     start: Int[Array, " b"]
+    sink: Int[Array, ""] | None = None
 
 
 def num_latents(tokens: int, ratio: float) -> int:
@@ -75,21 +79,29 @@ class Compressor(nn.Module):
     Attributes:
       config: encoder, wire and adapter options.
       reader: architecture of the frozen LLM, which is also the encoder's body.
+      sink: token before the encoder's text and before the latents, usually BOS; None for none.
     """
 
     config: ModelConfig
     reader: DecoderConfig
+    sink: int | None = None
 
     def setup(self):
         c, r = self.config, self.reader
         self.body = Decoder(r, remat=c.remat, parent=None)
-        if c.encoder.lora_rank:
+        if c.encoder.slots != "memory":
+            self.pool = KVPool(r, c.ratio)
+        if c.encoder.slots == "both":
+            # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
+            self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))
+        if c.encoder.slots != "pooled" and c.encoder.lora_rank:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
                 {t: shapes[t] for t in e.lora_targets}, r.num_layers, e.lora_rank, e.lora_alpha
             )
         scale = nn.initializers.normal(0.02)
-        self.memory = self.param("memory", scale, (r.hidden_size,))
+        if c.encoder.slots != "pooled":
+            self.memory = self.param("memory", scale, (r.hidden_size,))
         self.tasks = self.param("tasks", scale, (len(TASKS), r.hidden_size))
         width = r.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
         if c.wire.d_z is not None:
@@ -106,46 +118,76 @@ class Compressor(nn.Module):
             self.out_scale = self.param("out_scale", ones, (out,))
 
     def _raw(self, frozen, ids, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Encoder output at the memory slots, their mask and positions."""
+        """Encoder output at the slots, their mask and positions."""
         c, r = self.config, self.reader
         b, t = ids.shape
         m = num_latents(t, c.ratio)
         slot = jnp.arange(m)
-        length = mask.sum(-1)
-        valid = slot[None] * c.ratio < length[:, None]
+        valid = slot[None] * c.ratio < mask.sum(-1)[:, None]
         # Middle of the slot's span, as an integer position the reader has seen in pretraining.
         positions = jnp.floor(slot * c.ratio + (c.ratio - 1) / 2).astype(jnp.int32)
         positions = jnp.broadcast_to(positions, (b, m))
         text = self.body.apply({"params": frozen}, ids, method="embed")
-
-        # A slot starts as the mean embedding of its span: on the embedding manifold, and already
-        # about its text.
-        span = (jnp.arange(t) // c.ratio).astype(jnp.int32)
-        weight = (span[None, :] == slot[:, None])[None] & mask[:, None, :]
-        weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-        memory = self.memory + jnp.einsum("bmt,btd->bmd", weight, text) * c.encoder.span_mean
-        memory = memory.astype(text.dtype)
-
-        lora = self.lora() if c.encoder.lora_rank else None
-        run = lambda *a, **k: self.body.apply({"params": frozen}, *a, **k)  # noqa: E731
-        if c.encoder.lora_on == "memory":
-            prefix = jax.lax.stop_gradient(run(text, mask=mask).kv)
-            seen = jnp.broadcast_to(valid[:, None, :], (b, m, m))
-            out = run(memory, positions, valid, seen, prefix, lora)
-            kv, hidden = out.kv, out.hidden
+        sink = None
+        if self.sink is not None:
+            sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
+        if c.encoder.lora_on == "all" and c.encoder.slots == "memory":
+            kv, hidden = self._adapted(frozen, text, mask, valid, positions, sink)
         else:
-            both = jnp.concatenate([mask, valid], axis=1)
-            own = attention.causal_mask(mask) if c.encoder.causal else mask[:, None, :]
-            own = jnp.broadcast_to(own, (b, t, t))
-            seen = jnp.zeros((b, t + m, t + m), bool)
-            seen = seen.at[:, :t, :t].set(own).at[:, t:, :].set(both[:, None, :])
-            where = jnp.concatenate([jnp.broadcast_to(jnp.arange(t), (b, t)), positions], axis=1)
-            out = run(jnp.concatenate([text, memory], axis=1), where, both, seen, None, lora)
-            kv = KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid)
-            hidden = out.hidden[:, t:]
+            run = self.body.apply({"params": frozen}, text, mask=mask, prefix=sink)
+            kv, hidden = self._untouched(
+                frozen, jax.lax.stop_gradient(run.kv), text, valid, positions, sink
+            )
         if c.encoder.output == "kv":
             return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
         return hidden, valid, positions
+
+    def _memory(self, text, mask, m) -> Float[Array, "b m d"]:
+        """Inputs of memory slots: the mean embedding of the span, on the embedding manifold and
+        already about its text, plus one learned vector.
+        """
+        ratio = self.config.ratio
+        span = (jnp.arange(text.shape[1]) // ratio).astype(jnp.int32)
+        weight = (span[None, :] == jnp.arange(m)[:, None])[None] & mask[:, None, :]
+        weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
+        mean = jnp.einsum("bmt,btd->bmd", weight, text)
+        return (self.memory + mean * self.config.encoder.span_mean).astype(text.dtype)
+
+    def _untouched(self, frozen, cache: KV, text, valid, positions, sink):
+        """Slots over the cache of the unadapted LLM: no backward pass over the text."""
+        c = self.config
+        b, m = valid.shape
+        pooled = kv = hidden = None
+        if c.encoder.slots != "memory":
+            pooled = self.pool(cache, cache.mask, valid, positions)
+        if c.encoder.slots != "pooled":
+            seen = jnp.broadcast_to(valid[:, None, :], (b, m, m))
+            memory = self._memory(text, cache.mask, m)
+            lora = self.lora() if c.encoder.lora_rank else None
+            prefix = behind(sink, cache)
+            out = self.body.apply(
+                {"params": frozen}, memory, positions, valid, seen, prefix, lora
+            )
+            kv, hidden = out.kv, out.hidden
+        if pooled is not None and kv is not None:
+            gate = self.gate[:, None, None, None, None].astype(text.dtype)
+            return KV(pooled.k + gate * kv.k, pooled.v + gate * kv.v, valid), hidden
+        return (kv if pooled is None else pooled), hidden
+
+    def _adapted(self, frozen, text, mask, valid, positions, sink):
+        """Text and slots in one pass of the adapted LLM."""
+        c = self.config
+        (b, t), m = mask.shape, valid.shape[1]
+        both = jnp.concatenate([mask, valid], axis=1)
+        own = attention.causal_mask(mask) if c.encoder.causal else mask[:, None, :]
+        own = jnp.broadcast_to(own, (b, t, t))
+        seen = jnp.zeros((b, t + m, t + m), bool)
+        seen = seen.at[:, :t, :t].set(own).at[:, t:, :].set(both[:, None, :])
+        where = jnp.concatenate([jnp.broadcast_to(jnp.arange(t), (b, t)), positions], axis=1)
+        x = jnp.concatenate([text, self._memory(text, mask, m)], axis=1)
+        lora = self.lora() if c.encoder.lora_rank else None
+        out = self.body.apply({"params": frozen}, x, where, both, seen, sink, lora)
+        return KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid), out.hidden[:, t:]
 
     def compress(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
         """Compresses right-padded texts.
@@ -182,7 +224,8 @@ class Compressor(nn.Module):
             kv = unflatten_kv(z, r, inverse_frequencies(r), wire.positions, wire.mask)
         else:
             embeds = z
-        return Prefix(kv, embeds, wire.mask, wire.positions, wire.length)
+        sink = None if self.sink is None else jnp.int32(self.sink)
+        return Prefix(kv, embeds, wire.mask, wire.positions, wire.length, sink)
 
     @nn.nowrap
     def informative(self, wire: Wire) -> Float[Array, "b m f"]:
@@ -220,15 +263,18 @@ def read(
     mask: Bool[Array, "b t"],
 ) -> Float[Array, "b t d"]:
     """Hidden states of a right-padded prompt that follows the latents (teacher-forced path)."""
-    t = embeds.shape[1]
+    b, t, _ = embeds.shape
     positions = prefix.start[:, None] + jnp.arange(t)
+    sink = None if prefix.sink is None else sink_kv(body, frozen, prefix.sink, b)
     if prefix.kv is not None:
-        return body.apply({"params": frozen}, embeds, positions, mask, prefix=prefix.kv).hidden
+        kv = behind(sink, prefix.kv)
+        return body.apply({"params": frozen}, embeds, positions, mask, prefix=kv).hidden
     m = prefix.embeds.shape[1]
     out = body.apply(
         {"params": frozen},
         jnp.concatenate([prefix.embeds.astype(embeds.dtype), embeds], axis=1),
         jnp.concatenate([prefix.positions, positions], axis=1),
         jnp.concatenate([prefix.mask, mask], axis=1),
+        prefix=sink,
     )
     return out.hidden[:, m:]

@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -68,20 +69,22 @@ def _record(
     }
 
 
-def _text_records(config: LatentWireRun, tokenizer, task: str):
+def _text_records(config: LatentWireRun, tokenizer, task: str, length: int):
     d = config.data
     continuation = d.continuation if task == "continue" else 0
     windows = text_segments(config, tokenizer, "train", d.segments, continuation)
-    shortest = d.min_length or d.length
+    parts, span = d.length // length, math.ceil(config.model.ratio)
 
     def get(i: int):
-        window = windows[i]
-        length = int(np.random.default_rng([config.seed, 11, i]).integers(shortest, d.length + 1))
-        context = window[:length]
-        target = context if task == "reconstruct" else window[length : length + continuation]
+        # A window of the longest length holds several shorter texts.
+        window = windows[i // parts][i % parts * length :]
+        rng = np.random.default_rng([config.seed, 11, i])
+        cut = int(rng.integers(1, span)) if span > 1 and rng.random() < d.ragged else 0
+        context = window[: max(1, length - cut)]
+        target = context if task == "reconstruct" else window[len(context) :][:continuation]
         return _record(context, target, len(target))
 
-    return get, len(windows)
+    return get, len(windows) * parts
 
 
 def _answer_records(config: LatentWireRun, builder: PromptBuilder):
@@ -106,37 +109,46 @@ def _bucket(n: int, segment: int) -> int:
 
 
 def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
-    """The endless, resumable mixture of the tasks with a positive share."""
-    d = config.data
-    streams = {}
-    for number, task in enumerate(TASKS):
-        if not d.mix.get(task):
-            continue
-        if task == "answer":
-            get, size = _answer_records(config, builder)
-            context, inputs = d.max_context, d.max_prompt
-        else:
-            get, size = _text_records(config, tokenizer, task)
-            context = d.length
-            inputs = d.length if task == "reconstruct" else d.continuation
+    """The endless, resumable mixture of the tasks with a positive share.
+
+    A task on texts has one stream per length of ``data.lengths``, of equal share; its batches have
+    equally many tokens, not rows.
+    """
+    d, rows = config.data, config.train.batch_size
+    streams, shares = {}, {}
+
+    def add(name, share, task, records, rows, context, inputs):
+        get, size = records
         context = _bucket(context, config.model.segment)
-        streams[task] = data.pipeline(
-            _with_task(get, number),
-            config.train.batch_size,
+        sizes = {"context": context, "inputs": inputs}
+        buckets = {**sizes, **{f"{k}_mask": n for k, n in sizes.items()}, "supervised": inputs}
+        shares[name] = share
+        streams[name] = data.pipeline(
+            _with_task(get, TASKS.index(task)),
+            rows,
             size=size,
-            buckets={
-                "context": context,
-                "context_mask": context,
-                "inputs": inputs,
-                "inputs_mask": inputs,
-                "supervised": inputs,
-            },
-            seed=config.seed + number,
-            remainder="drop" if size >= config.train.batch_size else "wrap",
+            buckets=buckets,
+            seed=config.seed + len(streams),
+            remainder="drop" if size >= rows else "wrap",
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-    return data.mix(streams, {t: d.mix[t] for t in streams}, seed=config.seed, task_field=None)
+
+    for task in TASKS:
+        share = d.mix.get(task)
+        if not share:
+            continue
+        if task == "answer":
+            records = _answer_records(config, builder)
+            add(task, share, task, records, rows, d.max_context, d.max_prompt)
+            continue
+        lengths = d.lengths or (d.length,)
+        for length in lengths:
+            records = _text_records(config, tokenizer, task, length)
+            inputs = length if task == "reconstruct" else d.continuation
+            name = f"{task}-{length}"
+            add(name, share / len(lengths), task, records, rows * d.length // length, length, inputs)
+    return data.mix(streams, shares, seed=config.seed, task_field=None)
 
 
 def _with_task(get, number: int):

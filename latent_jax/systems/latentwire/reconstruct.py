@@ -100,7 +100,7 @@ def evaluate_ae(
             rebuilt[arm][at[:real]] = guess[:real]
             if arm == "latent":
                 tokens += int(mask[:real].sum())
-                slots += int(np.asarray(given.kv.mask)[:real].sum())
+                slots += int(np.asarray(wire.mask)[:real].sum())
             done += 1
             if progress is not None:
                 progress(f"{name}: {arm}", done, len(plan) * len(arms))

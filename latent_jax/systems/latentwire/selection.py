@@ -101,6 +101,7 @@ def mass_from_tail(
     ids: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
     window: int = 16,
+    sink: KV | None = None,
 ) -> Float[Array, "l b t g"]:
     """Attention mass that each position receives from the text's last ``window`` tokens.
 
@@ -114,9 +115,12 @@ def mass_from_tail(
     real, rows = rows >= 0, jnp.maximum(rows, 0)
     positions = jnp.broadcast_to(jnp.arange(t), (b, t))
     embeds = decoder.apply({"params": params}, ids, method="embed")
-    q, kv = queries(decoder, params, embeds, positions, mask, rows)
+    q, kv = queries(decoder, params, embeds, positions, mask, rows, sink)
     visible = (jnp.arange(t)[None, None] <= rows[:, :, None]) & real[:, :, None] & mask[:, None]
-    return attention_mass(q, kv.k, visible)
+    if sink is None:
+        return attention_mass(q, kv.k, visible)
+    visible = jnp.concatenate([real[:, :, None], visible], axis=-1)
+    return attention_mass(q, jnp.concatenate([sink.k, kv.k], axis=2), visible)[:, :, 1:]
 
 
 def mass_from_question(

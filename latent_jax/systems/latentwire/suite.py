@@ -47,7 +47,7 @@ def final_evaluation(
             wire.backbone, wire.latents, examples, e.arms,
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
-            seed=config.seed, tuned=tuned, progress=progress,
+            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
             task="answer" if "answer" in wire.tasks else None,
         )  # fmt: skip
         metrics |= found

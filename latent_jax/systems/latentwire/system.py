@@ -27,12 +27,14 @@ from latent_jax.systems.latentwire.evaluate import check_arms
 from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
 from latent_jax.systems.latentwire.model import Compressor, read
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.sink import sink_token
 from latent_jax.systems.latentwire.tuned import train_controls
 
 _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
-    (r"^(memory|tasks)$", "memory"),
+    (r"^pool/[kv]$", "pool"),
+    (r"^(memory|tasks|gate)$", "memory"),
     (r"^(in_mean|in_scale)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
@@ -55,6 +57,7 @@ class LatentWireSystem:
         (r"lora/(q|k|v|gate|up)_a$", ("layers", "embed", "rank")),
         (r"lora/(q|k|v|gate|up)_b$", ("layers", "rank", "heads")),
         (r"lora/(o|down)_b$", ("layers", "rank", "embed")),
+        (r"pool/[kv]$", ("layers", None, None, "heads")),
     )
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
@@ -64,7 +67,8 @@ class LatentWireSystem:
             config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)
         )
         self.body = self.backbone.decoder
-        self.model = Compressor(config.model, self.backbone.config)
+        self.sink = sink_token(config.model, self.backbone.tokenizer)
+        self.model = Compressor(config.model, self.backbone.config, self.sink)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
         self.frozen = {"reader": self.backbone.params}
         losses = config.losses
@@ -89,12 +93,13 @@ class LatentWireSystem:
         if model.start is not None:
             start = load_compressor(model.start, self.backbone).params
             params = bottleneck.adopt(params, start, model.start)
+            params = bottleneck.widen_start(params, start)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``memory``, ``bottleneck``; a bottleneck's input
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``memory``, ``bottleneck``; a bottleneck's input
         statistics are frozen.
         """
         return trees.match_tree(_LABELS, params)

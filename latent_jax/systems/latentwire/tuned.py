@@ -27,6 +27,7 @@ from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.given import answer_hidden
 from latent_jax.systems.latentwire.losses import token_cross_entropy
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.sink import sink_token
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 #: Arms a soft prompt can be trained for.
@@ -53,6 +54,7 @@ def tuned_loss(
     ratio: float,
     seed: int = 0,
     chunk: int | None = None,
+    sink: int | None = None,
 ) -> tuple[Mean, Mean]:
     """Answer cross-entropy (nats per answer token, stop token included) and teacher-forced
     accuracy.
@@ -66,6 +68,7 @@ def tuned_loss(
       ratio: context tokens per slot of the budgeted arms.
       seed: of the arm ``random_tokens``.
       chunk: rows of logits at once.
+      sink: token before the text.
     """
     inputs, b = batch["inputs"], batch["inputs"].shape[0]
     none = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0), bool)
@@ -74,6 +77,7 @@ def tuned_loss(
     given = baselines.build(
         arm, decoder, reader, batch["context"], batch["context_mask"], inputs, question,
         jnp.arange(b), ratio=ratio, key=jax.random.key(seed),
+        sink=None if sink is None else jnp.int32(sink),
     )  # fmt: skip
     lead = jnp.broadcast_to(params["prompt"], (b, *params["prompt"].shape))
     hidden = answer_hidden(
@@ -125,6 +129,7 @@ class SoftPromptSystem:
             variables["params"], self.backbone.decoder, frozen["reader"], batch,
             arm=self.arm, ratio=self.config.model.ratio, seed=self.config.seed,
             chunk=self.config.losses.chunk,
+            sink=sink_token(self.config.model, self.backbone.tokenizer),
         )  # fmt: skip
         return {"answer": loss}, {}, {"answer_accuracy": accuracy}
 

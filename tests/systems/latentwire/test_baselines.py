@@ -190,3 +190,26 @@ def test_latent_arms_need_a_compressor():
         baselines.build("latent", decoder, params, *batch())
     with pytest.raises(ValueError, match="unknown arm"):
         baselines.build("nonsense", decoder, params, *batch())
+
+
+@pytest.mark.parametrize("arm", ["full_text", "token_budget_head", "embedding_replay"])
+def test_sink_is_a_first_token_that_shifts_nothing(arm):
+    """Behind the sink an arm reads as its text does after BOS."""
+    data = batch()
+    ids, mask, *rest = data
+    behind = logits(arm, data, ratio=RATIO, sink=jnp.int32(3))
+    decoder, params = reader()
+    first = np.full((len(ids), 1), 3, np.int32)
+    if arm == "token_budget_head":
+        kept, real = baselines.token_subset(arm, ids, mask, RATIO, rest[2], jax.random.key(0))
+        ids, mask = np.asarray(kept), np.asarray(real)
+    longer = np.concatenate([first, ids], 1), np.concatenate([first > 0, mask], 1)
+    np.testing.assert_allclose(behind, logits("full_text", (*longer, *rest)), atol=2e-4)
+
+
+@pytest.mark.parametrize("arm", [a for a in baselines.ARMS if a not in baselines.LATENT_ARMS])
+def test_sink_reaches_every_arm(arm):
+    data = batch()
+    with_sink = logits(arm, data, ratio=RATIO, sink=jnp.int32(3))
+    assert np.abs(with_sink - logits(arm, data, ratio=RATIO)).max() > 1e-3
+    assert np.isfinite(with_sink).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -25,6 +27,7 @@ from latent_jax.systems.latentwire.model import (
     read,
     unflatten_kv,
 )
+from latent_jax.systems.latentwire.pool import KVPool
 
 READER = tiny_config("llama")
 VARIANTS = {
@@ -34,6 +37,8 @@ VARIANTS = {
         segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", causal=False)
     ),
     "kv_narrow": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2), wire=WireConfig(d_z=6)),
+    "pooled": ModelConfig(segment=8, encoder=EncoderConfig(slots="pooled")),
+    "both": ModelConfig(segment=8, encoder=EncoderConfig(slots="both", lora_rank=2)),
     "soft": ModelConfig(
         segment=8,
         encoder=EncoderConfig(output="hidden", lora_rank=2),
@@ -61,7 +66,7 @@ def texts():
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def compressor(request, reader, texts):
-    model = Compressor(VARIANTS[request.param], READER)
+    model = Compressor(VARIANTS[request.param], READER, sink=1)
     params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
     # LoRA starts as the identity; move it so that the tests see its effect.
     params = jax.tree.map(lambda x: x + 0.05 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), params)
@@ -111,8 +116,10 @@ def test_segments_are_compressed_independently(compressor, texts):
 
 def test_gradient_reaches_every_trainable_part_and_no_frozen_one(reader, texts):
     for name, config in VARIANTS.items():
-        model, body = Compressor(config, READER), Decoder(READER)
+        model, body = Compressor(config, READER, sink=1), Decoder(READER)
         params = jax.jit(model.init)(jax.random.key(1), reader, *texts)["params"]
+        if "gate" in params:  # closed at first, with nothing behind it moving
+            params = {**params, "gate": params["gate"] + 0.5}
 
         def loss(params, model=model, body=body):
             wire = model.apply({"params": params}, reader, *texts, method="compress")
@@ -184,3 +191,38 @@ def test_corruption_hits_the_stated_share():
     noisy = corrupt_tokens(jax.random.key(0), ids, 0.25, 1000)
     assert abs(float((noisy != 0).mean()) - 0.25) < 0.03
     chex.assert_trees_all_equal(corrupt_tokens(jax.random.key(0), ids, 0.0, 1000), ids)
+
+
+def test_pooling_one_token_per_slot_is_the_cache_itself(reader, texts):
+    """At ratio 1 the start (a mean over one token) loses nothing: latents = full text."""
+    config = ModelConfig(ratio=1, segment=16, encoder=EncoderConfig(slots="pooled"))
+    model, body = Compressor(config, READER, sink=1), Decoder(READER)
+    ids, mask = texts
+    params = jax.jit(model.init)(jax.random.key(1), reader, ids, mask)["params"]
+    wire = model.apply({"params": params}, reader, ids, mask, method="compress")
+    prefix = model.apply({"params": params}, wire, method="prefix")
+    prompt = jax.random.normal(jax.random.key(2), (3, 2, READER.hidden_size))
+    ours = read(body, reader, prefix, prompt, jnp.ones((3, 2), bool))
+    embed = functools.partial(body.apply, {"params": reader}, method="embed")
+    for i, n in enumerate(mask.sum(1).tolist()):
+        tokens = jnp.concatenate([jnp.array([1]), ids[i, :n]])[None]
+        whole = jnp.concatenate([embed(tokens), prompt[i : i + 1]], axis=1)
+        theirs = body.apply({"params": reader}, whole).hidden[:, -2:]
+        np.testing.assert_allclose(ours[i : i + 1], theirs, atol=2e-4)
+
+
+def test_pooled_slots_keep_spans_apart(reader, texts):
+    """A slot starts as the mean of its span's values, whatever the ratio."""
+    ids, mask = texts
+    kv = Decoder(READER).apply(
+        {"params": reader}, jax.random.normal(jax.random.key(0), (3, 16, READER.hidden_size)),
+        mask=mask,
+    ).kv  # fmt: skip
+    for ratio, spans in ((4.0, [(0, 4), (4, 8), (8, 12), (12, 16)]), (6.4, [(0, 7), (7, 13)])):
+        pool = KVPool(READER, ratio)
+        m = num_latents(16, ratio)
+        args = kv, mask, jnp.ones((3, m), bool), jnp.broadcast_to(jnp.arange(m) * 5, (3, m))
+        out, _ = jax.jit(pool.init_with_output)(jax.random.key(0), *args)
+        for slot, (begin, end) in enumerate(spans):
+            expected = kv.v[:, 0, begin:end].sum(1) / np.ceil(ratio)
+            np.testing.assert_allclose(out.v[:, 0, slot], expected, atol=1e-5)

@@ -46,12 +46,18 @@ def test_it_copies(reader):
     rng = np.random.default_rng(0)
     words = ["value", "string", "the", "object", "is", "returned", "function", "of", "class"]
     newline = reader.tokenizer.encode("\n")
-    rows = [reader.tokenizer.encode(" ".join(rng.choice(words, 8))) for _ in range(16)]
+    # No word twice: after a repeated word an induction head cannot know which copy to follow.
+    rows = [reader.tokenizer.encode(" ".join(rng.permutation(words)[:8])) for _ in range(16)]
     said = reader.generate(
         [[*r, *newline] for r in rows], max_new_tokens=8, return_ids=True, batch_size=16
     )
-    hits = [np.mean(np.array(s[: len(r)]) == r[: len(s)]) for s, r in zip(said, rows, strict=True)]
-    assert np.mean(hits) >= 0.8
+
+    def overlap(targets):
+        pairs = zip(said, targets, strict=True)
+        return np.mean([np.mean(np.array(s[: len(r)]) == r[: len(s)]) for s, r in pairs])
+
+    assert overlap(rows) >= 0.5
+    assert overlap(rows[1:] + rows[:1]) <= 0.2
 
 
 def test_record_says_how_it_was_made():

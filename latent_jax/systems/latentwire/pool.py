@@ -1,0 +1,87 @@
+"""Slots as learned linear combinations of the keys and values of their own tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.decoder import KV, inverse_frequencies
+from latent_jax.ops import rope
+
+
+def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[np.ndarray, "m n"]]:
+    """The tokens of each slot's span in ``n = ceil(ratio)`` places, and which places hold one.
+
+    Slot ``j`` covers tokens ``ceil(j ratio) .. ceil((j + 1) ratio) - 1``.
+
+    Example:
+      >>> span_index(5, 2.5)[0].tolist(), span_index(5, 2.5)[1].tolist()
+      ([[0, 1, 2], [3, 4, 4]], [[True, True, True], [True, True, False]])
+    """
+    slots = math.ceil(tokens / ratio - 1e-9)
+    edge = np.ceil(np.arange(slots + 1) * ratio - 1e-9).astype(int)
+    index = edge[:-1, None] + np.arange(math.ceil(ratio - 1e-9))
+    real = index < np.minimum(edge[1:, None], tokens)
+    return np.minimum(index, tokens - 1), real
+
+
+class KVPool(nn.Module):
+    """Per-layer maps from the keys and values of a slot's tokens to the slot's own.
+
+    In layer ``l`` slot ``j`` gets ``sum_i k[l, token i of span j] @ W_k[l, i]`` and the same with
+    values. Keys are taken and given in the frame of the slot's position, so that one set of maps
+    serves every span. The maps start as the mean over the span, which keeps a slot where the
+    reader's queries look; nothing deeper than one matrix product lies between loss and maps, so
+    they learn several times faster than slots that have to run through the LLM's layers.
+
+    Attributes:
+      reader: architecture of the frozen LLM.
+      ratio: tokens per slot.
+    """
+
+    reader: DecoderConfig
+    ratio: float
+
+    @nn.compact
+    def __call__(
+        self,
+        text: KV,
+        mask: Bool[Array, "b t"],
+        valid: Bool[Array, "b m"],
+        positions: Int[Array, "b m"],
+    ) -> KV:
+        """Pools the cache of texts.
+
+        Args:
+          text: keys (rotated) and values of the text, ``[l b t g d]``.
+          mask: which tokens are real.
+          valid: which slots are real.
+          positions: of the slots.
+        """
+        layers, b, t, heads, width = text.k.shape
+        inv_freq = inverse_frequencies(self.reader)
+        index, real = span_index(t, self.ratio)
+        m, n = index.shape
+        shape = (layers, n, heads * width, heads * width)
+
+        def mean(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype) / n, shape)
+
+        held = (real.reshape(-1) & mask[:, index.reshape(-1)])[None, :, :, None, None]
+        places = jnp.repeat(positions, n, axis=1)
+
+        def pooled(x: Float[Array, "l b mn g d"], name: str) -> Float[Array, "l b m g d"]:
+            maps = self.param(name, mean, shape).astype(x.dtype)
+            x = (x * held).reshape(layers, b, m, n, heads * width)
+            return jnp.einsum("lbmni,lnio->lbmo", x, maps).reshape(layers, b, m, heads, width)
+
+        spans = KV(text.k[:, :, index.reshape(-1)], text.v[:, :, index.reshape(-1)], None)
+        k = pooled(rope.rotate_layers(spans.k, -places, inv_freq), "k")
+        return KV(rope.rotate_layers(k, positions, inv_freq), pooled(spans.v, "v"), valid)

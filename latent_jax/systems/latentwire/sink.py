@@ -1,0 +1,56 @@
+"""The attention sink: a BOS token before everything the frozen LLM is shown.
+
+Decoders park attention on their first token (Xiao et al. 2023, "attention sinks"), whose own
+content is lost in the middle layers. Without a BOS that is a token of the text: its reconstruction
+is as bad as a guess, and a reader that starts on latents parks its attention on the first of them.
+The sink is a constant of the LLM and is not transmitted. It stands at position -1 (rotary positions
+are relative), so that everything else keeps its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire.config import ModelConfig
+
+
+def sink_token(config: ModelConfig, tokenizer: Any) -> int | None:
+    """BOS if ``model.sink``.
+
+    Raises:
+      ConfigError: ``model.sink`` with a tokenizer that has no BOS.
+    """
+    if not config.sink:
+        return None
+    if tokenizer.bos_id is None:
+        raise ConfigError("model.sink: this tokenizer has no BOS token; set model.sink=false")
+    return tokenizer.bos_id
+
+
+def sink_kv(decoder: Decoder, params: Any, token: Int[Array, ""], batch: int) -> KV:
+    """Keys and values of the one token at position -1, for a batch."""
+    x = decoder.apply({"params": params}, jnp.reshape(token, (1, 1)), method="embed")
+    where, real = jnp.full((1, 1), -1, jnp.int32), jnp.ones((1, 1), bool)
+    kv = jax.lax.stop_gradient(decoder.apply({"params": params}, x, where, real).kv)
+
+    def wide(x):
+        return jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:]))
+
+    return KV(wide(kv.k), wide(kv.v), jnp.ones((batch, 1), bool))
+
+
+def behind(first: KV | None, then: KV | None) -> KV | None:
+    """Both, ``first`` in front; either may be missing."""
+    if first is None or then is None:
+        return then if first is None else first
+    return KV(
+        jnp.concatenate([first.k, then.k], axis=2),
+        jnp.concatenate([first.v, then.v], axis=2),
+        jnp.concatenate([first.mask, then.mask], axis=1),
+    )
