@@ -27,6 +27,11 @@ class EncoderConfig:
     output: Literal["kv", "hidden"] = field(
         default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
     )
+    view: Literal["text", "span"] = field(
+        default="span",
+        help="what a memory slot sees: the whole text and the other slots, or the tokens of its own "
+        "span only (they have read what comes before them); span serves any text length alike",
+    )
     lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
     lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
     lora_targets: tuple[str, ...] = field(
@@ -55,6 +60,8 @@ class EncoderConfig:
             raise ConfigError(
                 f"encoder.slots={self.slots} pools keys and values: it needs encoder.output=kv"
             )
+        if self.lora_on == "all" and self.view == "span":
+            raise ConfigError("encoder.lora_on=all runs text and slots as one: set encoder.view=text")
         if self.slots == "both" and self.lora_on == "all":
             raise ConfigError(
                 "encoder.slots=both pools the untouched LLM's cache: it needs "

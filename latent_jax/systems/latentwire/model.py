@@ -21,8 +21,8 @@ from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
-from latent_jax.systems.latentwire.pool import KVPool
-from latent_jax.systems.latentwire.sink import behind, sink_kv
+from latent_jax.systems.latentwire.pool import KVPool, spans
+from latent_jax.systems.latentwire.sink import behind, repeat, sink_kv
 
 
 class Wire(NamedTuple):
@@ -159,16 +159,23 @@ class Compressor(nn.Module):
         b, m = valid.shape
         pooled = kv = hidden = None
         if c.encoder.slots != "memory":
-            pooled = self.pool(cache, cache.mask, valid, positions)
+            pooled = self.pool(cache, valid, positions)
         if c.encoder.slots != "pooled":
-            seen = jnp.broadcast_to(valid[:, None, :], (b, m, m))
             memory = self._memory(text, cache.mask, m)
             lora = self.lora() if c.encoder.lora_rank else None
-            prefix = behind(sink, cache)
+            prefix, rows = behind(sink, cache), (b, m)
+            if c.encoder.view == "span":
+                # Each slot is a row of its own, behind the few tokens of its span.
+                prefix, rows = behind(repeat(sink, m), spans(cache, c.ratio)), (b * m, 1)
+            own = valid.reshape(rows)
+            seen = jnp.broadcast_to(own[:, None, :], (*rows, rows[1]))
             out = self.body.apply(
-                {"params": frozen}, memory, positions, valid, seen, prefix, lora
-            )
-            kv, hidden = out.kv, out.hidden
+                {"params": frozen}, memory.reshape(*rows, -1), positions.reshape(rows), own, seen,
+                prefix, lora,
+            )  # fmt: skip
+            shape = (out.kv.k.shape[0], b, m, *out.kv.k.shape[3:])
+            kv = KV(out.kv.k.reshape(shape), out.kv.v.reshape(shape), valid)
+            hidden = out.hidden.reshape(b, m, -1)
         if pooled is not None and kv is not None:
             gate = self.gate[:, None, None, None, None].astype(text.dtype)
             return KV(pooled.k + gate * kv.k, pooled.v + gate * kv.v, valid), hidden

@@ -32,6 +32,16 @@ def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[
     return np.minimum(index, tokens - 1), real
 
 
+def spans(kv: KV, ratio: float) -> KV:
+    """A cache cut into spans, one row each: ``[l b t g d]`` → ``[l b*m n g d]``."""
+    layers, b, t, heads, width = kv.k.shape
+    index, real = span_index(t, ratio)
+    (m, n), flat = index.shape, index.reshape(-1)
+    shape = (layers, b * m, n, heads, width)
+    mask = (kv.mask[:, flat] & real.reshape(-1)).reshape(b * m, n)
+    return KV(kv.k[:, :, flat].reshape(shape), kv.v[:, :, flat].reshape(shape), mask)
+
+
 class KVPool(nn.Module):
     """Per-layer maps from the keys and values of a slot's tokens to the slot's own.
 
@@ -50,38 +60,28 @@ class KVPool(nn.Module):
     ratio: float
 
     @nn.compact
-    def __call__(
-        self,
-        text: KV,
-        mask: Bool[Array, "b t"],
-        valid: Bool[Array, "b m"],
-        positions: Int[Array, "b m"],
-    ) -> KV:
+    def __call__(self, text: KV, valid: Bool[Array, "b m"], positions: Int[Array, "b m"]) -> KV:
         """Pools the cache of texts.
 
         Args:
           text: keys (rotated) and values of the text, ``[l b t g d]``.
-          mask: which tokens are real.
           valid: which slots are real.
           positions: of the slots.
         """
-        layers, b, t, heads, width = text.k.shape
-        inv_freq = inverse_frequencies(self.reader)
-        index, real = span_index(t, self.ratio)
-        m, n = index.shape
-        shape = (layers, n, heads * width, heads * width)
+        (b, m), inv_freq = valid.shape, inverse_frequencies(self.reader)
+        cut = spans(text, self.ratio)
+        layers, _, n, heads, width = cut.k.shape
+        size = heads * width
+        real = cut.mask[None, :, :, None, None]
+        places = jnp.repeat(positions.reshape(-1, 1), n, axis=1)
 
         def mean(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-            return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype) / n, shape)
+            return jnp.broadcast_to(jnp.eye(size, dtype=dtype) / n, shape)
 
-        held = (real.reshape(-1) & mask[:, index.reshape(-1)])[None, :, :, None, None]
-        places = jnp.repeat(positions, n, axis=1)
-
-        def pooled(x: Float[Array, "l b mn g d"], name: str) -> Float[Array, "l b m g d"]:
-            maps = self.param(name, mean, shape).astype(x.dtype)
-            x = (x * held).reshape(layers, b, m, n, heads * width)
+        def pooled(x: Float[Array, "l bm n g d"], name: str) -> Float[Array, "l b m g d"]:
+            maps = self.param(name, mean, (layers, n, size, size)).astype(x.dtype)
+            x = (x * real).reshape(layers, b, m, n, size)
             return jnp.einsum("lbmni,lnio->lbmo", x, maps).reshape(layers, b, m, heads, width)
 
-        spans = KV(text.k[:, :, index.reshape(-1)], text.v[:, :, index.reshape(-1)], None)
-        k = pooled(rope.rotate_layers(spans.k, -places, inv_freq), "k")
-        return KV(rope.rotate_layers(k, positions, inv_freq), pooled(spans.v, "v"), valid)
+        k = pooled(rope.rotate_layers(cut.k, -places, inv_freq), "k")
+        return KV(rope.rotate_layers(k, positions, inv_freq), pooled(cut.v, "v"), valid)

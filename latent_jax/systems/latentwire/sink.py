@@ -54,3 +54,14 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
         jnp.concatenate([first.v, then.v], axis=2),
         jnp.concatenate([first.mask, then.mask], axis=1),
     )
+
+
+def repeat(kv: KV | None, times: int) -> KV | None:
+    """Every row ``times`` times in a row."""
+    if kv is None:
+        return None
+    return KV(
+        jnp.repeat(kv.k, times, axis=1),
+        jnp.repeat(kv.v, times, axis=1),
+        jnp.repeat(kv.mask, times, axis=0),
+    )

@@ -32,11 +32,12 @@ from latent_jax.systems.latentwire.pool import KVPool
 READER = tiny_config("llama")
 VARIANTS = {
     "kv": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2)),
-    "kv_all": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all")),
+    "kv_all": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", view="text")),
     "kv_bidirectional": ModelConfig(
-        segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", causal=False)
+        segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", view="text", causal=False)
     ),
     "kv_narrow": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2), wire=WireConfig(d_z=6)),
+    "kv_whole_view": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2, view="text")),
     "pooled": ModelConfig(segment=8, encoder=EncoderConfig(slots="pooled")),
     "both": ModelConfig(segment=8, encoder=EncoderConfig(slots="both", lora_rank=2)),
     "soft": ModelConfig(
@@ -221,7 +222,7 @@ def test_pooled_slots_keep_spans_apart(reader, texts):
     for ratio, spans in ((4.0, [(0, 4), (4, 8), (8, 12), (12, 16)]), (6.4, [(0, 7), (7, 13)])):
         pool = KVPool(READER, ratio)
         m = num_latents(16, ratio)
-        args = kv, mask, jnp.ones((3, m), bool), jnp.broadcast_to(jnp.arange(m) * 5, (3, m))
+        args = kv, jnp.ones((3, m), bool), jnp.broadcast_to(jnp.arange(m) * 5, (3, m))
         out, _ = jax.jit(pool.init_with_output)(jax.random.key(0), *args)
         for slot, (begin, end) in enumerate(spans):
             expected = kv.v[:, 0, begin:end].sum(1) / np.ceil(ratio)
