@@ -41,7 +41,9 @@ class Wire(NamedTuple):
 class Prefix(NamedTuple):
     """What the reader gets: a deep prefix, or soft tokens to put before the prompt.
 
-    The prompt continues at rotary position ``start``: the latents stand where their text stood.
+    The latents stand where their text stood and the prompt continues at rotary position ``start``,
+    the end of the last segment: a token is then always as far from the latents that hold it,
+    however long its text (with the text's own end, what is learned at 16 tokens fails at 32).
     ``sink``, if any, is the token that stands before them (`latent_jax.systems.latentwire.sink`).
     """
 
@@ -232,7 +234,8 @@ class Compressor(nn.Module):
         else:
             embeds = z
         sink = None if self.sink is None else jnp.int32(self.sink)
-        return Prefix(kv, embeds, wire.mask, wire.positions, wire.length, sink)
+        start = -(-wire.length // c.segment) * c.segment
+        return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
 
     @nn.nowrap
     def informative(self, wire: Wire) -> Float[Array, "b m f"]:

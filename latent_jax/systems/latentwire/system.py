@@ -34,7 +34,8 @@ _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
     (r"^pool/[kv]$", "pool"),
-    (r"^(memory|tasks|gate)$", "memory"),
+    (r"^gate$", "gate"),
+    (r"^(memory|tasks)$", "memory"),
     (r"^(in_mean|in_scale)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
@@ -99,7 +100,7 @@ class LatentWireSystem:
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``memory``, ``bottleneck``; a bottleneck's input
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``bottleneck``; a bottleneck's input
         statistics are frozen.
         """
         return trees.match_tree(_LABELS, params)
