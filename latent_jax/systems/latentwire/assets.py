@@ -9,10 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors.flax import save as serialise
+from safetensors.numpy import save as serialise
 
 from latent_jax.backbones import Backbone
 from latent_jax.core import trees
@@ -21,8 +20,9 @@ from latent_jax.core.errors import CheckpointError
 from latent_jax.core.files import make_dir, write_bytes, write_json
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 
-FORMAT = "latentwire-compressor-1"
+FORMAT = "latentwire-compressor-2"
 WEIGHTS = "compressor.safetensors"
+SCALE = ".scale"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,12 @@ def packaged() -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
 
 
+def _quantise(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int8 codes and fp32 scales, one per column of each matrix (symmetric, round to nearest)."""
+    scale = np.maximum(np.abs(x).max(-2, keepdims=True), 1e-12) / 127
+    return np.round(x / scale).astype(np.int8), scale.astype(np.float32)
+
+
 def save_compressor(
     directory: str | Path,
     params: Mapping[str, Any],
@@ -57,18 +63,19 @@ def save_compressor(
     backbone: Backbone,
     tasks: Sequence[str],
     record: Mapping[str, Any],
-    dtype: Any = jnp.bfloat16,
 ) -> Path:
     """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
 
-    Args:
-      dtype: of the stored matrices; vectors and statistics stay fp32.
+    Matrices of over 100,000 numbers are stored as int8 with a scale per column (tensor
+    ``<name>.scale``), all else as fp32.
     """
     out = make_dir(directory)
-    flat = {
-        name: jnp.asarray(x, dtype if x.ndim >= 2 and x.size > 100_000 else jnp.float32)
-        for name, x in trees.flatten(dict(params)).items()
-    }
+    flat = {}
+    for name, leaf in trees.flatten(dict(params)).items():
+        x = np.asarray(leaf, np.float32)
+        if x.ndim >= 2 and x.size > 100_000:
+            x, flat[name + SCALE] = _quantise(x)
+        flat[name] = x
     metadata = {
         "format": FORMAT,
         "tasks": json.dumps(list(tasks)),
@@ -117,14 +124,15 @@ def training_record(run: str | Path) -> dict[str, Any]:
 def _read_file(directory: Path) -> Stored:
     path = directory / WEIGHTS
     try:
-        with safetensors.safe_open(path, framework="flax") as f:
+        with safetensors.safe_open(path, framework="numpy") as f:
             meta = f.metadata() or {}
-            names = list(f.keys())
-            flat = {n: np.asarray(f.get_tensor(n).astype(jnp.float32)) for n in names}
+            flat = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{path}: not a readable compressor ({e})") from e
     if meta.get("format") != FORMAT:
         raise CheckpointError(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}")
+    scales = {n.removesuffix(SCALE): flat.pop(n) for n in list(flat) if n.endswith(SCALE)}
+    flat = {n: x.astype(np.float32) * scales.get(n, np.float32(1)) for n, x in flat.items()}
     record = directory / "record.json"
     return Stored(
         parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),

@@ -97,7 +97,7 @@ class ModelConfig:
     wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
     sink: bool = field(
-        default=True, help="BOS before the encoder's text and before everything the reader is shown"
+        default=True, help="BOS (else EOS) before the encoder's text and before all that the reader is shown"
     )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(

@@ -35,7 +35,9 @@ from latent_jax.systems.latentwire.scoring import (
     task_embedding,
 )
 
-__all__ = ["Progress", "check_arms", "evaluate_ae", "evaluate_qa", "partners", "prepare"]
+__all__ = [
+    "Progress", "check_arms", "check_examples", "evaluate_ae", "evaluate_qa", "partners", "prepare",
+]  # fmt: skip
 
 TUNED = "_tuned"
 #: Arms that ought to be beaten by a margin rather than matched by a share.
@@ -100,7 +102,9 @@ def partners(rows: Sequence[Row], seed: int) -> np.ndarray:
     """
     passages = {c: i for i, c in enumerate(dict.fromkeys(r.example.context for r in rows))}
     if len(passages) < 2:
-        raise DataError("the arm shuffled needs questions on at least two passages")
+        raise DataError(
+            "eval.arms: shuffled needs questions on at least two passages; this data has one"
+        )
     number = np.array([passages[r.example.context] for r in rows])
     rng = np.random.default_rng([seed, 23])
     # Rows in passage order: those of other passages are all but one contiguous run.
@@ -109,6 +113,19 @@ def partners(rows: Sequence[Row], seed: int) -> np.ndarray:
     count = np.searchsorted(number[order], number, side="right") - first
     draw = rng.integers(0, len(rows) - count)
     return order[np.where(draw < first, draw, draw + count)]
+
+
+def check_examples(
+    builder: PromptBuilder, examples: Sequence[QAExample], max_context: int, arms: Sequence[str]
+) -> None:
+    """Refuses questions that cannot serve an evaluation.
+
+    Raises:
+      DataError: no passage fits, or the arm ``shuffled`` with a single passage.
+    """
+    rows, _ = prepare(builder, examples, max_context)
+    if "shuffled" in arms:
+        partners(rows, seed=0)
 
 
 def evaluate_qa(

@@ -1,4 +1,4 @@
-"""The attention sink: a BOS token before everything the frozen LLM is shown.
+"""The attention sink: one constant token before everything the frozen LLM is shown.
 
 Decoders park attention on their first token (Xiao et al. 2023, "attention sinks"), whose own
 content is lost in the middle layers. Without a BOS that is a token of the text: its reconstruction
@@ -21,16 +21,17 @@ from latent_jax.systems.latentwire.config import ModelConfig
 
 
 def sink_token(config: ModelConfig, tokenizer: Any) -> int | None:
-    """BOS if ``model.sink``.
+    """BOS, or the EOS that separates documents where a model has no BOS; None without a sink.
 
     Raises:
-      ConfigError: ``model.sink`` with a tokenizer that has no BOS.
+      ConfigError: ``model.sink`` with a tokenizer that has neither.
     """
     if not config.sink:
         return None
-    if tokenizer.bos_id is None:
-        raise ConfigError("model.sink: this tokenizer has no BOS token; set model.sink=false")
-    return tokenizer.bos_id
+    token = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    if token is None:
+        raise ConfigError("model.sink: this tokenizer has no BOS or EOS token; set it to false")
+    return token
 
 
 def sink_kv(decoder: Decoder, params: Any, token: Int[Array, ""], batch: int) -> KV:

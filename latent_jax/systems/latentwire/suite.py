@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from latent_jax.systems.latentwire import diagnose, recipe
+from latent_jax.systems.latentwire import diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 
@@ -42,7 +42,7 @@ def final_evaluation(
         samples += rows
     demonstration = None
     if e.questions:
-        examples, _ = recipe.questions(config, builder, "validation", e.questions)
+        examples = system.held_out_questions()
         found, rows = evaluate_qa(
             wire.backbone, wire.latents, examples, e.arms,
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,

@@ -14,6 +14,7 @@ from latent_jax import backbones
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
+from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
@@ -23,7 +24,7 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
 )
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
-from latent_jax.systems.latentwire.evaluate import check_arms
+from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
 from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
 from latent_jax.systems.latentwire.model import Compressor, read
 from latent_jax.systems.latentwire.prompts import PromptBuilder
@@ -80,6 +81,7 @@ class LatentWireSystem:
             "first_token": losses.first_token,
         }
         self._held_out: np.ndarray | None = None
+        self._questions: list[QAExample] | None = None
         self._tuned: dict[str, jax.Array] = {}
         self._quick = jax.jit(self._quick_terms)
 
@@ -146,11 +148,28 @@ class LatentWireSystem:
         return terms, {}, aux
 
     def train_data(self, phase: str, start_state: Any):
-        """The mixture of tasks; every phase reads the same one."""
+        """The mixture of tasks; every phase reads the same one.
+
+        Raises:
+          DataError: training or evaluation data that is missing or cannot serve: better said now
+            than when training is over.
+        """
+        if self.config.eval.questions:
+            check_examples(
+                self.builder, self.held_out_questions(), self.config.data.max_context,
+                self.config.eval.arms,
+            )  # fmt: skip
         stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
+
+    def held_out_questions(self) -> list[QAExample]:
+        """``eval.questions`` examples of the validation split whose passage fits."""
+        if self._questions is None:
+            n = self.config.eval.questions
+            self._questions, _ = recipe.questions(self.config, self.builder, "validation", n)
+        return self._questions
 
     def eval_data(self) -> np.ndarray:
         """Held-out token segments, ``[n, length]``."""
@@ -241,7 +260,7 @@ class LatentWireSystem:
         return suite.diagnosis(self, self.wire(variables, frozen), run)
 
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
-        """Writes the compressor, half precision, with the record of how it was trained."""
+        """Writes the compressor, large matrices as int8, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
         params, tasks = variables["params"], trained_tasks(self.config)
         out = save_compressor(to, params, self.config.model, self.backbone, tasks, record)

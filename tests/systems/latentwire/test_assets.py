@@ -51,6 +51,16 @@ def test_round_trip(directory, params):
     jax.tree.map(np.testing.assert_array_equal, stored.params, jax.tree.map(np.asarray, params))
 
 
+def test_large_matrices_are_stored_as_int8(tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 300, 200)).astype(np.float32)
+    save_compressor(tmp_path, {"big": x, "small": x[0, 0]}, CONFIG, backbone(), [], {})
+    back = read_compressor(tmp_path).params
+    step = np.abs(x).max(1, keepdims=True) / 127
+    assert np.all(np.abs(back["big"] - x) <= step / 2 + 1e-6)
+    np.testing.assert_array_equal(back["small"], x[0, 0])
+    assert (tmp_path / WEIGHTS).stat().st_size < 1.1 * x.size
+
+
 def test_another_readers_compressor_is_refused(directory):
     with pytest.raises(CheckpointError, match="trained on tiny-random"):
         load_compressor(directory, backbone("b" * 64))
