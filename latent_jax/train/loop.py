@@ -39,7 +39,8 @@ _MAX_IN_FLIGHT = 8
 # With slow steps the log is also written after so long, not only every log_every steps.
 _LOG_SECONDS = 2.0
 
-_Row = tuple[int, str, dict[str, jax.Array]]  # step, phase, metrics still on the device
+# Step, phase, metrics still on the device, units of the batch.
+_Row = tuple[int, str, dict[str, jax.Array], dict[str, int]]
 
 
 def fit(
@@ -205,10 +206,11 @@ class _Run:
             index, phase = phase_at(cfg, self.step)
             self.phase = phase.name
             batch = self._next_batch(phase.data)
-            self._meter.count(self._units(batch))
+            units = self._units(batch)
+            self._meter.count(units)
             state, metrics = self._step_fn(index)(state, self.frozen, shard_batch(batch, self.mesh))
             self.step += 1
-            self._pending.append((self.step, phase.name, metrics))
+            self._pending.append((self.step, phase.name, metrics, units))
             if len(self._pending) > _MAX_IN_FLIGHT:
                 jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
             if self.step % cfg.log_every == 0:
@@ -254,7 +256,7 @@ class _Run:
 
     def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
         counter = getattr(self.system, "unit_counts", None)
-        return dict(counter(batch)) if counter else {}
+        return {k: n * jax.process_count() for k, n in counter(batch).items()} if counter else {}
 
     def _quick_eval(self, state: TrainState, last: bool) -> dict[str, float] | None:
         every = self.cfg.eval_every
@@ -279,10 +281,11 @@ class _Run:
         if not rows:
             return
         self._logged = time.perf_counter()
-        values = jax.device_get([metrics for _, _, metrics in rows])
+        values = jax.device_get([metrics for _, _, metrics, _ in rows])
         self._meter.seen(rows[-1][0])
-        for (step, phase, _), row in zip(rows, values, strict=True):
+        for (step, phase, _, units), row in zip(rows, values, strict=True):
             row = drop_empty({k: float(v) for k, v in row.items()})
+            row |= {f"units.{k}": float(v) for k, v in units.items()}
             self._latest = {k: v for k, v in self._latest.items() if k.startswith("eval.")} | row
             if self.writers is not None:
                 self.writers.write(step, {"phase": phase, **row})
@@ -301,7 +304,7 @@ class _Run:
 
     def _running(self) -> int:
         """How many of the pending steps are not known to be finished."""
-        flags = [metrics["loss"].is_ready() for _, _, metrics in self._pending]
+        flags = [metrics["loss"].is_ready() for _, _, metrics, _ in self._pending]
         return len(flags) - flags.index(False) if False in flags else 0
 
     def _save(self, state: TrainState, metrics: dict[str, float] | None, wait: bool) -> None:

@@ -97,8 +97,8 @@ def training_record(run: str | Path) -> dict[str, Any]:
     """How a run came to be: its configuration, environment, curve and results.
 
     Returns:
-      ``config``, ``environment``, ``tokens`` (compressed in training, from the configuration's
-      fixed length), ``curve`` (rows of the evaluation while training) and ``results``.
+      ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows of
+      the evaluation while training) and ``results``.
     """
     path = Path(run)
     config = read_yaml(path / "config.yaml")
@@ -115,7 +115,7 @@ def training_record(run: str | Path) -> dict[str, Any]:
         "config": config,
         "environment": environment,
         "steps": steps,
-        "tokens": steps * config["train"]["batch_size"] * config["data"]["length"],
+        "tokens": int(sum(row.get("units.tokens", 0) for row in rows)),
         "curve": curve,
         "results": json.loads(results.read_text("utf-8")) if results.is_file() else {},
     }
