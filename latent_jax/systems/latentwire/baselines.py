@@ -215,7 +215,8 @@ def selected_kv(
         score = selection.mass_from_question(
             decoder, params, seen, mask.sum(-1), prompt_ids, prompt_mask
         )[:, :, seen.mask.shape[1] - t :]
-    return selection.keep_best(context, score, budget(mask, ratio), num_latents(t, ratio))
+    places = num_latents(t, ratio)
+    return selection.keep_best(context, score, budget(mask, ratio), places, first=sink is None)
 
 
 def build(

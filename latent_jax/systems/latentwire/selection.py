@@ -22,13 +22,20 @@ def keep_positions(kv: KV, index: Int[Array, "b m"], valid: Bool[Array, "b m"]) 
     )
 
 
-def keep_best(kv: KV, score: Float[Array, "l b t g"], budget: Int[Array, " b"], slots: int) -> KV:
+def keep_best(
+    kv: KV, score: Float[Array, "l b t g"], budget: Int[Array, " b"], slots: int,
+    first: bool = True,
+) -> KV:  # fmt: skip
     """Each head's own ``budget[i]`` best-scored entries, in ``slots`` places.
 
-    Position 0 is always kept: decoders park attention there, and without it any selection fails for
-    a reason that has nothing to do with the text (Xiao et al. 2023, "attention sinks").
+    Args:
+      first: position 0 is kept whatever its score, because without a token of its own for it
+        decoders park attention there (`latent_jax.systems.latentwire.sink`) and any selection
+        without it fails for a reason that has nothing to do with the text.
     """
-    score = jnp.where(kv.mask[None, :, :, None], score, -jnp.inf).at[:, :, 0].set(jnp.inf)
+    score = jnp.where(kv.mask[None, :, :, None], score, -jnp.inf)
+    if first:
+        score = score.at[:, :, 0].set(jnp.inf)
     index = jax.lax.top_k(jnp.moveaxis(score, 2, -1), slots)[1]
     index = jnp.moveaxis(index, -1, 2)[..., None]  # l b m g 1
     valid = jnp.arange(slots)[None] < budget[:, None]
