@@ -1,8 +1,8 @@
 """Mixture densities over the real line: log-probability, CDF, quantiles, moments, CRPS, entropy.
 
-Components are Gaussian, Gaussian truncated to positive numbers, or log-normal (``mean`` and ``scale``
-are then those of the logarithm). All functions broadcast over leading axes, stay finite for
-outliers of 50 scales, and have finite gradients there.
+Components are Gaussian, Gaussian truncated to positive numbers, or log-normal (``mean`` and
+``scale`` are then those of the logarithm). All functions broadcast over leading axes, stay finite
+for outliers of 50 scales, and have finite gradients there.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def quantile(
 
 def sample(
     key: jax.Array, mixture: Mixture, shape: tuple[int, ...] = (), family: Family = "gaussian"
-) -> Float[Array, "..."]:
+) -> Float[Array, "*shape"]:
     """Independent draws, ``shape`` before the mixture's own leading axes."""
     pick, draw = jax.random.split(key)
     w, m, s = mixture
@@ -155,8 +155,8 @@ def moments(
 def crps(mixture: Mixture, x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Continuous ranked probability score of a Gaussian mixture, in closed form.
 
-    Grimit et al. 2006, eq. 4: ``sum_i w_i A(x - m_i, s_i^2) - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 +
-    s_j^2)`` with ``A(m, v) = 2 sqrt(v) phi(m / sqrt(v)) + m (2 Phi(m / sqrt(v)) - 1)``, the mean
+    Grimit et al. 2006, eq. 4: ``sum_i w_i A(x - m_i, s_i^2)
+    - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 + s_j^2)`` with ``A(m, v) = 2 sqrt(v) phi(m / sqrt(v)) + m (2 Phi(m / sqrt(v)) - 1)``, the mean
     absolute value of a Gaussian.
     """
     w, m, s = mixture
@@ -183,7 +183,7 @@ def entropy(
 ) -> Float[Array, "*b"]:
     """Differential entropy (nats) by Gauss-Hermite quadrature under each component.
 
-    Exact for one component; for several the integrand is smooth and 48 nodes are good to about 1e-3.
+    Exact for one component; for several the integrand is smooth: 48 nodes are good to about 1e-3.
 
     Raises:
       ValueError: truncated components, whose tails the quadrature does not know.

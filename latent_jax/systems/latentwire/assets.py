@@ -97,8 +97,8 @@ def training_record(run: str | Path) -> dict[str, Any]:
     """How a run came to be: its configuration, environment, curve and results.
 
     Returns:
-      ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows of
-      the evaluation while training) and ``results``.
+      ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows
+      of the evaluation while training) and ``results``.
     """
     path = Path(run)
     config = read_yaml(path / "config.yaml")

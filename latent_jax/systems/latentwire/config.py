@@ -29,8 +29,8 @@ class EncoderConfig:
     )
     view: Literal["text", "span"] = field(
         default="span",
-        help="what a memory slot sees: the whole text and the other slots, or the tokens of its own "
-        "span only (they have read what comes before them); span serves any text length alike",
+        help="what a memory slot sees: the whole text and the other slots, or only the tokens of "
+        "its own span (they have read what comes before them), which serves any text length alike",
     )
     lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
     lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
@@ -61,7 +61,9 @@ class EncoderConfig:
                 f"encoder.slots={self.slots} pools keys and values: it needs encoder.output=kv"
             )
         if self.lora_on == "all" and self.view == "span":
-            raise ConfigError("encoder.lora_on=all runs text and slots as one: set encoder.view=text")
+            raise ConfigError(
+                "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
         if self.slots == "both" and self.lora_on == "all":
             raise ConfigError(
                 "encoder.slots=both pools the untouched LLM's cache: it needs "
@@ -97,7 +99,8 @@ class ModelConfig:
     wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
     sink: bool = field(
-        default=True, help="BOS (else EOS) before the encoder's text and before all that the reader is shown"
+        default=True,
+        help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
     )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(

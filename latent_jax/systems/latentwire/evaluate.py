@@ -232,7 +232,8 @@ def evaluate_qa(
                 tokens += int(own[1][:real].sum())
                 slots += int(np.asarray(wire.mask)[:real].sum())
             if given.embeds is None:
-                places = max(wide + (sink is not None), 0 if given.kv is None else given.kv.mask.shape[1])
+                held = 0 if given.kv is None else given.kv.mask.shape[1]
+                places = max(wide + (sink is not None), held)
                 given = widen(reader.decoder, reader.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))

@@ -147,7 +147,8 @@ def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
             records = _text_records(config, tokenizer, task, length)
             inputs = length if task == "reconstruct" else d.continuation
             name = f"{task}-{length}"
-            add(name, share / len(lengths), task, records, rows * d.length // length, length, inputs)
+            n = rows * d.length // length
+            add(name, share / len(lengths), task, records, n, length, inputs)
     return data.mix(streams, shares, seed=config.seed, task_field=None)
 
 

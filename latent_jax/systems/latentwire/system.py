@@ -102,8 +102,8 @@ class LatentWireSystem:
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``bottleneck``; a bottleneck's input
-        statistics are frozen.
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``bottleneck``; a
+        bottleneck's input statistics are frozen.
         """
         return trees.match_tree(_LABELS, params)
 

@@ -32,7 +32,9 @@ from latent_jax.systems.latentwire.pool import KVPool
 READER = tiny_config("llama")
 VARIANTS = {
     "kv": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2)),
-    "kv_all": ModelConfig(segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", view="text")),
+    "kv_all": ModelConfig(
+        segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", view="text")
+    ),
     "kv_bidirectional": ModelConfig(
         segment=8, encoder=EncoderConfig(lora_rank=2, lora_on="all", view="text", causal=False)
     ),
