@@ -156,8 +156,9 @@ def crps(mixture: Mixture, x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Continuous ranked probability score of a Gaussian mixture, in closed form.
 
     Grimit et al. 2006, eq. 4: ``sum_i w_i A(x - m_i, s_i^2)
-    - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 + s_j^2)`` with ``A(m, v) = 2 sqrt(v) phi(m / sqrt(v)) + m (2 Phi(m / sqrt(v)) - 1)``, the mean
-    absolute value of a Gaussian.
+    - 1/2 sum_ij w_i w_j A(m_i - m_j, s_i^2 + s_j^2)``, where
+    ``A(m, v) = 2 sqrt(v) phi(m / sqrt(v)) + m (2 Phi(m / sqrt(v)) - 1)`` is the mean absolute value
+    of a Gaussian.
     """
     w, m, s = mixture
     w = jnp.exp(w)
