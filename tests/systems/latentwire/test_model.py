@@ -210,7 +210,9 @@ def test_pooling_one_token_per_slot_is_the_cache_itself(reader, texts):
     for i, n in enumerate(mask.sum(1).tolist()):
         tokens = jnp.concatenate([jnp.array([1]), ids[i, :n]])[None]
         whole = jnp.concatenate([embed(tokens), prompt[i : i + 1]], axis=1)
-        theirs = body.apply({"params": reader}, whole).hidden[:, -2:]
+        # The prompt stands at the segment's end, however short the text.
+        where = jnp.concatenate([jnp.arange(-1, n), jnp.array([16, 17])])[None]
+        theirs = body.apply({"params": reader}, whole, where).hidden[:, -2:]
         np.testing.assert_allclose(ours[i : i + 1], theirs, atol=2e-4)
 
 
