@@ -74,19 +74,6 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
 
 
-def widen_start(params: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds pooled slots to a start that has memory slots only, so that nothing changes at first:
-    maps at zero and the gate of the memory slots open.
-    """
-    if "pool" not in params or "memory" not in params or "pool" in start:
-        return dict(params)
-    return {
-        **params,
-        "pool": jax.tree.map(jnp.zeros_like, params["pool"]),
-        "gate": jnp.ones_like(params["gate"]),
-    }
-
-
 def adopt(params: Mapping[str, Any], start: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Takes over every part that ``start`` has; parts it lacks stay fresh.
 

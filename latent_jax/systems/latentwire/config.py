@@ -60,14 +60,14 @@ class EncoderConfig:
             raise ConfigError(
                 f"encoder.slots={self.slots} pools keys and values: it needs encoder.output=kv"
             )
+        if self.lora_on == "all" and self.slots != "memory":
+            raise ConfigError(
+                f"encoder.slots={self.slots} pools the untouched LLM's cache: it needs "
+                "encoder.lora_on=memory"
+            )
         if self.lora_on == "all" and self.view == "span":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
-            )
-        if self.slots == "both" and self.lora_on == "all":
-            raise ConfigError(
-                "encoder.slots=both pools the untouched LLM's cache: it needs "
-                "encoder.lora_on=memory"
             )
 
 

@@ -96,7 +96,6 @@ class LatentWireSystem:
         if model.start is not None:
             start = load_compressor(model.start, self.backbone).params
             params = bottleneck.adopt(params, start, model.start)
-            params = bottleneck.widen_start(params, start)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         return {"params": params}

@@ -9,7 +9,7 @@ from latent_jax.backbones.tokenizer import ByteTokenizer
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import recipe
-from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.config import EncoderConfig, LatentWireRun
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 
 
@@ -66,3 +66,9 @@ def test_a_continuation_follows_its_context():
 def test_lengths_must_divide_the_longest():
     with pytest.raises(ConfigError, match="do not divide"):
         config(lengths=[12])
+
+
+def test_pooling_the_cache_of_an_adapted_llm_is_refused():
+    for slots in ("pooled", "both"):
+        with pytest.raises(ConfigError, match="needs encoder.lora_on=memory"):
+            EncoderConfig(slots=slots, lora_on="all", view="text").validate()
