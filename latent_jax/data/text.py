@@ -1,9 +1,9 @@
 """Plain text: documents from several sources, cut into windows of token ids.
 
 Sources: ``novels``, ``wikitext``, ``factbook``, ``state_union``, ``shakespeare``, ``code`` (in
-the data root), ``pydoc`` (Python's own help topics), ``embedded`` (the shipped passages), a local
-file, folder or glob of ``.txt``, and ``auto`` (``novels`` when the data root holds it, else
-``pydoc``).
+the data root), ``pydoc`` (Python's own help topics), ``embedded`` and ``squad`` (the passages of
+those questions), a local file, folder or glob of ``.txt``, and ``auto`` (``novels`` when the data
+root holds it, else ``pydoc``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ ROOT_FILES = {
     "shakespeare": "text/tinyshakespeare.txt.xz",
     "code": "code/python.jsonl.xz",
 }
-SOURCES = ("auto", *ROOT_FILES, "pydoc", "embedded")
+PASSAGES = ("embedded", "squad")
+SOURCES = ("auto", *ROOT_FILES, "pydoc", *PASSAGES)
 
 
 class Encoder(Protocol):
@@ -62,9 +63,9 @@ def load_texts(
     files.check_split(split, source)
     if source == "auto":
         source = "novels" if files.has_file(ROOT_FILES["novels"], root) else "pydoc"
-    if source == "embedded":
+    if source in PASSAGES:
         # dict.fromkeys: each passage once, in order, although it has several questions
-        return list(dict.fromkeys(e.context for e in load_squad("embedded", split)))
+        return list(dict.fromkeys(e.context for e in load_squad(source, split, root)))
     if source == "pydoc":
         from pydoc_data.topics import topics
 

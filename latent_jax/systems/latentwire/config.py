@@ -140,7 +140,11 @@ class DataConfig:
     """What is compressed and asked."""
 
     root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
-    text: str = field(default="auto", help="text to rebuild and continue: a source or a path")
+    text: str = field(
+        default="auto",
+        help="text to rebuild and continue: a source or a path, or several in equal shares, "
+        "novels+pydoc",
+    )
     qa: str = field(default="auto", help="questions: a SQuAD-format source or path")
     segments: int = field(default=20_000, ge=1, help="most training segments to draw")
     length: int = field(default=64, ge=1, help="longest training text, tokens")
@@ -197,6 +201,7 @@ class EvalConfig:
 
     segments: int = field(default=200, ge=0, help="held-out segments rebuilt greedily; 0: none")
     length: int | None = field(default=None, ge=1, help="their length; none: data.length")
+    text: str | None = field(default=None, help="held-out text source; none: data.text")
     questions: int = field(default=0, ge=0, help="held-out questions; 0: none")
     arms: tuple[str, ...] = field(
         default=("latent", "full_text", "no_context", "token_budget_head", "shuffled", "zero"),

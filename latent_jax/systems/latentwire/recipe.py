@@ -22,13 +22,27 @@ from latent_jax.systems.latentwire.prompts import PromptBuilder
 
 
 def text_segments(config: LatentWireRun, tokenizer, split: str, limit: int, continuation: int = 0):
-    """Token windows of the text source, ``[n, length + continuation]``."""
-    d = config.data
-    texts = data.load_texts(d.text, split, d.root)
-    length = d.length if split == "train" else (config.eval.length or d.length)
-    return data.segments(
-        tokenizer, texts, length, limit, seed=config.seed, continuation=continuation
-    )
+    """Token windows of the text sources, in equal shares: ``[n, length + continuation]``."""
+    d, e = config.data, config.eval
+    length, text = d.length, d.text
+    if split != "train":
+        length, text = e.length or length, e.text or text
+    sources = text.split("+")
+    parts = [
+        data.segments(
+            tokenizer,
+            data.load_texts(source.strip(), split, d.root),
+            length,
+            math.ceil(limit / len(sources)),
+            seed=config.seed,
+            continuation=continuation,
+        )
+        for source in sources
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    windows = np.concatenate(parts)
+    return np.random.default_rng([config.seed, 3]).permutation(windows)[:limit]
 
 
 def questions(
