@@ -8,12 +8,15 @@ from latent_jax.data.packing import pack
 from latent_jax.data.pipeline import BatchIterator, collate, pipeline
 from latent_jax.data.squad import QAExample, load_squad
 from latent_jax.data.text import load_texts, segments
+from latent_jax.data.zeros import Spacings, load_spacings
 
 __all__ = [
     "BatchIterator",
     "Mixture",
     "QAExample",
+    "Spacings",
     "collate",
+    "load_spacings",
     "load_squad",
     "load_texts",
     "lookup_examples",
