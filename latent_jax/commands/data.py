@@ -66,3 +66,41 @@ def show(
         out.print(example.context, markup=False)
         out.print(f"[bold]{escape(example.question)}[/bold] {escape(' / '.join(example.answers))}")
         out.rule()
+
+
+@app.command()
+def zeros(
+    t0: Annotated[float, typer.Option(help="Height above which they lie.")] = 0.0,
+    count: Annotated[int, typer.Option(min=1, help="How many.")] = 1000,
+    out: Annotated[
+        str | None, typer.Option(help=".npz (exact far up), .npy or .txt; without it: printed.")
+    ] = None,
+) -> None:
+    """Make consecutive zeros of the Riemann zeta function; none is left out."""
+    from latent_jax.data import riemann_siegel, zero_files
+
+    if out is not None:
+        zero_files.check_target(out)
+    found = riemann_siegel.generate(t0, count)
+    if out is None:
+        print("\n".join(zero_files.as_text(found.base, found.offset)))
+        return
+    zero_files.write_zeros(out, found.base, found.offset)
+    height = found.base + found.offset[-1]
+    print(f"zeros {found.first} to {found.first + count - 1}, up to t = {height:.6f}: {out}")
+
+
+@app.command()
+def cue(
+    out: Annotated[str, typer.Option(help=".npz, to be given as a source.")],
+    n: Annotated[int, typer.Option("-n", min=2, help="Matrix size: gaps in a row.")] = 256,
+    count: Annotated[int, typer.Option(min=1, help="Gaps in all.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same gaps.")] = 0,
+) -> None:
+    """Make eigenvalue gaps of random unitary matrices, whose best possible score is known."""
+    from latent_jax.data import random_matrix, zero_files
+
+    zero_files.check_target(out, (".npz",))
+    gaps, run = random_matrix.cue(n, count, seed)
+    zero_files.write_gaps(out, gaps, run)
+    print(f"{count} gaps in runs of {run}, standard deviation {gaps.std():.4f}: {out}")

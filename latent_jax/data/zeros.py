@@ -3,18 +3,11 @@
 Sources of `load_spacings`: ``zeta`` (Odlyzko's table, ``latent-jax fetch zeros``), a local file of
 zeros (``.npy``, ``.npz``, ``.txt``, also ``.txt.gz`` and ``.txt.xz``), and generated sequences such
 as ``cue:n=512,count=100000,seed=0`` (`latent_jax.data.synthetic`).
-
-The table is a zlib-compressed pickle. It is read by an unpickler that resolves no name at all, so
-that a file which is anything but a plain list of floats is refused before anything of it runs.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import pickle
-import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,10 +16,8 @@ from jaxtyping import Float64
 
 from latent_jax.core import fetch
 from latent_jax.core.errors import DataError
-from latent_jax.data import files, synthetic
+from latent_jax.data import files, synthetic, zero_files
 
-SUFFIXES = (".npy", ".npz", ".txt", ".txt.gz", ".txt.xz", ".sobj")
-_LARGEST = 1 << 30  # bytes a table may unpack to: 60 times Odlyzko's
 _MEAN_TOLERANCE = 0.02
 
 
@@ -43,89 +34,6 @@ class Spacings(NamedTuple):
     values: Float64[np.ndarray, " n"]
     log_height: Float64[np.ndarray, " n"]
     run: int
-
-
-class _FloatsOnly(pickle.Unpickler):
-    """Builds numbers, texts and lists, and refuses every name, hence every call."""
-
-    def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-    def persistent_load(self, pid: object) -> None:
-        raise pickle.UnpicklingError("it refers to objects outside")
-
-
-def read_table(path: str | os.PathLike[str]) -> Float64[np.ndarray, " n"]:
-    """Reads a zlib-compressed pickle of one plain list of floats, executing nothing of it.
-
-    Raises:
-      DataError: unreadable, damaged, larger than 1 GiB, or anything but a flat list of floats.
-    """
-    path = Path(path)
-    try:
-        stream = zlib.decompressobj()
-        data = stream.decompress(path.read_bytes(), _LARGEST)
-        if not stream.eof:
-            reason = "more than 1 GiB" if len(data) >= _LARGEST else "truncated"
-            raise DataError(f"{path}: not a table of zeros: {reason}")
-        table = _FloatsOnly(io.BytesIO(data)).load()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except zlib.error as error:
-        raise DataError(f"{path}: not a table of zeros: damaged archive ({error})") from None
-    except DataError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(
-            f"{path}: not a table of zeros: a plain list of floats is needed ({error}); "
-            "nothing of it was executed"
-        ) from None
-    if type(table) is not list or set(map(type, table)) != {float}:
-        raise DataError(f"{path}: not a table of zeros: a plain list of floats is needed")
-    return np.array(table)
-
-
-def read_zeros(path: str | os.PathLike[str]) -> tuple[float, Float64[np.ndarray, " n"]]:
-    """Reads a file of zeros.
-
-    Args:
-      path: ``.npy`` or ``.txt`` (one number a line, ``#`` starts a comment; ``.gz`` and ``.xz``
-        too), an ``.npz`` of `latent-jax data zeros` with ``base`` and ``offset``, or ``.sobj``.
-
-    Returns:
-      ``base`` and ``offset``; the zeros are their sum. Far up, float64 cannot hold the sum well
-      enough: at t = 1e11 its steps are 6e-5 of a mean gap.
-
-    Raises:
-      DataError: missing, unreadable, of another kind, or not one row of real numbers.
-    """
-    path = Path(path)
-    name = path.name
-    if not path.is_file():
-        kind = "is a folder, a file of zeros is needed" if path.is_dir() else "no such file"
-        raise DataError(f"{path}: {kind}")
-    if not name.endswith(SUFFIXES):
-        raise DataError(f"{path}: zeros are read from {', '.join(SUFFIXES)}")
-    if name.endswith(".sobj"):
-        return 0.0, read_table(path)
-    base: np.ndarray | float = 0.0
-    try:
-        if name.endswith(".npy"):
-            offset = np.load(path, allow_pickle=False)
-        elif name.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as archive:
-                base, offset = archive["base"], archive["offset"]
-        else:
-            offset = np.loadtxt(io.StringIO(files.read_text(path)), ndmin=1)
-    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a file of zeros ({error})") from None
-    if not isinstance(offset, np.ndarray):
-        raise DataError(f"{path}: an archive of arrays; call it .npz")
-    if not all(np.issubdtype(np.asarray(a).dtype, np.floating) for a in (base, offset)):
-        raise DataError(f"{path}: zeros are real numbers, the file holds {offset.dtype}")
-    if offset.ndim != 1 or np.ndim(base):
-        raise DataError(f"{path}: one row of zeros is needed, the file has shape {offset.shape}")
-    return float(base), offset.astype(np.float64)
 
 
 def unfold(gamma: Float64[np.ndarray, " n"], base: float = 0.0) -> Float64[np.ndarray, " n"]:
@@ -221,13 +129,7 @@ def load_spacings(
       DataError: unknown source, the table is not in the cache, or see `zero_spacings`.
     """
     if synthetic.is_synthetic(source):
-        values, run = synthetic.generate(source)
-        if run < window:
-            raise DataError(
-                f"source '{source}': unbroken runs of {run} gaps are too few for one window of "
-                f"{window}"
-            )
-        return Spacings(values, np.zeros_like(values), run)
+        return _generated(source, *synthetic.generate(source), window)
     if source == "zeta":
         path = fetch.cached("zeros")
         if path is None:
@@ -237,8 +139,18 @@ def load_spacings(
             )
     else:
         path = _find(source, root)
-    base, offset = read_zeros(path)
+        if (found := zero_files.read_gaps(path)) is not None:
+            return _generated(source, *found, window)
+    base, offset = zero_files.read_zeros(path)
     return zero_spacings(offset, source, base, window)
+
+
+def _generated(source: str, values: Float64[np.ndarray, " n"], run: int, window: int) -> Spacings:
+    if run < window:
+        raise DataError(
+            f"source '{source}': unbroken runs of {run} gaps are too few for one window of {window}"
+        )
+    return Spacings(values, np.zeros_like(values), run)
 
 
 def _find(source: str, root: str | os.PathLike[str] | None) -> Path:

@@ -14,7 +14,8 @@ import pytest
 from latent_jax.core.errors import DataError
 from latent_jax.core.fetch import cached
 from latent_jax.data import load_spacings
-from latent_jax.data.zeros import read_table, read_zeros, unfold, zero_spacings
+from latent_jax.data.zero_files import read_table, read_zeros
+from latent_jax.data.zeros import unfold, zero_spacings
 
 # Odlyzko's first zeros, to his nine digits.
 FIRST = [14.134725142, 21.022039639, 25.010857580, 30.424876126, 32.935061588, 37.586178159]
