@@ -144,10 +144,14 @@ def test_the_sampler_draws_from_the_process():
     # every gap has Gaudin's law whatever its place: mean 1, standard deviation 0.424
     assert np.abs(got.mean(axis=0) - 1).max() < 4 * 0.4243 / np.sqrt(300)
     assert np.abs(got.std(axis=0) - 0.4243).max() < 0.07
-    # Dyson & Mehta 1963: correlation of neighbours -0.271
-    assert np.corrcoef(got[:, :-1].ravel(), got[:, 1:].ravel())[0, 1] == pytest.approx(
-        -0.271, abs=0.12
-    )
+    found = np.corrcoef(got[:, :-1].ravel(), got[:, 1:].ravel())[0, 1]
+    # exactly: E s_1 s_2 = int s p(s) E[s_2 | s_1 = s]
+    s, w = nodes()
+    weight = w * limits.gaudin_density(s)
+    product = weight @ (s * limits.conditional(s[:, None]).mean())
+    exact = (product - 1) / (weight @ s**2 - 1)
+    assert exact == pytest.approx(-0.308, abs=1e-3)
+    assert found == pytest.approx(exact, abs=0.1)
     law = limits.conditional(np.array([[1.0, 0.4]] * 3))
     p = np.array([0.01, 0.5, 0.99])
     np.testing.assert_allclose(law.cdf(law.quantile(p)), p, atol=1e-9)
