@@ -128,10 +128,18 @@ def ask(
 
 @app.command()
 def diagnose(
-    run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None
-) -> None:
-    """Look for the known failures in a run: collapse, magnitudes, what the latents mean."""
-    _hook("diagnose", run, checkpoint, set_, out, seed)
+    run: Annotated[list[str], typer.Argument(help="Runs, or quoted globs: 'runs/e3_seed*'.")],
+    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
+) -> None:  # fmt: skip
+    """Look for the known failures in a run: collapse, magnitudes, what the latents mean.
+
+    Several runs give one table of mean and standard deviation.
+    """
+    from latent_jax.commands import inspect
+    from latent_jax.commands.show import present
+
+    overrides = _overrides(set_, seed=seed)
+    present(inspect.call_each("diagnose", run, {}, overrides, checkpoint, out))
 
 
 @app.command()

@@ -25,6 +25,7 @@ from latent_jax.report import record, write_report
 SYSTEMS: dict[str, str] = {
     "latentwire": "latent_jax.systems.latentwire.system:LatentWireSystem",
     "lm": "latent_jax.systems.lm.system:LMSystem",
+    "spacing": "latent_jax.systems.spacing.system:SpacingSystem",
 }
 
 _ROOTS = (Path(__file__).resolve().parent.parent / "configs", Path(__file__).parent / "configs")

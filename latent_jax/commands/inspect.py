@@ -11,7 +11,9 @@ A system may define any of these; their keyword arguments are the options of the
 
 from __future__ import annotations
 
+import glob
 import inspect
+import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 from latent_jax import run as runs
 from latent_jax.core import files
 from latent_jax.core.errors import ConfigError, DataError, RunError
+from latent_jax.report.load import is_number
 
 
 def read_text(path: str) -> str:
@@ -92,3 +95,51 @@ def call(
         files.make_dir(target.parent)
         files.write_json(target / f"{hook}.json" if target.is_dir() else target, value)
     return value
+
+
+def call_each(
+    hook: str,
+    names: Iterable[str],
+    options: Mapping[str, Any],
+    overrides: Iterable[str] = (),
+    checkpoint: str = "last",
+    out: str | None = None,
+) -> Any:
+    """`call` on one run, or on several (globs are expanded): their mean and standard deviation.
+
+    Returns:
+      What the hook returns for a single run. For several: every number that all have as its mean,
+      with ``<name>.std`` (of a sample); ``runs``; and each run's findings after its name.
+
+    Raises:
+      RunError: a glob that matches no run; else as `call`.
+    """
+    found = [run for name in names for run in _expand(name)]
+    if len(found) == 1:
+        return call(hook, found[0], options, overrides, checkpoint, out)
+    parts = [call(hook, run, options, overrides, checkpoint) for run in found]
+    joined: dict[str, Any] = {"runs": len(found)}
+    for name in parts[0]:
+        values = [part.get(name) for part in parts]
+        if all(is_number(value) for value in values):
+            joined[name] = statistics.fmean(values)
+            joined[f"{name}.std"] = statistics.stdev(values)
+    joined["findings"] = [
+        f"{run}: {text}"
+        for run, part in zip(found, parts, strict=True)
+        for text in part.get("findings", ())
+    ]
+    if out is not None:
+        files.make_dir(Path(out).parent)
+        files.write_json(Path(out), joined)
+    return joined
+
+
+def _expand(name: str) -> list[str]:
+    """A run's name, or the runs that a glob matches."""
+    if not glob.has_magic(name) or Path(name).is_dir():
+        return [name]
+    found = sorted(p for p in glob.glob(name) if (Path(p) / "config.yaml").is_file())
+    if not found:
+        raise RunError(f"{name}: no run matches")
+    return found

@@ -98,7 +98,8 @@ def training_record(run: str | Path) -> dict[str, Any]:
 
     Returns:
       ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows
-      of the evaluation while training) and ``results``.
+      of the evaluation while training), ``results``, and ``before``: the same, less ``results``,
+      of each compressor that it started from, oldest first.
     """
     path = Path(run)
     config = read_yaml(path / "config.yaml")
@@ -111,6 +112,12 @@ def training_record(run: str | Path) -> dict[str, Any]:
         if any(k.startswith("eval.") for k in row)
     ]
     results = path / "results.json"
+    start = (config.get("model") or {}).get("start")
+    before = []
+    if start is not None:
+        earlier = dict(read_compressor(start).record)
+        before = earlier.pop("before", []) + [earlier | {"name": str(start)}]
+        before[-1].pop("results", None)
     return {
         "config": config,
         "environment": environment,
@@ -118,6 +125,7 @@ def training_record(run: str | Path) -> dict[str, Any]:
         "tokens": int(sum(row.get("units.tokens", 0) for row in rows)),
         "curve": curve,
         "results": json.loads(results.read_text("utf-8")) if results.is_file() else {},
+        "before": before,
     }
 
 

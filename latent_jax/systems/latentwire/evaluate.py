@@ -15,13 +15,13 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.generate import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
-from latent_jax.systems.latentwire.bootstrap import (
+from latent_jax.ops.bootstrap import (
     difference_interval,
     mean_interval,
     ratio_interval,
 )
+from latent_jax.systems.latentwire import baselines, metrics
+from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.given import prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae

@@ -11,9 +11,9 @@ from jaxtyping import Int
 
 from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
-from latent_jax.systems.latentwire.bootstrap import mean_interval
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.scoring import (
     Progress,

@@ -1,5 +1,7 @@
-"""Mixture-density transformers with memory slots on normalised gaps of zeta zeros.
+"""Memory-slot mixture-density transformers on the gaps between zeta zeros."""
 
-What the data allows is in `limits` (the exact floor of the random-matrix law) and what a linear
-predictor reaches in `autoregression`: every score of a model is read beside those.
-"""
+from __future__ import annotations
+
+from latent_jax.systems.spacing.model import SpacingModel
+
+__all__ = ["SpacingModel"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from latent_jax.systems.latentwire import bootstrap
+from latent_jax.ops import bootstrap
 
 
 def test_mean_interval_matches_the_normal_approximation():

@@ -1,0 +1,209 @@
+"""Everything a spacing run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import ScheduleConfig
+
+# What a slot can be asked to know of the window, see `auxiliary.targets`.
+AUXILIARY = (
+    "mean", "entropy", "max_step", "low_quantile", "curvature", "halves", "energy", "roughness",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """What a position knows of the gaps up to it, before any attention."""
+
+    near: int = field(default=16, ge=1, help="last gaps given as they are")
+    kernels: int = field(
+        default=48, ge=0, help="learned linear summaries of all past gaps in the window; 0: none"
+    )
+    knots: int = field(default=256, ge=4, help="spline coefficients of each summary's kernel")
+    start: Literal["autoregression", "primes", "random"] = field(
+        default="autoregression",
+        help="kernels at the start: least-squares predictors 1, 2, ... gaps ahead, waves at the "
+        "logarithms of prime powers, or noise",
+    )
+    height: bool = field(
+        default=True, help="give ln(t / 2 pi), and measure distances with it; false: neither"
+    )
+
+
+@dataclass(frozen=True)
+class PositionConfig:
+    """The coordinate in which attention measures distance."""
+
+    kind: Literal["index", "warped", "physical"] = field(
+        default="warped",
+        help="index: gaps; warped: mean physical distance 2 pi j / L; physical: distance itself",
+    )
+    frequencies: Literal["geometric", "primes"] = field(
+        default="geometric", help="rotary planes at a geometric series, or at ln q of prime powers"
+    )
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Slots, and what in them has an identity."""
+
+    kind: Literal["none", "prefix", "postfix"] = field(
+        default="none",
+        help="prefix: slots before the data, which reads them; postfix: slots after the data, "
+        "which does not see them, and the prediction reads nothing else",
+    )
+    slots: int = field(default=8, ge=0, help="number of slots")
+    identity: Literal["fixed", "off", "permute_per_batch", "anonymous"] = field(
+        default="fixed",
+        help="fixed: a learned vector per slot; off: none, slots differ by content; "
+        "permute_per_batch: the vectors change places every step; anonymous: no position, content "
+        "or read-out weight knows which slot it is (contents are drawn per window)",
+    )
+    content: Literal["normal", "zeroed"] = field(
+        default="normal", help="learned start of each slot, or zero (identity only)"
+    )
+    cuts: int = field(
+        default=8, ge=1, help="places of a window from which postfix slots predict, per step"
+    )
+    dropout: float = field(default=0.0, ge=0, lt=1, help="share of slots hidden in training")
+    norm_cap: float | None = field(default=None, gt=0, help="longest slot before the read-out")
+    block_norm: bool = field(
+        default=False, help="scale a window's slots together to unit mean square, in every layer"
+    )
+    assignment: Literal["mean", "diagonal"] = field(
+        default="diagonal", help="auxiliary targets read all from the slots' mean, or one per slot"
+    )
+
+    def validate(self) -> None:
+        """Refuses memory without slots, and options of the other kind."""
+        if self.kind != "none" and self.slots < 1:
+            raise ConfigError(f"model.memory.slots=0 with model.memory.kind={self.kind}")
+        if self.identity == "off" and self.content == "zeroed" and self.kind != "none":
+            raise ConfigError(
+                "model.memory: identity=off with content=zeroed leaves slots that are all alike"
+            )
+        if self.identity == "anonymous" and self.kind == "prefix":
+            raise ConfigError("model.memory.identity=anonymous needs model.memory.kind=postfix")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The predictive density."""
+
+    components: int = field(default=8, ge=1, help="components of the mixture")
+    family: Literal["gaussian", "truncated", "lognormal"] = field(
+        default="gaussian", help="what each component is"
+    )
+    floor: float = field(default=0.005, gt=0, help="smallest scale, mean spacings")
+    positive_mean: bool = field(default=False, help="locations pass a softplus")
+
+
+@dataclass(frozen=True)
+class SpacingModelConfig:
+    """Embedding, transformer, memory, mixture."""
+
+    layers: int = field(default=6, ge=0, help="transformer blocks; 0: a mixture on the embedding")
+    heads: int = field(default=8, ge=1, help="attention heads")
+    width: int = field(default=256, ge=2, help="residual stream")
+    ff: int = field(default=1024, ge=1, help="hidden width of the MLPs")
+    embed: EmbedConfig = field(default_factory=EmbedConfig, help="gaps to vectors")
+    positions: PositionConfig = field(default_factory=PositionConfig, help="distances")
+    memory: MemoryConfig = field(default_factory=MemoryConfig, help="slots")
+    head: HeadConfig = field(default_factory=HeadConfig, help="vectors to densities")
+
+    def validate(self) -> None:
+        """Refuses heads that do not divide the width, or cannot be rotated."""
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise ConfigError(
+                f"model.heads={self.heads} must divide model.width={self.width} into even parts"
+            )
+        if self.memory.kind == "postfix" and not self.layers:
+            raise ConfigError("model.memory.kind=postfix needs model.layers >= 1: slots read there")
+
+
+@dataclass(frozen=True)
+class SpacingDataConfig:
+    """Which gaps."""
+
+    root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
+    source: str = field(
+        default="zeta",
+        help="zeta (the table that `fetch zeros` gets), a file of zeros, or cue:…, gue:…, "
+        "poisson:…, picket:…, ar:…",
+    )
+    window: int = field(default=256, ge=2, help="gaps in a window; the last is only predicted")
+    split: Literal["tail", "interleaved"] = field(
+        default="tail", help="hold out the greatest heights, or whole blocks of all heights"
+    )
+    held_out: float = field(default=0.1, gt=0, lt=1, help="share held out")
+
+
+@dataclass(frozen=True)
+class SpacingLossConfig:
+    """Weights of the loss terms, each a number or a schedule of the step."""
+
+    nll: float | ScheduleConfig = field(default=1.0, help="all scored positions (nats)")
+    last: float | ScheduleConfig = field(
+        default=0.0, help="extra weight on the last quarter of the window (nats)"
+    )
+    entropy: float | ScheduleConfig = field(
+        default=0.0, help="minus the entropy of the mixture weights: positive keeps them spread"
+    )
+    orthogonality: float | ScheduleConfig = field(
+        default=0.0, help="mean squared cosine between the slots of a window"
+    )
+    auxiliary: float | ScheduleConfig = field(
+        default=0.0, help="squared error of each auxiliary target (variance 1)"
+    )
+
+
+@dataclass(frozen=True)
+class SpacingEvalConfig:
+    """What is measured at the end."""
+
+    windows: int = field(default=2000, ge=16, help="held-out windows, evenly spread")
+    batch_size: int = field(default=64, ge=1, help="windows at once")
+    rollouts: int = field(default=16, ge=0, help="sampled continuations; 0: none")
+    horizon: int = field(default=200, ge=1, help="their length, gaps")
+    floors: bool = field(default=True, help="exact floor of random-matrix spacings")
+    baselines: bool = field(default=True, help="autoregressions on the same data")
+    quick: int = field(default=128, ge=1, help="windows of the evaluation while training")
+
+
+@dataclass(frozen=True)
+class SpacingRun(RunBase):
+    """A spacing run."""
+
+    seeds: int = field(
+        default=1, ge=1, help="models trained side by side, each with its own start and windows"
+    )
+    model: SpacingModelConfig = field(default_factory=SpacingModelConfig, help="architecture")
+    data: SpacingDataConfig = field(default_factory=SpacingDataConfig, help="gaps")
+    losses: SpacingLossConfig = field(default_factory=SpacingLossConfig, help="loss weights")
+    eval: SpacingEvalConfig = field(default_factory=SpacingEvalConfig, help="final evaluation")
+    clip_norm: float | None = field(
+        default=1.0, gt=0, help="longest gradient of each seed (train.clip_norm would mix them)"
+    )
+
+    def validate(self) -> None:
+        """Refuses batches that the seeds cannot share and cuts that a window has not."""
+        if self.train.batch_size % self.seeds:
+            raise ConfigError(
+                f"seeds={self.seeds} must divide train.batch_size={self.train.batch_size}: each "
+                "has its own windows"
+            )
+        if self.model.memory.kind == "postfix" and self.model.memory.cuts >= self.data.window:
+            raise ConfigError(
+                f"model.memory.cuts={self.model.memory.cuts} needs a longer window than "
+                f"data.window={self.data.window}"
+            )
+        if self.model.embed.near >= self.data.window:
+            raise ConfigError(
+                f"model.embed.near={self.model.embed.near} gaps do not fit "
+                f"data.window={self.data.window}"
+            )

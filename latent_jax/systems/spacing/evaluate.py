@@ -1,0 +1,141 @@
+"""The final evaluation: scores of every seed, beside exact floors and linear baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from latent_jax.core.errors import DataError
+from latent_jax.core.types import PyTree
+from latent_jax.ops.bootstrap import difference_interval, mean_interval
+from latent_jax.systems.spacing import autoregression, limits, predict, rollout, scores
+from latent_jax.systems.spacing.predict import Predicted
+from latent_jax.systems.spacing.recipe import Gaps
+
+# Linear baselines: gaps looked at, as far as the window reaches.
+_ORDERS = (8, 32, 128, 255)
+_CONTEXTS = (0, 1, 2, 4, 8, 16, 32)
+_FLOOR_TARGETS = 512
+
+
+def evaluate(
+    system: Any, params: PyTree, progress: Callable[..., None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Scores on held-out windows.
+
+    Returns:
+      metrics: of `scores.summary` (mean over seeds, see `scores.over_seeds`), plus
+        ``nll.position_averaged`` (nats, every scored position; never comparable with ``nll.last``),
+        ``floor.gue.k<k>`` and ``baseline.<name>.*`` on the same last positions,
+        ``nll.minus_floor`` (paired, random-matrix data only: below 0 would be a leak) and
+        ``rollout.*``.
+      artefacts: none.
+    """
+    c, gaps = system.config, system.gaps
+    starts = gaps.spread(c.eval.windows)
+    rows = gaps.windows(starts, c.data.window)
+    score = predict.predictor(system.model, c)
+    found = predict.predict(score, params, rows, c.eval.batch_size, progress=progress)
+    truth = rows["gaps"][:, -1]
+    metrics = scores.over_seeds([_summary(found, i, truth) for i in range(c.seeds)])
+    metrics["windows"] = len(starts)
+    metrics |= random_matrix(c.data.source, gaps, starts, c.data.window, found.nll[0], c.eval)
+    progress("floors", 1, 1)
+    if c.eval.baselines:
+        metrics |= baselines(gaps, starts, c.data.window)
+        progress("baselines", 1, 1)
+    if c.eval.rollouts:
+        metrics |= _rollouts(system, params)
+        progress("rollouts", 1, 1)
+    return metrics, {}
+
+
+def _summary(found: Predicted, seed: int, truth: np.ndarray) -> dict[str, Any]:
+    crps = None if found.crps is None else found.crps[seed]
+    metrics = scores.summary(found.nll[seed], crps, found.mean[seed], found.pit[seed], truth)
+    per_window = found.everywhere[seed].mean(1)
+    metrics["nll.position_averaged"] = float(per_window.mean())
+    metrics["nll.position_averaged.ci95"] = mean_interval(per_window)
+    return metrics
+
+
+def random_matrix(
+    source: str, gaps: Gaps, starts: np.ndarray, window: int, nll: np.ndarray, config: Any
+) -> dict[str, Any]:
+    """Exact floors of random-matrix gaps, and the same law as a predictor of these gaps.
+
+    The floor of context ``k`` is the mean entropy of the exact law over histories drawn from it
+    (``floor.gue.k<k>``); ``baseline.gue_k<k>`` scores the law on the held-out gaps themselves. On
+    ``cue:`` and ``gue:`` data both estimate one number, and ``nll.minus_floor`` (paired on the same
+    targets, against the longest context) is the leak test.
+    """
+    if not config.floors:
+        return {}
+    metrics: dict[str, Any] = {}
+    rng = np.random.default_rng(0)
+    contexts = [k for k in _CONTEXTS if k < window]
+    history = limits.sample_gaps(rng, _FLOOR_TARGETS, contexts[-1], contexts[-1])
+    for k in contexts:
+        law = limits.conditional(history[:, history.shape[1] - k :])
+        metrics[f"floor.gue.k{k}"] = float(law.entropy().mean())
+    picked = np.linspace(0, len(starts) - 1, min(_FLOOR_TARGETS, len(starts))).astype(int)
+    target = starts[picked] + window - 1
+    values = gaps.source.values
+    synthetic = source.partition(":")[0] in ("cue", "gue")
+    for k in {0, contexts[-1]} if not synthetic else contexts:
+        past = values[target[:, None] - np.arange(k, 0, -1)] if k else np.empty((len(target), 0))
+        law = limits.conditional(past)
+        own = law.nll(values[target])
+        metrics[f"baseline.gue_k{k}.nll"] = float(own.mean())
+        metrics[f"baseline.gue_k{k}.crps"] = float(law.crps(values[target]).mean())
+        if synthetic and k == contexts[-1]:
+            metrics["nll.minus_floor"] = float(np.mean(nll[picked] - own))
+            metrics["nll.minus_floor.ci95"] = difference_interval(nll[picked], own)
+    return metrics
+
+
+def baselines(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:
+    """Stationary and height-warped autoregressions, fitted on the training part."""
+    target = starts + window - 1
+    truth = gaps.source.values[target]
+    ranges = gaps.split.train
+    metrics: dict[str, Any] = {}
+    orders = sorted({min(k, window - 1) for k in _ORDERS})
+    fits: dict[str, Any] = {
+        f"ar{k}": autoregression.fit_linear(gaps.source, ranges, k, window) for k in orders
+    }
+    if gaps.source.log_height.min() > 0:
+        for k in [k for k in orders if k >= 32]:
+            try:
+                fits[f"warped_ar{k}"] = autoregression.fit_warped(gaps.source, ranges, k, window)
+            except DataError:
+                continue  # fewer targets than coefficients: there is no such baseline here
+    for name, fit in fits.items():
+        got = autoregression.score(fit.predict(gaps.source, target), truth)
+        metrics[f"baseline.{name}.nll"] = float(got.nll.mean())
+        metrics[f"baseline.{name}.crps"] = float(got.crps.mean())
+        metrics[f"baseline.{name}.rmse"] = float(np.sqrt(got.squared_error.mean()))
+    return metrics
+
+
+def _rollouts(system: Any, params: PyTree) -> dict[str, Any]:
+    """Continuations of the first seed, where held-out gaps go on long enough."""
+    c, gaps = system.config, system.gaps
+    length = c.data.window - 1 + c.eval.horizon
+    # Every gap of these windows is held out: so is the window that ends with the last of them.
+    fits = np.isin(gaps.validation + length - c.data.window, gaps.validation)
+    starts = gaps.validation[fits & _unbroken(gaps, gaps.validation, length)]
+    if not len(starts):
+        return {}
+    starts = starts[np.linspace(0, len(starts) - 1, c.eval.rollouts).astype(int)]
+    first = jax.tree.map(lambda x: x[0], params)
+    rows = gaps.windows(starts, length)
+    return rollout.statistics(system.model, c, first, rows)
+
+
+def _unbroken(gaps: Gaps, starts: np.ndarray, length: int) -> np.ndarray:
+    run = gaps.source.run
+    return starts // run == (starts + length - 1) // run

@@ -1,0 +1,253 @@
+"""The transformer: gaps so far to a mixture density of the next one, with or without slots."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.nn.transformer import Block
+from latent_jax.systems.spacing import kernels
+from latent_jax.systems.spacing.config import SpacingModelConfig
+
+
+class Ablation(NamedTuple):
+    """What an evaluation does to the slots; a training step does nothing (see `ablation.none`).
+
+    Attributes:
+      visible: slots that may be attended to and read at all.
+      keep: share of each slot's own final content that is read, read-out weights staying as they
+        were (postfix).
+      fill: what is added to that.
+      identity: which learned identity each slot gets.
+      content: which learned content each slot gets.
+      identity_share: factor on the identities.
+      content_share: factor on the contents, learned or drawn.
+      shift: added to each slot's start.
+    """
+
+    visible: Bool[Array, " m"]
+    keep: Float[Array, " m"]
+    fill: Float[Array, "m w"]
+    identity: Int[Array, " m"]
+    content: Int[Array, " m"]
+    identity_share: Float[Array, ""]
+    content_share: Float[Array, ""]
+    shift: Float[Array, "m w"]
+
+
+class Output(NamedTuple):
+    """One forward pass; ``p`` counts predictions: every position, or the cuts of a postfix.
+
+    Attributes:
+      raw: unnormalised mixture parameters.
+      slots: final content of the slots, per cut (one "cut" for a prefix).
+      read_out: weight of each slot in the prediction.
+    """
+
+    raw: Float[Array, "b p 3k"]
+    slots: Float[Array, "b c m w"] | None = None
+    read_out: Float[Array, "b c m"] | None = None
+
+
+class GapEmbedding(nn.Module):
+    """Near gaps as they are, far ones through learned kernels of physical distance."""
+
+    config: SpacingModelConfig
+    reach: float
+    heights: tuple[float, float]  # mean and standard deviation of ln(t / 2 pi)
+
+    @nn.compact
+    def __call__(self, gaps: Float[Array, "b t"], log_height: Float[Array, " b"]) -> Array:
+        c = self.config.embed
+        deviation = gaps - 1.0
+        b, t = gaps.shape
+        parts = [kernels.lagged(deviation, c.near)]
+        if c.kernels:
+            init = nn.initializers.normal(c.knots**-0.5)
+            h = self.param("kernels", init, (c.knots, c.kernels))
+            parts.append(kernels.summarise(kernels.lagged(deviation, t), h, log_height, self.reach))
+        # How much past there is: summaries of a short one are small for want of terms.
+        parts.append(jnp.broadcast_to(jnp.arange(1, t + 1) / t, (b, t))[..., None])
+        if c.height:
+            mean, std = self.heights
+            level = (log_height - mean) / std
+            parts.append(jnp.broadcast_to(level[:, None, None], (b, t, 1)))
+        return nn.Dense(self.config.width, name="embed")(jnp.concatenate(parts, axis=-1))
+
+
+class SpacingModel(nn.Module):
+    """Causal transformer over normalised gaps with a mixture-density head.
+
+    Attributes:
+      config: the architecture.
+      reach: physical distance that the kernels cover.
+      heights: mean and standard deviation of ``ln(t / 2 pi)`` in training.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from latent_jax import SpacingModel
+      >>> from latent_jax.systems.spacing.config import SpacingModelConfig
+      >>> model = SpacingModel(SpacingModelConfig(layers=1, width=16, heads=2, ff=32))
+      >>> gaps, log_height = jnp.ones((2, 40)), jnp.full((2,), 12.0)
+      >>> variables = model.init(jax.random.key(0), gaps, log_height)
+      >>> model.apply(variables, gaps, log_height).raw.shape  # 8 components
+      (2, 40, 24)
+    """
+
+    config: SpacingModelConfig
+    reach: float = 160.0
+    heights: tuple[float, float] = (11.5, 1.0)
+
+    @nn.compact
+    def __call__(
+        self,
+        gaps: Float[Array, "b t"],
+        log_height: Float[Array, " b"],
+        cuts: Int[Array, " c"] | None = None,
+        ablation: Ablation | None = None,
+        train: bool = False,
+    ) -> Output:
+        """Predicts the gap after each position, or after each cut.
+
+        Args:
+          gaps: unfolded gaps, mean 1.
+          log_height: ``ln(t / 2 pi)`` of each window, constant over it.
+          cuts: postfix only: index of the last gap that a group of slots may see; default the
+            last one.
+          ablation: an experiment on the slots.
+          train: draw slot dropout and permutations (stream ``sample``).
+        """
+        c, memory = self.config, self.config.memory
+        b, t = gaps.shape
+        if not c.embed.height:
+            log_height = jnp.full_like(log_height, 2 * np.pi)  # distance 1 per gap
+        x = GapEmbedding(c, self.reach, self.heights, name="gaps")(gaps, log_height)
+        at = self._coordinates(gaps, log_height)
+        causal = jnp.tril(jnp.ones((t, t), bool))
+        if memory.kind == "none":
+            x = self._blocks(x, at, causal[None], 0, None)
+            return Output(self._head(x))
+        m = memory.slots
+        cuts = jnp.asarray([t - 1]) if cuts is None or memory.kind == "prefix" else cuts
+        groups = cuts.shape[0]
+        slots = self._slots(b, groups, ablation, train)
+        visible = self._visible(b, ablation, train)  # b m
+        grid = jnp.arange(groups * m)
+        group, slot = grid // m, grid % m
+        seen = visible[:, slot]
+        if memory.kind == "prefix":
+            x = jnp.concatenate([slots[:, 0], x], axis=1)
+            at = jnp.concatenate([jnp.repeat(at[:, :1], m, 1), at], axis=1)
+            mask = jnp.tril(jnp.ones((m + t, m + t), bool))[None]
+            hidden = jnp.concatenate([~seen, jnp.zeros((b, t), bool)], axis=1)
+            # A hidden slot still sees itself, so that its row has something to average.
+            mask = mask & (~hidden[:, None, :] | jnp.eye(m + t, dtype=bool)[None])
+            x = self._blocks(x, at, mask, 0, m)
+            return Output(self._head(x[:, m:]), x[:, None, :m])
+        x = jnp.concatenate([x, slots.reshape(b, groups * m, -1)], axis=1)
+        at = jnp.concatenate([at, at[:, cuts[group]]], axis=1)
+        data = jnp.arange(t)[None] <= cuts[group][:, None]  # [g*m, t]
+        own = group[:, None] == group[None]
+        own = own[None] & (seen[:, None, :] | jnp.eye(groups * m, dtype=bool)[None])
+        upper = jnp.concatenate([causal, jnp.zeros((t, groups * m), bool)], axis=1)
+        lower = jnp.concatenate([jnp.broadcast_to(data, (b, *data.shape)), own], axis=2)
+        mask = jnp.concatenate([jnp.broadcast_to(upper, (b, *upper.shape)), lower], axis=1)
+        x = self._blocks(x, at, mask, t, groups * m)
+        final = x[:, t:].reshape(b, groups, m, -1)
+        if memory.norm_cap is not None:
+            norm = jnp.linalg.norm(final, axis=-1, keepdims=True)
+            final = final * jnp.minimum(1.0, memory.norm_cap / jnp.maximum(norm, 1e-6))
+        logits = nn.Dense(1, use_bias=False, name="read_out")(final)[..., 0]
+        if memory.identity == "fixed":
+            logits = logits + self.param("read_out_weight", nn.initializers.zeros, (m,))
+        logits = jnp.where(visible[:, None], logits, -1e30)
+        weight = jax.nn.softmax(logits, axis=-1)
+        read = final
+        if ablation is not None:
+            read = ablation.keep[:, None] * final + ablation.fill
+        return Output(self._head(jnp.einsum("bgm,bgmw->bgw", weight, read)), final, weight)
+
+    def _coordinates(self, gaps: Array, log_height: Array) -> Array:
+        kind, t = self.config.positions.kind, gaps.shape[1]
+        if kind == "index":
+            return jnp.broadcast_to(jnp.arange(t, dtype=jnp.float32), gaps.shape)
+        unit = 2 * jnp.pi / log_height[:, None]
+        return unit * (jnp.arange(t) if kind == "warped" else jnp.cumsum(gaps, axis=1))
+
+    def _frequencies(self) -> np.ndarray:
+        """Radians per unit of coordinate of every rotary plane: shared, or per head."""
+        c = self.config
+        planes = c.width // c.heads // 2
+        if c.positions.frequencies == "primes":
+            lines = np.log(kernels.prime_powers(c.heads * planes))
+            return lines.reshape(planes, c.heads).T.astype(np.float32)
+        # Periods from 2 to 1024 gaps; a gap is 2 pi / L long in the other coordinates.
+        unit = 1.0 if c.positions.kind == "index" else 2 * np.pi / self.heights[0]
+        return (np.geomspace(np.pi, 2 * np.pi / 1024, planes) / unit).astype(np.float32)
+
+    def _blocks(self, x: Array, at: Array, mask: Array, first: int, slots: int | None) -> Array:
+        c = self.config
+        frequencies = jnp.asarray(self._frequencies())
+        for layer in range(c.layers):
+            block = Block(c.width, c.heads, c.ff, (2 * c.layers) ** -0.5, name=f"block_{layer}")
+            x = block(x, at, mask, frequencies)
+            if slots and c.memory.block_norm:
+                part = x[:, first : first + slots]
+                rows = part.reshape(x.shape[0], -1, c.memory.slots * c.width)
+                scale = jax.lax.rsqrt(jnp.mean(rows**2, -1, keepdims=True) + 1e-6)
+                part = (rows * scale).reshape(part.shape)
+                x = jnp.concatenate([x[:, :first], part, x[:, first + slots :]], axis=1)
+        return x
+
+    def _slots(self, b: int, groups: int, ablation: Ablation | None, train: bool) -> Array:
+        """Start of every slot, ``[b, groups, m, w]``."""
+        memory, w = self.config.memory, self.config.width
+        m = memory.slots
+        shape = (b, groups, m, w)
+        orthogonal = nn.initializers.orthogonal()
+        content, identity = jnp.zeros((m, w)), jnp.zeros((m, w))
+        if memory.identity == "anonymous":
+            # Drawn: identical slots would stay identical, learned ones would have an identity.
+            scale = self.param("slot_scale", nn.initializers.ones, (w,))
+            content = scale * jax.random.normal(self.make_rng("sample"), shape)
+        elif memory.content == "normal":
+            content = self.param("slot_content", orthogonal, (m, w)) * w**0.5
+        if memory.identity in ("fixed", "permute_per_batch"):
+            identity = self.param("slot_identity", orthogonal, (m, w)) * w**0.5
+            if train and memory.identity == "permute_per_batch":
+                identity = identity[jax.random.permutation(self.make_rng("sample"), m)]
+        if ablation is None:
+            return jnp.broadcast_to(content + identity, shape)
+        content = ablation.content_share * content[..., ablation.content, :]
+        identity = ablation.identity_share * identity[ablation.identity]
+        return jnp.broadcast_to(content + identity + ablation.shift, shape)
+
+    def _visible(self, b: int, ablation: Ablation | None, train: bool) -> Array:
+        memory = self.config.memory
+        visible = jnp.ones((b, memory.slots), bool)
+        if ablation is not None:
+            visible = visible & ablation.visible
+        if train and memory.dropout:
+            kept = jax.random.bernoulli(
+                self.make_rng("sample"), 1 - memory.dropout, visible.shape
+            )
+            # A window that lost every slot keeps them all.
+            visible = jnp.where(kept.any(1, keepdims=True), kept, visible)
+        return visible
+
+    def _head(self, x: Array) -> Array:
+        c = self.config.head
+        means = np.linspace(-0.6, 0.6, c.components) + (0.0 if c.family == "lognormal" else 1.0)
+        start = np.concatenate([np.zeros(c.components), means, np.full(c.components, -1.0)])
+        init = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        return nn.Dense(
+            3 * c.components,
+            kernel_init=init,
+            bias_init=lambda *_: jnp.asarray(start, jnp.float32),
+            name="head",
+        )(x)

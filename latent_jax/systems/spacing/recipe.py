@@ -1,0 +1,108 @@
+"""Gaps to windows: training slides over every start, evaluation is spread over what is held out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from latent_jax import data
+from latent_jax.core.errors import DataError
+from latent_jax.data.windows import (
+    Split,
+    check_disjoint,
+    split_interleaved,
+    split_tail,
+    window_starts,
+)
+from latent_jax.data.zeros import Spacings, load_spacings
+from latent_jax.systems.spacing.config import SpacingDataConfig, SpacingRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaps:
+    """All gaps of a run and where its windows start.
+
+    Attributes:
+      values: normalised gaps.
+      log_height: ``ln(t / 2 pi)`` of each; ``2 pi``, a distance of 1 per gap, where there is none.
+      source: the same in double precision, zero heights where there are none.
+      split: which ranges are trained on.
+      train: starts of every training window.
+      validation: starts of every held-out window.
+    """
+
+    values: Float[np.ndarray, " n"]
+    log_height: Float[np.ndarray, " n"]
+    source: Spacings
+    split: Split
+    train: Int[np.ndarray, " a"]
+    validation: Int[np.ndarray, " b"]
+
+    def windows(self, starts: Int[np.ndarray, " b"], length: int) -> dict[str, np.ndarray]:
+        """``gaps [b, length]`` and ``log_height [b]`` of windows."""
+        index = np.asarray(starts)[:, None] + np.arange(length)
+        middle = np.asarray(starts) + length // 2
+        return {"gaps": self.values[index], "log_height": self.log_height[middle]}
+
+    def spread(self, count: int, held_out: bool = True) -> Int[np.ndarray, " m"]:
+        """At most ``count`` starts, evenly spaced over a part."""
+        starts = self.validation if held_out else self.train
+        at = np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
+        return starts[np.unique(at)]
+
+    @property
+    def heights(self) -> tuple[float, float]:
+        """Mean and (positive) standard deviation of ``log_height`` in training."""
+        h = self.log_height[self.spread(4096, held_out=False)]
+        return float(h.mean()), float(max(h.std(), 1e-3))
+
+    def reach(self, window: int) -> float:
+        """Physical length of the longest window, with a little room."""
+        return float(2 * np.pi * (window + 1) / self.log_height.min())
+
+
+def load(config: SpacingDataConfig) -> Gaps:
+    """Loads and splits.
+
+    Raises:
+      DataError: no such source, damaged, too short, or windows that training and evaluation share.
+    """
+    found = load_spacings(config.source, config.root, config.window)
+    n = len(found.values)
+    if config.split == "tail":
+        # A border inside a run of dependent gaps would put neighbours on both sides of it.
+        unit = found.run if found.run < n else config.window
+        split = split_tail(n, config.held_out, unit)
+    else:
+        split = split_interleaved(n, fraction=config.held_out)
+    starts = {
+        name: window_starts(ranges, config.window, run=found.run)
+        for name, ranges in (("train", split.train), ("validation", split.validation))
+    }
+    check_disjoint(starts["train"], starts["validation"], config.window)
+    height = np.where(found.log_height > 0, found.log_height, 2 * np.pi)
+    if not np.isfinite(height).all():
+        raise DataError(f"data.source={config.source}: heights are not finite")
+    values = found.values.astype(np.float32)
+    return Gaps(values, height.astype(np.float32), found, split, **starts)
+
+
+def train_stream(config: SpacingRun, gaps: Gaps):
+    """Endless shuffled windows; row ``i`` of a batch belongs to seed ``i // (rows / seeds)``."""
+
+    def get(i: int):
+        row = gaps.windows(gaps.train[i : i + 1], config.data.window)
+        return {"gaps": row["gaps"][0], "log_height": row["log_height"][0]}
+
+    return data.pipeline(
+        get,
+        config.train.batch_size,
+        size=len(gaps.train),
+        seed=config.seed,
+        remainder="drop" if len(gaps.train) >= config.train.batch_size else "wrap",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

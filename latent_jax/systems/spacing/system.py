@@ -1,0 +1,192 @@
+"""Spacing as the shared trainer sees it: several seeds of one model, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax.core.types import Mean, PyTree
+from latent_jax.systems.spacing import auxiliary, kernels, losses, recipe
+from latent_jax.systems.spacing.config import AUXILIARY, SpacingRun
+from latent_jax.systems.spacing.model import SpacingModel
+
+# Least squares: windows, and gaps ahead per summary.
+_FIT_WINDOWS = 20_000
+
+
+class SpacingSystem:
+    """Predicts the next gap; implements `latent_jax.train.protocol.System`.
+
+    Parameters and all that follows from them carry a leading axis of ``config.seeds``.
+    """
+
+    config_class = SpacingRun
+    rng_names = ("sample",)
+    frozen: Mapping[str, Any] = {}
+    jit_init = False  # the least-squares start reads the data
+
+    def __init__(self, config: SpacingRun):
+        self.config = config
+        self.gaps = recipe.load(config.data)
+        window = config.data.window
+        self.model = SpacingModel(config.model, self.gaps.reach(window), self.gaps.heights)
+        weights = config.losses
+        self.weights = {
+            "nll": weights.nll, "last": weights.last, "entropy": weights.entropy,
+            "orthogonality": weights.orthogonality, "auxiliary": weights.auxiliary,
+        }  # fmt: skip
+        sample = self.gaps.windows(self.gaps.spread(2048, held_out=False), window)["gaps"]
+        found = np.asarray(auxiliary.targets(jnp.asarray(sample), jnp.asarray([window - 1])))[:, 0]
+        self._statistics = (found.mean(0), np.maximum(found.std(0), 1e-6))
+        self._quick = jax.jit(self._held_out_terms)
+
+    @property
+    def logical_rules(self):
+        """Seeds along no axis, weights along ``embed``/``mlp``."""
+        return (
+            (r"(qkv|up)/kernel$", (None, "embed", "mlp")),
+            (r"(out|down)/kernel$", (None, "mlp", "embed")),
+            (r".*", ()),
+        )
+
+    def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh parameters of every seed."""
+        c = self.config
+        t = c.data.window - 1
+
+        def one(key: jax.Array) -> PyTree:
+            made = self.model.init(
+                {"params": key, "sample": key}, jnp.ones((1, t)), jnp.full((1,), 12.0)
+            )
+            params: dict[str, Any] = {"model": made["params"]}
+            if self._auxiliary:
+                kernel = 0.02 * jax.random.normal(key, (c.model.width, len(AUXILIARY)))
+                params["auxiliary"] = {"kernel": kernel, "bias": jnp.zeros(len(AUXILIARY))}
+            return params
+
+        params = jax.vmap(one)(jax.random.split(rngs["params"], c.seeds))
+        start = self._kernel_start()
+        if start is not None:
+            tree = params["model"]["gaps"]
+            tree["kernels"] = jnp.broadcast_to(start, tree["kernels"].shape)
+        return {"params": params}
+
+    @property
+    def _auxiliary(self) -> bool:
+        weight = self.config.losses.auxiliary
+        return self.config.model.memory.kind != "none" and weight != 0.0
+
+    def _kernel_start(self) -> np.ndarray | None:
+        """Kernels of unit output variance, as ``model.embed.start`` says."""
+        e = self.config.model.embed
+        if not e.kernels or e.start == "random":
+            return None
+        window, reach = self.config.data.window, self.model.reach
+        starts = self.gaps.spread(_FIT_WINDOWS, held_out=False)
+        if e.start == "primes":
+            h = kernels.prime_lines(-(-e.kernels // 2), e.knots, reach)[:, : e.kernels]
+        else:
+            rows = self.gaps.windows(starts, window)
+            horizons = min(e.kernels, window // 4)
+            height = self._height(rows["log_height"])
+            h = kernels.least_squares(rows["gaps"], height, e.knots, reach, horizons)
+            fill = np.random.default_rng(self.config.seed).normal(size=(e.knots, e.kernels))
+            h = np.concatenate([h, 0.05 * fill[:, horizons:]], axis=1)
+        rows = self.gaps.windows(starts[:: max(1, len(starts) // 512)], window)
+        past = rows["gaps"][:, None, ::-1] - 1
+        out = kernels.summarise(
+            jnp.asarray(past), jnp.asarray(h, jnp.float32),
+            jnp.asarray(self._height(rows["log_height"])), reach,
+        )  # fmt: skip
+        return (h / np.maximum(np.asarray(out).std((0, 1)), 1e-6)).astype(np.float32)
+
+    def _height(self, log_height: np.ndarray) -> np.ndarray:
+        return log_height if self.config.model.embed.height else np.full_like(log_height, 2 * np.pi)
+
+    def param_labels(self, params: PyTree) -> PyTree:
+        """``kernels``, ``memory`` (slots and their read-out), ``auxiliary``, ``model``."""
+
+        def label(path: Any, _: Any) -> str:
+            name = "/".join(str(getattr(p, "key", p)) for p in path)
+            if "auxiliary" in name:
+                return "auxiliary"
+            if "kernels" in name:
+                return "kernels"
+            return "memory" if "slot_" in name or "read_out" in name else "model"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def _terms(self, params, batch, key, train):
+        """Terms summed over seeds, and each seed's own last-position NLL."""
+        c = self.config
+        n = c.seeds
+        split = {k: batch[k].reshape(n, -1, *batch[k].shape[1:]) for k in ("gaps", "log_height")}
+
+        def one(params, gaps, height, key):
+            if train and c.clip_norm is not None:
+                # The trainer divides the sum of all seeds by their number.
+                params = losses.clip_gradient(params, c.clip_norm / n)
+            return losses.terms(
+                self.model, c, params, gaps, height, self._statistics, key, train
+            )
+
+        keys = jax.random.split(key, n)
+        found, aux = jax.vmap(one)(params, split["gaps"], split["log_height"], keys)
+        pooled = {k: Mean(m.sum.sum(), m.count.sum()) for k, m in found.items()}
+        logged = {k: Mean(m.sum.sum(), m.count.sum()) for k, m in aux.items()}
+        if n > 1:
+            logged |= {
+                f"nll_last.seed{i}": Mean(aux["nll_last"].sum[i], aux["nll_last"].count[i])
+                for i in range(n)
+            }
+        return pooled, logged
+
+    def loss_terms(self, variables, frozen, batch, rngs, train):
+        """Negative log-likelihood at every scored position, and the regularisers."""
+        terms, aux = self._terms(variables["params"], batch, rngs["sample"], train)
+        return terms, {}, aux
+
+    def train_data(self, phase: str, start_state: Any):
+        """Shuffled windows from every start of the training part."""
+        stream = recipe.train_stream(self.config, self.gaps)
+        if start_state is not None:
+            stream.set_state(start_state)
+        return stream
+
+    def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Windows, and gaps that are predicted."""
+        rows, length = batch["gaps"].shape
+        memory = self.config.model.memory
+        targets = memory.cuts if memory.kind == "postfix" else length - 1
+        return {"windows": rows, "targets": rows * targets}
+
+    def eval_data(self) -> dict[str, np.ndarray]:
+        """The windows of the evaluation while training, the same for every seed."""
+        starts = self.gaps.spread(self.config.eval.quick)
+        rows = self.gaps.windows(starts, self.config.data.window)
+        return {k: np.concatenate([v] * self.config.seeds) for k, v in rows.items()}
+
+    def _held_out_terms(self, params, batch):
+        terms, aux = self._terms(params, batch, jax.random.key(0), train=False)
+        return {k: m.value for k, m in {**terms, **aux}.items()}
+
+    def quick_eval(self, variables, frozen) -> dict[str, float]:
+        """Every term and the last-position NLL (nats) on held-out windows."""
+        found = self._quick(variables["params"], jax.tree.map(jnp.asarray, self.eval_data()))
+        return {k: float(v) for k, v in found.items()}
+
+    def evaluate(self, variables, frozen, progress=None):
+        """See `latent_jax.systems.spacing.evaluate.evaluate`."""
+        from latent_jax.systems.spacing.evaluate import evaluate
+
+        return evaluate(self, variables["params"], progress or (lambda *_: None))
+
+    def diagnose(self, variables, frozen, windows: int = 512) -> dict[str, Any]:
+        """See `latent_jax.systems.spacing.diagnose.diagnose`."""
+        from latent_jax.systems.spacing.diagnose import diagnose
+
+        return diagnose(self, variables["params"], windows)

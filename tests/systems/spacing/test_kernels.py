@@ -1,0 +1,60 @@
+"""Warped kernels: partition of unity, causality, scale with height, least squares."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax.systems.spacing import kernels
+
+
+def test_hats_sum_to_one_inside_their_reach():
+    at = jnp.linspace(0, 10, 57)
+    np.testing.assert_allclose(kernels.basis(at, 21, 10.0).sum(-1), 1, rtol=1e-5)
+    assert float(kernels.basis(jnp.asarray(11.0), 21, 10.0).sum()) == 0
+
+
+def test_lagged_by_hand():
+    got = kernels.lagged(jnp.asarray([[1.0, 2.0, 3.0]]), 2)
+    np.testing.assert_array_equal(got, [[[1, 0], [2, 1], [3, 2]]])
+
+
+def test_a_summary_is_a_weighted_sum_of_the_past():
+    rng = np.random.default_rng(0)
+    x, c = rng.normal(size=(2, 9)), rng.normal(size=(12, 3))
+    height = np.asarray([6.0, 9.0])
+    past = kernels.lagged(jnp.asarray(x), 9)
+    got = kernels.summarise(past, jnp.asarray(c), jnp.asarray(height), 10.0)
+    j = np.arange(1, 10)
+    for b in range(2):
+        h = np.asarray(kernels.basis(jnp.asarray(2 * np.pi * j / height[b]), 12, 10.0)) @ c
+        for t in range(9):
+            want = sum(h[k] * x[b, t - k] for k in range(t + 1))
+            np.testing.assert_allclose(got[b, t], want, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_physical_filter_serves_every_height():
+    c = jnp.asarray(kernels.prime_lines(1, 400, 40.0))
+    for height in (5.0, 10.0):
+        # One gap off at lag 10: the filter answers with its value at that physical distance.
+        past = jnp.zeros((1, 1, 20)).at[0, 0, 9].set(1.0)
+        got = kernels.summarise(past, c, jnp.asarray([height]), 40.0)[0, 0]
+        d = 2 * np.pi * 10 / height
+        want = np.cos(np.pi * d / 80) ** 2 * np.cos(np.log(2) * d)
+        assert float(got[0]) == pytest.approx(want, abs=5e-3)
+
+
+def test_least_squares_finds_the_autoregression():
+    rng = np.random.default_rng(0)
+    e, s = rng.normal(size=(16000, 60)) * 0.1, np.zeros((16000, 60))
+    for t in range(2, 60):
+        s[:, t] = 0.5 * s[:, t - 1] - 0.3 * s[:, t - 2] + e[:, t]
+    height = np.full(16000, 2 * np.pi)  # distance = lag
+    h = kernels.least_squares(1 + s[:, 40:], height, 20, 19.0, 1, ridge=1e-7)
+    at = np.asarray(kernels.basis(jnp.arange(1.0, 6.0), 20, 19.0)) @ h
+    np.testing.assert_allclose(at[:, 0], [0.5, -0.3, 0, 0, 0], atol=0.03)
+
+
+def test_prime_powers():
+    assert kernels.prime_powers(8).tolist() == [2, 3, 4, 5, 7, 8, 9, 11]

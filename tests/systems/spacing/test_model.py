@@ -1,0 +1,128 @@
+"""Who sees what: causality, the bottleneck, slots without identity, ablations."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax.core.config import parse
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.spacing import ablation
+from latent_jax.systems.spacing.config import SpacingModelConfig
+from latent_jax.systems.spacing.model import SpacingModel
+
+T, M = 24, 3
+
+
+def made(**memory):
+    tree = {
+        "layers": 2, "heads": 2, "width": 16, "ff": 32,
+        "embed": {"near": 4, "kernels": 4, "knots": 16}, "memory": {"slots": M, **memory},
+    }  # fmt: skip
+    config = parse(SpacingModelConfig, tree)
+    model = SpacingModel(config, reach=16.0)
+    key = jax.random.key(0)
+    gaps = 1 + 0.3 * jax.random.normal(key, (2, T))
+    height = jnp.asarray([10.0, 12.0])
+    init = jax.jit(model.init)
+    params = init({"params": key, "sample": key}, gaps, height)["params"]
+    # Every matrix moves, also those that start small.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    leaves = [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, leaves)
+
+    @jax.jit
+    def run(gaps, cuts=None, change=None, seed=0):
+        rngs = {"sample": jax.random.key(seed)}
+        return model.apply({"params": params}, gaps, height, cuts, change, rngs=rngs)
+
+    return config, run, gaps
+
+
+@pytest.fixture(scope="module")
+def postfix():
+    return made(kind="postfix")
+
+
+@pytest.mark.parametrize("kind", ["none", "prefix"])
+def test_a_prediction_never_sees_what_follows(kind):
+    _, run, gaps = made(kind=kind)
+    chex.assert_shape(run(gaps).raw, (2, T, 24))
+    changed = gaps.at[:, 15:].add(0.5)
+    before, after = run(gaps).raw, run(changed).raw
+    chex.assert_trees_all_close(before[:, :15], after[:, :15], atol=1e-5)
+    assert float(jnp.abs(before[:, 15:] - after[:, 15:]).min(0).max()) > 1e-3
+
+
+def test_postfix_slots_see_the_past_of_their_cut_only(postfix):
+    _, run, gaps = postfix
+    cuts = jnp.asarray([9, 20])
+    before = run(gaps, cuts)
+    chex.assert_shape(before.slots, (2, 2, M, 16))
+    after = run(gaps.at[:, 12].add(0.5), cuts)
+    chex.assert_trees_all_close(before.raw[:, 0], after.raw[:, 0], atol=1e-5)
+    assert float(jnp.abs(before.raw[:, 1] - after.raw[:, 1]).max()) > 1e-3
+
+
+def test_a_group_of_slots_does_not_see_the_others(postfix):
+    _, run, gaps = postfix
+    alone = run(gaps, jnp.asarray([20])).raw[:, 0]
+    together = run(gaps, jnp.asarray([5, 20])).raw[:, 1]
+    chex.assert_trees_all_close(alone, together, atol=1e-5)
+
+
+def test_nothing_passes_by_the_slots(postfix):
+    config, run, gaps = postfix
+    base = ablation.none(config)
+    emptied = ablation.overwrite(base, list(range(M)), jnp.zeros((M, 16)))
+    out = run(gaps, None, emptied).raw
+    other = run(gaps + 0.3, None, emptied).raw
+    chex.assert_trees_all_close(out, other, atol=1e-6)
+
+
+def test_an_ablation_that_changes_nothing(postfix):
+    config, run, gaps = postfix
+    unchanged = run(gaps, None, ablation.none(config)).raw
+    chex.assert_trees_all_close(run(gaps).raw, unchanged, atol=1e-6)
+
+
+def test_hidden_slots_are_not_read(postfix):
+    config, run, gaps = postfix
+    out = run(gaps, None, ablation.hide(ablation.none(config), [1]))
+    assert float(out.read_out[..., 1].max()) < 1e-6
+    np.testing.assert_allclose(out.read_out.sum(-1), 1, rtol=1e-5)
+
+
+def test_slots_without_identity_can_change_places():
+    config, run, gaps = made(kind="postfix", identity="anonymous")
+    base = ablation.none(config)
+    moved = ablation.exchange(base, np.random.default_rng(0), "content")
+    chex.assert_trees_all_close(
+        run(gaps, None, base).raw, run(gaps, None, moved).raw, atol=2e-5
+    )
+    out = run(gaps).slots[:, 0]
+    assert float(jnp.abs(out[:, 0] - out[:, 1]).max()) > 1e-2, "drawn contents break symmetry"
+
+
+def test_slots_with_identity_cannot(postfix):
+    config, run, gaps = postfix
+    moved = ablation.exchange(ablation.none(config), np.random.default_rng(0), "identity")
+    assert float(jnp.abs(run(gaps).raw - run(gaps, None, moved).raw).max()) > 1e-3
+
+
+def test_switches():
+    config, run, gaps = made(kind="postfix", norm_cap=0.5, block_norm=True)
+    assert float(jnp.linalg.norm(run(gaps).slots, axis=-1).max()) <= 0.5 + 1e-4
+    with pytest.raises(ConfigError, match="anonymous needs"):
+        parse(SpacingModelConfig, {"memory": {"kind": "prefix", "identity": "anonymous"}})
+    with pytest.raises(ConfigError, match="slots=0"):
+        parse(SpacingModelConfig, {"memory": {"kind": "postfix", "slots": 0}})
+    with pytest.raises(ConfigError, match="all alike"):
+        memory = {"kind": "postfix", "identity": "off", "content": "zeroed"}
+        parse(SpacingModelConfig, {"memory": memory})
+    with pytest.raises(ConfigError, match="must divide"):
+        parse(SpacingModelConfig, {"width": 30, "heads": 4})

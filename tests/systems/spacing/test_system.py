@@ -1,0 +1,107 @@
+"""Spacing through the shared trainer: learns, resumes nothing odd, evaluates, diagnoses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import latent_jax
+from latent_jax import run as runs
+from latent_jax.core.errors import ConfigError, DataError
+
+TINY = {
+    "system": "spacing", "name": "t",
+    "data": {"source": "ar:count=6000,seed=0", "window": 24},
+    "model": {
+        "layers": 1, "heads": 2, "width": 16, "ff": 32,
+        "embed": {"near": 6, "kernels": 4, "knots": 24},
+    },
+    "train": {
+        "steps": 60, "batch_size": 32, "eval_every": 30, "log_every": 10,
+        "log": {"tensorboard": False},
+        "optimizer": {"lr": 0.01, "warmup_steps": 5, "clip_norm": None},
+    },
+    "eval": {"windows": 256, "quick": 64, "floors": False, "rollouts": 4, "horizon": 12},
+}  # fmt: skip
+# Gaussian innovations of standard deviation 0.2: no predictor can be better than this.
+OPTIMUM = 0.5 * np.log(2 * np.pi * np.e * 0.04)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    out = tmp_path_factory.mktemp("spacing") / "run"
+    return latent_jax.run(TINY, out=str(out), seeds=2)
+
+
+def test_it_reaches_the_known_optimum(done):
+    # The data's own autoregression is the best there is; the model has to be near it from above.
+    assert OPTIMUM - 0.05 < done["nll.last"] < OPTIMUM + 0.08
+    assert done["nll.last"] == pytest.approx(np.mean([done[f"nll.last.seed{i}"] for i in (0, 1)]))
+    assert abs(done["nll.last"] - done["baseline.ar8.nll"]) < 0.08
+    assert done["nll.position_averaged"] < 0.2
+    assert 0 < done["rollout.error.h10"] < 2
+    assert "baseline.warped_ar8.nll" not in done, "there are no heights"
+
+
+def test_seeds_differ(done):
+    params = runs.load(done.out)[1]["params"]
+    kernel = params["model"]["head"]["kernel"]
+    assert kernel.shape[0] == 2
+    assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 1e-3
+
+
+def test_seeds_do_not_touch_each_other():
+    system = runs.system_class("spacing")(runs.resolve(TINY | {"seeds": 2}))
+    batch = {k: jnp.asarray(v) for k, v in next(iter(system.train_data("main", None))).items()}
+    variables = system.init({"params": jax.random.key(0)}, batch)
+
+    def loss(params, batch):
+        terms, _, _ = system.loss_terms(
+            {"params": params}, {}, batch, {"sample": jax.random.key(0)}, True
+        )
+        return terms["nll"].sum
+
+    gradient = jax.jit(jax.grad(loss))
+    before = gradient(variables["params"], batch)
+    half = batch["gaps"].shape[0] // 2
+    other = gradient(variables["params"], batch | {"gaps": batch["gaps"].at[half:].add(0.5)})
+    first = [np.asarray(x[0]) for x in jax.tree.leaves(before)]
+    again = [np.asarray(x[0]) for x in jax.tree.leaves(other)]
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert any(
+        not np.allclose(x[1], y[1])
+        for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(other), strict=True)
+    )
+
+
+def test_diagnosis_without_slots(done):
+    system, variables = runs.load(done.out)
+    found = system.diagnose(variables, {})
+    assert found["findings"] == ["no slots: only the likelihood by height is diagnosed"]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "postfix"])
+def test_diagnosis_of_slots(kind, tmp_path):
+    memory = {"kind": kind, "slots": 3, "cuts": 4}
+    tree = {**TINY, "model": {**TINY["model"], "memory": memory}}
+    tree["train"] = {**TINY["train"], "steps": 2, "eval_every": 0}
+    config = runs.resolve(tree, {"out": str(tmp_path / "run")})
+    system, state, _ = runs.train(config)
+    found = system.diagnose(state.variables, {}, windows=64)
+    deltas = [found[f"slots.ablation_delta.{i}"] for i in range(3)]
+    assert np.isfinite(deltas).all()
+    assert 0 < found["slots.gradient_rank_ratio"] <= 1
+    assert found["findings"]
+    assert ("slots.read_out" in found) == (kind == "postfix")
+
+
+def test_bad_input():
+    with pytest.raises(ConfigError, match="seeds=3 must divide"):
+        runs.resolve(TINY | {"seeds": 3})
+    with pytest.raises(ConfigError, match="near=6"):
+        runs.resolve(TINY, {"data.window": 6})
+    with pytest.raises(DataError, match="source 'nowhere'"):
+        runs.system_class("spacing")(runs.resolve(TINY, {"data.source": "nowhere"}))
