@@ -52,6 +52,13 @@ register(
 )
 
 
+register(
+    "mdn",
+    "latent_jax.bench.mdn",
+    "training step of the spacing transformer against a torch twin on the CPU",
+)
+
+
 def names() -> list[str]:
     """Names of all benchmarks."""
     return sorted(BENCHES)

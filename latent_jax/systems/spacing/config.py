@@ -141,6 +141,16 @@ class SpacingDataConfig:
         default="tail", help="hold out the greatest heights, or whole blocks of all heights"
     )
     held_out: float = field(default=0.1, gt=0, lt=1, help="share held out")
+    recent: int | None = field(
+        default=None,
+        ge=2,
+        help="train on the last so many windows only, whose heights are nearest to a held-out tail",
+    )
+
+    def validate(self) -> None:
+        """Refuses to choose the nearest heights where all heights are held out."""
+        if self.recent is not None and self.split != "tail":
+            raise ConfigError("data.recent needs data.split=tail")
 
 
 @dataclass(frozen=True)

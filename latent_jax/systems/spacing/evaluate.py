@@ -8,15 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from latent_jax.core.errors import DataError
 from latent_jax.core.types import PyTree
 from latent_jax.ops.bootstrap import difference_interval, mean_interval
 from latent_jax.systems.spacing import autoregression, limits, predict, rollout, scores
 from latent_jax.systems.spacing.predict import Predicted
 from latent_jax.systems.spacing.recipe import Gaps
 
-# Linear baselines: gaps looked at, as far as the window reaches.
-_ORDERS = (8, 32, 128, 255)
 _CONTEXTS = (0, 1, 2, 4, 8, 16, 32)
 _FLOOR_TARGETS = 512
 
@@ -98,26 +95,14 @@ def random_matrix(
 
 
 def baselines(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:
-    """Stationary and height-warped autoregressions, fitted on the training part."""
-    target = starts + window - 1
-    truth = gaps.source.values[target]
-    ranges = gaps.split.train
+    """Autoregressions and Gaudin's law, fitted on the training part, on the same last positions."""
+    at, found = autoregression.baseline_scores(gaps.source, gaps.split, window)
+    picked = np.searchsorted(at, starts + window - 1)
     metrics: dict[str, Any] = {}
-    orders = sorted({min(k, window - 1) for k in _ORDERS})
-    fits: dict[str, Any] = {
-        f"ar{k}": autoregression.fit_linear(gaps.source, ranges, k, window) for k in orders
-    }
-    if gaps.source.log_height.min() > 0:
-        for k in [k for k in orders if k >= 32]:
-            try:
-                fits[f"warped_ar{k}"] = autoregression.fit_warped(gaps.source, ranges, k, window)
-            except DataError:
-                continue  # fewer targets than coefficients: there is no such baseline here
-    for name, fit in fits.items():
-        got = autoregression.score(fit.predict(gaps.source, target), truth)
-        metrics[f"baseline.{name}.nll"] = float(got.nll.mean())
-        metrics[f"baseline.{name}.crps"] = float(got.crps.mean())
-        metrics[f"baseline.{name}.rmse"] = float(np.sqrt(got.squared_error.mean()))
+    for name, got in found.items():
+        metrics[f"baseline.{name}.nll"] = float(got.nll[picked].mean())
+        metrics[f"baseline.{name}.crps"] = float(got.crps[picked].mean())
+        metrics[f"baseline.{name}.rmse"] = float(np.sqrt(got.squared_error[picked].mean()))
     return metrics
 
 

@@ -82,6 +82,8 @@ def load(config: SpacingDataConfig) -> Gaps:
         name: window_starts(ranges, config.window, run=found.run)
         for name, ranges in (("train", split.train), ("validation", split.validation))
     }
+    if config.recent is not None:
+        starts["train"] = starts["train"][-config.recent :]
     check_disjoint(starts["train"], starts["validation"], config.window)
     height = np.where(found.log_height > 0, found.log_height, 2 * np.pi)
     if not np.isfinite(height).all():

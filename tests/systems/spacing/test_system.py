@@ -42,7 +42,7 @@ def test_it_reaches_the_known_optimum(done):
     assert abs(done["nll.last"] - done["baseline.ar8.nll"]) < 0.08
     assert done["nll.position_averaged"] < 0.2
     assert 0 < done["rollout.error.h10"] < 2
-    assert "baseline.warped_ar8.nll" not in done, "there are no heights"
+    assert not [k for k in done if "warped" in k], "there are no heights"
 
 
 def test_seeds_differ(done):
