@@ -24,8 +24,11 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from numpy.polynomial import chebyshev, legendre
+
+from latent_jax.core.errors import DataError
+from latent_jax.systems.spacing.predictions import Scores
 
 SPAN = 5.0  # the next gap is looked for in [0, SPAN]; beyond lies less than 1e-8 on average
 _DEGREE = 47  # of the Chebyshev series of the survival function
@@ -228,6 +231,34 @@ def conditional(past: Float64[np.ndarray, "b k"]) -> Conditional:
         inner = inner @ spread.transpose(0, 2, 1)
         survival[part] = np.linalg.det(one - inner)
     return Conditional(fit @ survival.T)
+
+
+def floor_scores(
+    values: Float64[np.ndarray, " n"], at: Int64[np.ndarray, " m"], k: int
+) -> tuple[Scores, Float64[np.ndarray, " m"]]:
+    """Scores of the exact law on given targets, to be paired with a model's on the same ones.
+
+    Args:
+      values: normalised gaps; of a random matrix, or the law is not theirs.
+      at: the targets' positions; the ``k`` gaps before each must be of its own run.
+      k: gaps of history; 0 is Gaudin's law.
+
+    Returns:
+      Scores of each target, and the entropy of each target's law: the same expectation as its NLL,
+      with a seventh of the standard deviation.
+
+    Raises:
+      DataError: a target without ``k`` gaps before it.
+    """
+    if k < 0 or (len(at) and not k <= at.min() <= at.max() < len(values)):
+        raise DataError(
+            f"floor: targets must lie in [{k}, {len(values)}) for k={k} gaps of history"
+        )
+    past = np.lib.stride_tricks.sliding_window_view(values, k)[at - k] if k else np.empty((1, 0))
+    law, observed = conditional(past), values[at]
+    error = (observed - law.mean()) ** 2
+    scores = Scores(law.nll(observed), error, law.crps(observed), law.cdf(observed))
+    return scores, np.broadcast_to(law.entropy(), observed.shape)
 
 
 def gaudin_density(s: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:

@@ -1,4 +1,4 @@
-"""Gaussian predictions of single gaps and their scores, in float64."""
+"""Gaussian predictions of single gaps, and the scores of any prediction, in float64."""
 
 from __future__ import annotations
 

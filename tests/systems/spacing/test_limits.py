@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.polynomial import legendre
 
+from latent_jax.core.errors import DataError
 from latent_jax.data import random_matrix
 from latent_jax.systems.spacing import limits
 
@@ -155,3 +156,20 @@ def test_the_sampler_draws_from_the_process():
     law = limits.conditional(np.array([[1.0, 0.4]] * 3))
     p = np.array([0.01, 0.5, 0.99])
     np.testing.assert_allclose(law.cdf(law.quantile(p)), p, atol=1e-9)
+
+
+def test_scores_of_the_floor_on_given_targets(gaps):
+    values, at = gaps.ravel(), np.array([5, 40, 90])
+    scores, entropy = limits.floor_scores(values, at, 4)
+    for i, n in enumerate(at):
+        law = limits.conditional(values[None, n - 4 : n])
+        assert scores.nll[i] == pytest.approx(law.nll(values[n : n + 1])[0])
+        assert scores.crps[i] == pytest.approx(law.crps(values[n : n + 1])[0])
+        assert scores.pit[i] == pytest.approx(law.cdf(values[n : n + 1])[0])
+        assert entropy[i] == pytest.approx(law.entropy()[0])
+    alone, same = limits.floor_scores(values, at, 0)
+    np.testing.assert_allclose(alone.nll, -np.log(limits.gaudin_density(values[at])))
+    assert same.shape == (3,) and same[0] == pytest.approx(FLOOR[0], abs=1e-4)
+    for bad in ([3], [len(values)]):
+        with pytest.raises(DataError, match="targets must lie in"):
+            limits.floor_scores(values, np.array(bad), 4)
