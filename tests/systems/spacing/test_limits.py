@@ -10,8 +10,6 @@ from latent_jax.core.errors import DataError
 from latent_jax.data import random_matrix
 from latent_jax.systems.spacing import limits
 
-# Floors of the specification; k = 0 is the entropy of Gaudin's law.
-FLOOR = {0: 0.5330, 1: 0.4816, 2: 0.4627, 4: 0.4471, 8: 0.4366, 16: 0.4301, 32: 0.4264}
 NOTHING = np.empty((1, 0))
 
 
@@ -67,15 +65,15 @@ def test_wigner_surmise_is_near_gaudin_and_has_its_closed_entropy():
 
 def test_floors_without_sampling():
     """k = 0, 1, 2 by quadrature over all histories: no standard error."""
-    assert limits.conditional(NOTHING).entropy()[0] == pytest.approx(FLOOR[0], abs=1e-4)
+    assert limits.conditional(NOTHING).entropy()[0] == pytest.approx(limits.FLOOR[0], abs=1e-4)
     s, w = nodes(24, 4.0)
     first = w * limits.gaudin_density(s)
-    assert first @ limits.conditional(s[:, None]).entropy() == pytest.approx(FLOOR[1], abs=6e-4)
+    assert first @ limits.conditional(s[:, None]).entropy() == pytest.approx(limits.FLOOR[1], abs=6e-4)
     a, b = (part.ravel() for part in np.meshgrid(s, s, indexing="ij"))
     pair = np.exp(limits.log_janossy(np.stack([a, b], axis=1))) * np.outer(w, w).ravel()
     assert pair.sum() == pytest.approx(1, abs=1e-4)
     law = limits.conditional(np.stack([a, b], axis=1))
-    assert pair @ law.entropy() == pytest.approx(FLOOR[2], abs=6e-4)
+    assert pair @ law.entropy() == pytest.approx(limits.FLOOR[2], abs=6e-4)
     # the marginal of the second gap is the first's law again
     np.testing.assert_allclose(pair.reshape(24, 24).sum(axis=0), first, atol=1e-5)
 
@@ -100,7 +98,7 @@ def test_floors_of_the_specification(gaps, k):
     entropy = limits.conditional(data[:, :k]).entropy()
     error = entropy.std() / np.sqrt(len(entropy))
     assert error < 0.008
-    assert abs(entropy.mean() - FLOOR[k]) < 4 * error
+    assert abs(entropy.mean() - limits.FLOOR[k]) < 4 * error
 
 
 @pytest.mark.slow
@@ -111,7 +109,7 @@ def test_floors_of_the_specification_closely(k):
     law = limits.conditional(data[:, :k])
     entropy = law.entropy().reshape(60, -1).mean(axis=1)  # histories of a matrix overlap
     error = entropy.std() / np.sqrt(60)
-    assert error < 0.003 and abs(entropy.mean() - FLOOR[k]) < 4 * error
+    assert error < 0.003 and abs(entropy.mean() - limits.FLOOR[k]) < 4 * error
     if k == 32:
         assert law.expected_crps().mean() == pytest.approx(0.219, abs=0.008)
         assert law.crps(data[:, k]).mean() == pytest.approx(0.219, abs=0.008)
@@ -169,7 +167,7 @@ def test_scores_of_the_floor_on_given_targets(gaps):
         assert entropy[i] == pytest.approx(law.entropy()[0])
     alone, same = limits.floor_scores(values, at, 0)
     np.testing.assert_allclose(alone.nll, -np.log(limits.gaudin_density(values[at])))
-    assert same.shape == (3,) and same[0] == pytest.approx(FLOOR[0], abs=1e-4)
+    assert same.shape == (3,) and same[0] == pytest.approx(limits.FLOOR[0], abs=1e-4)
     for bad in ([3], [len(values)]):
         with pytest.raises(DataError, match="targets must lie in"):
             limits.floor_scores(values, np.array(bad), 4)
