@@ -22,11 +22,12 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load": "latent_jax.backbones",
     "LatentWire": "latent_jax.systems.latentwire",
+    "ResidualVQ": "latent_jax.nn.residual_vq",
 }
 # Modules that are called like the function of the same name that they define.
 _CALLABLE = ("run",)
 
-__all__ = ["LatentWire", "__version__", "load", "run"]
+__all__ = ["LatentWire", "ResidualVQ", "__version__", "load", "run"]
 
 
 class _CallableModule(types.ModuleType):
