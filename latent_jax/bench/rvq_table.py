@@ -66,7 +66,7 @@ def train(
 @functools.partial(jax.jit, static_argnums=(0,))
 def _figures(module: ResidualVQ, variables: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     metrics = module.apply(variables, x).metrics
-    return metrics["error"], metrics["perplexity"]
+    return metrics["error"].value, metrics["perplexity"]
 
 
 def evaluate(

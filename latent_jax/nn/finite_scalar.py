@@ -73,9 +73,10 @@ class FSQ(_Projected):
     stages: int = 1
 
     def setup(self) -> None:
-        if len(self.levels) < 1 or min(self.levels) < 2 or math.prod(self.levels) >= 2**31:
+        if len(self.levels) < 1 or min(self.levels) < 3 or math.prod(self.levels) >= 2**31:
             raise ConfigError(
-                f"FSQ: levels={self.levels} must be at least 2 each, with a product below 2^31"
+                f"FSQ: levels={self.levels} must be at least 3 each (LFQ has 2), with a product "
+                "below 2^31"
             )
         self._project(len(self.levels))
 

@@ -90,8 +90,9 @@ def metrics(
       ``usage`` (histogram; add those of several batches and give them to `vq_metrics.usage`),
       ``perplexity``, ``entropy_ratio``, ``dead`` (share of codes nothing chose), ``stale`` (share
       unchosen for ``reset.stale`` steps), ``resets`` (so far), ``commitment`` and ``error`` (mean
-      squared error of a stage's codes; and after it) per digit; ``quantisation_error`` as a
-      `Mean`; ``joint_perplexity`` of whole rows and ``perplexity_product`` of the digits.
+      squared error of a stage's codes, and what is left after it, as `Mean`s) per digit; then
+      ``quantisation_error`` of the whole as a `Mean`, ``joint_perplexity`` of whole rows of digits
+      and ``perplexity_product`` of the digits taken one by one.
     """
     groups, stages = found.error.shape
     width = found.gap.shape[-1]
@@ -99,7 +100,7 @@ def metrics(
     count = vq_metrics.histogram(indices, every.shape[1])
     figures = vq_metrics.usage(count, every)
     rows = keep.sum().astype(jnp.float32)
-    per_value = jnp.maximum(rows, 1.0) * width
+    values = rows * width
     stale = (state.stale >= config.reset.stale) & jnp.asarray(live)
     stale = stale.sum(-1) / jnp.asarray(live).sum(-1)
 
@@ -111,9 +112,9 @@ def metrics(
         {
             **figures,
             "usage": count,
-            "commitment": found.error.reshape(-1) / per_value,
-            "error": found.distortion.reshape(-1) / per_value,
-            "quantisation_error": Mean(left, rows * width * groups),
+            "commitment": Mean(found.error.reshape(-1), values),
+            "error": Mean(found.distortion.reshape(-1), values),
+            "quantisation_error": Mean(left, values * groups),
             "stale": spread(stale),
             "resets": spread(state.resets),
             "joint_perplexity": vq_metrics.joint_perplexity(indices),

@@ -33,7 +33,9 @@ def _prefixes(module: ResidualVQ, keys: Any) -> list[list[str]]:
 
 
 def _template(module: ResidualVQ) -> Any:
-    return module.init(jax.random.key(0), jnp.zeros((1, module.dim)))
+    """Zeros in the shape of the module's variables, without compiling its initialisers."""
+    abstract = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, module.dim)))
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract)
 
 
 def _no_grouped_projection(module: ResidualVQ) -> None:
@@ -66,7 +68,7 @@ def import_state(module: ResidualVQ, state: Mapping[str, Any]) -> dict[str, Any]
             raise CheckpointError(f"state dict: {name!r} has shape {value.shape}, expected {shape}")
         return value
 
-    variables = jax.tree.map(np.array, _template(module))
+    variables = _template(module)
     book = dict(variables["codebook"])
     gradient = module.config.learn == "gradient"
     params = dict(variables.get("params", {}))

@@ -38,7 +38,8 @@ def fsq(
 
     Args:
       x: any real numbers, one dimension per entry of ``levels``.
-      levels: values per dimension, at least 2.
+      levels: values per dimension, at least 3: the shift for even levels puts the border between
+        two values at -3.8.
       stages: every stage after the first splits the cell of the one before evenly into
         ``levels`` parts per dimension.
 

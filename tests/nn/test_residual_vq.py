@@ -156,7 +156,7 @@ def test_codes_from_data_one_stage_per_step(init):
         out, variables = call(module, variables, X)
         np.testing.assert_array_equal(variables["codebook"]["ready"], [np.arange(3) <= t])
         assert (out.indices[:, : t + 1] >= 0).all() and (out.indices[:, t + 1 :] == -1).all()
-        error.append(float(out.metrics["error"][-1]))
+        error.append(float(out.metrics["error"].value[-1]))
     assert error[0] > 1.5 * error[1] > 1.5 * error[2]
     assert (out.metrics["dead"] == 0).all()
 

@@ -22,6 +22,12 @@ CODE = (RNG.normal(size=(S, K, D)) * [[[1.0]], [[0.5]], [[0.25]]]).astype(np.flo
 KEEP = np.arange(N) < 20
 
 
+JOINT = jax.jit(vq_metrics.joint_perplexity)
+RUN = jax.jit(rvq.run, static_argnames=("cosine", "chunk", "collect", "matmul"))
+BEAM = jax.jit(rvq_search.beam, static_argnums=3, static_argnames=("chunk",))
+DECODE = jax.jit(rvq.decode)
+
+
 def stages(code=CODE, ready=True):
     norm = jnp.sum(jnp.asarray(code) ** 2, -1)
     return rvq.Stages(jnp.asarray(code), vq.bias_of(norm), jnp.full(len(code), ready))
@@ -41,12 +47,12 @@ def test_one_pass_against_a_loop_with_padding_and_depth():
     depth = np.where(KEEP, RNG.integers(1, S + 1, N), 0)
     padded = np.where(KEEP[:, None], X, 0.0)
     rows = jnp.asarray([[0, 1]] * S)
-    found = rvq.run(padded, stages(), KEEP, depth=jnp.asarray(depth), rows=rows)
+    found = RUN(padded, stages(), KEEP, depth=jnp.asarray(depth), rows=rows)
     indices, quantised = loop(padded, CODE, depth)
     np.testing.assert_array_equal(found.indices, indices)
     np.testing.assert_allclose(found.quantised, quantised, atol=1e-6)
     np.testing.assert_allclose(found.gap, padded - quantised, atol=1e-6)
-    np.testing.assert_array_equal(rvq.decode(found.indices, stages().code), found.quantised)
+    np.testing.assert_array_equal(DECODE(found.indices, stages().code), found.quantised)
     for s in range(S):
         before = padded - loop(padded, CODE[:s], np.minimum(depth, s))[1]
         np.testing.assert_allclose(found.candidates[s], before[:2], atol=1e-6)
@@ -62,7 +68,7 @@ def test_one_pass_against_a_loop_with_padding_and_depth():
 
 def test_stages_that_are_not_ready_are_skipped():
     table = stages()._replace(ready=jnp.asarray([True, False, False]))
-    found = rvq.run(X, table, jnp.ones(N, bool))
+    found = RUN(X, table, jnp.ones(N, bool))
     assert (found.indices[:, 1:] == -1).all() and (found.indices[:, 0] >= 0).all()
     np.testing.assert_array_equal(found.quantised, CODE[0][found.indices[:, 0]])
 
@@ -74,7 +80,7 @@ def test_pull_is_the_gradient_of_the_commitment(cosine):
         jnp.asarray(code), vq.bias_of(jnp.sum(code**2, -1), None, cosine), jnp.ones(S, bool)
     )
     weights = jnp.asarray([1.0, 0.5, 2.0])
-    found = rvq.run(X, table, jnp.ones(N, bool), cosine=cosine, weights=weights)
+    found = RUN(X, table, jnp.ones(N, bool), cosine=cosine, weights=weights)
 
     def commitment(x):  # written out, with the indices as they are and the codes constant
         total, passed = 0.0, jnp.zeros_like(x)
@@ -87,7 +93,7 @@ def test_pull_is_the_gradient_of_the_commitment(cosine):
         return total
 
     np.testing.assert_allclose((weights * found.error).sum(), commitment(X), rtol=1e-5)
-    np.testing.assert_allclose(found.pull, jax.grad(commitment)(X), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found.pull, jax.jit(jax.grad(commitment))(X), rtol=1e-3, atol=1e-4)
     attached = jax.grad(lambda x: vq_losses.attach(found.error.sum(), x, found.pull))(X)
     np.testing.assert_array_equal(attached, found.pull)
 
@@ -95,7 +101,7 @@ def test_pull_is_the_gradient_of_the_commitment(cosine):
 def test_soft_codes_are_blended_by_their_weight():
     soft = rvq.Soft(jnp.float32(0.25), jnp.float32(1.0))
     one = stages(CODE[:1])
-    found = rvq.run(X, one, jnp.ones(N, bool), soft=soft, key=jax.random.key(3))
+    found = RUN(X, one, jnp.ones(N, bool), soft=soft, key=jax.random.key(3))
     hard = CODE[0][np.asarray(found.indices[:, 0])]
     drawn = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 1)
     mixed = vq.soft_codes(X, one.code[0], one.bias[0], 1.0, drawn)
@@ -107,28 +113,28 @@ def test_the_widest_beam_is_exhaustive_and_no_beam_is_worse_than_greedy():
     sums = {(a, b): CODE[0, a] + CODE[1, b] for a, b in itertools.product(range(K), repeat=2)}
     table = np.stack(list(sums.values()))
     best = ((X[:, None] - table) ** 2).sum(-1).argmin(-1)
-    found = rvq_search.beam(X, two, KEEP, K)
+    found = BEAM(X, two, KEEP, K)
     np.testing.assert_array_equal(found[:20], np.asarray(list(sums))[best][:20])
     assert (found[20:] == -1).all()
-    greedy = rvq.run(X, stages(), jnp.ones(N, bool))
+    greedy = RUN(X, stages(), jnp.ones(N, bool))
     np.testing.assert_array_equal(
-        rvq_search.beam(X, stages(), jnp.ones(N, bool), 1), greedy.indices
+        BEAM(X, stages(), jnp.ones(N, bool), 1), greedy.indices
     )
-    wide = rvq_search.beam(X, stages(), jnp.ones(N, bool), 3, chunk=2)
-    error = lambda i: np.sum((X - rvq.decode(i, stages().code)) ** 2, -1)  # noqa: E731
+    wide = BEAM(X, stages(), jnp.ones(N, bool), 3, chunk=2)
+    error = lambda i: np.sum((X - DECODE(i, stages().code)) ** 2, -1)  # noqa: E731
     assert error(wide).mean() < error(greedy.indices).mean()
-    given = rvq.run(X, stages(), jnp.ones(N, bool), given=wide)
+    given = RUN(X, stages(), jnp.ones(N, bool), given=wide)
     np.testing.assert_array_equal(given.indices, wide)
 
 
 def test_joint_statistics_lower_the_final_error():
-    found = rvq.run(X, stages(), jnp.ones(N, bool))
+    found = RUN(X, stages(), jnp.ones(N, bool))
     total = rvq.joint_statistics(found, stages().code)
     before = float((found.gap**2).sum())
     for s in range(S):  # one stage to its joint mean, the others fixed
         mean = total[s] / jnp.maximum(found.count[s], 1)[:, None]
         code = jnp.asarray(CODE).at[s].set(jnp.where(found.count[s][:, None] > 0, mean, CODE[s]))
-        assert float(((X - rvq.decode(found.indices, code)) ** 2).sum()) < before
+        assert float(((X - DECODE(found.indices, code)) ** 2).sum()) < before
 
 
 def test_depth_costs_no_program():
@@ -148,11 +154,12 @@ def test_usage_entropy_and_orthogonality_by_hand():
     table = rvq.Stages(code, vq.bias_of(jnp.ones((1, 2))), jnp.ones(1, bool))
     x = jnp.asarray([[0.0, 1.0], [0.0, 2.0], [9.0, 9.0]])
     index = jnp.asarray([[0], [1], [-1]])
-    entropy, rows = vq_losses.usage_entropy(x, table, index, 1.0)
+    measure = jax.jit(vq_losses.usage_entropy)
+    entropy, rows = measure(x, table, index, 1.0)
     np.testing.assert_allclose(entropy, [np.log(2)], rtol=1e-6)
     assert rows == 2
     skew = x.at[:, 0].add(0.5)
-    grad = jax.grad(lambda x: vq_losses.usage_entropy(x, table, index, 1.0)[0][0])(skew)
+    grad = jax.grad(lambda x: measure(x, table, index, 1.0)[0][0])(skew)
     assert (grad[:2, 0] < 0).all() and (grad[2] == 0).all()  # back towards balance
     live = jnp.ones((1, 2), bool)
     np.testing.assert_allclose(vq_losses.orthogonality(code, live), [0.5], atol=1e-6)
@@ -164,15 +171,15 @@ def test_usage_entropy_and_orthogonality_by_hand():
 
 def test_metrics_by_hand():
     indices = jnp.asarray([[0, 1], [0, 2], [1, 1], [1, 2], [-1, -1]])
-    count = vq_metrics.histogram(indices, 4)
+    count = jax.jit(vq_metrics.histogram, static_argnums=1)(indices, 4)
     np.testing.assert_array_equal(count, [[2, 2, 0, 0], [0, 2, 2, 0]])
-    figures = vq_metrics.usage(count)
+    figures = jax.jit(vq_metrics.usage)(count)
     np.testing.assert_allclose(figures["perplexity"], [2, 2], rtol=1e-6)
     np.testing.assert_allclose(figures["entropy_ratio"], [0.5, 0.5], rtol=1e-6)
     np.testing.assert_allclose(figures["dead"], [0.5, 0.5])
-    np.testing.assert_allclose(vq_metrics.joint_perplexity(indices), 4, rtol=1e-5)
+    np.testing.assert_allclose(JOINT(indices), 4, rtol=1e-5)
     same = jnp.asarray([[0, 1], [0, 1], [2, 3], [2, 3]])
-    np.testing.assert_allclose(vq_metrics.joint_perplexity(same), 2, rtol=1e-5)
+    np.testing.assert_allclose(JOINT(same), 2, rtol=1e-5)
 
 
 @settings(max_examples=10)
@@ -182,9 +189,6 @@ def test_joint_perplexity_counts_whole_rows(seed):
     share = np.unique(rows, axis=0, return_counts=True)[1] / 40
     expected = np.exp(-(share * np.log(share)).sum())
     np.testing.assert_allclose(JOINT(jnp.asarray(rows)), expected, rtol=1e-4)
-
-
-JOINT = jax.jit(vq_metrics.joint_perplexity)
 
 
 def test_digits_put_stage_0_last_and_round_trip():
