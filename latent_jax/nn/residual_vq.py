@@ -33,8 +33,9 @@ class ResidualVQ(nn.Module):
       ...     out = ResidualVQ(dim=4, codes=8, stages=2)(nn.Dense(4)(x), train=train)
       ...     return nn.Dense(x.shape[-1])(out.quantized), out.indices, out.loss
       >>> model, x = AutoEncoder(), jax.random.normal(jax.random.key(0), (32, 6))
-      >>> variables = model.init(jax.random.key(1), x)
-      >>> (y, indices, loss), moved = model.apply(variables, x, train=True, mutable=["codebook"])
+      >>> variables = jax.jit(model.init)(jax.random.key(1), x)
+      >>> step = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["codebook"]))
+      >>> (y, indices, loss), moved = step(variables, x)
       >>> y.shape, indices.shape
       ((32, 6), (32, 2))
 
