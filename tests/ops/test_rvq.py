@@ -87,7 +87,7 @@ def test_pull_is_the_gradient_of_the_commitment(cosine):
         for s in range(S):
             seen = x - passed
             seen = vq.unit(seen) if cosine else seen
-            used = code[s][found.indices[:, s]]
+            used = table.code[s][found.indices[:, s]]
             total += weights[s] * jnp.sum((seen - used) ** 2)
             passed = passed + used
         return total
