@@ -23,11 +23,12 @@ _PUBLIC = {
     "load": "latent_jax.backbones",
     "LatentWire": "latent_jax.systems.latentwire",
     "SpacingModel": "latent_jax.systems.spacing",
+    "ResidualVQ": "latent_jax.nn.residual_vq",
 }
 # Modules that are called like the function of the same name that they define.
 _CALLABLE = ("run",)
 
-__all__ = ["LatentWire", "SpacingModel", "__version__", "load", "run"]
+__all__ = ["LatentWire", "ResidualVQ", "SpacingModel", "__version__", "load", "run"]
 
 
 class _CallableModule(types.ModuleType):

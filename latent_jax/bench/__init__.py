@@ -50,6 +50,11 @@ register(
     "latent_jax.bench.backbone",
     "prefill and decode of a frozen LLM against transformers + torch on the CPU",
 )
+register(
+    "rvq",
+    "latent_jax.bench.rvq",
+    "residual VQ against vector-quantize-pytorch: time, memory, and distortion of N(0, I)",
+)
 
 
 register(
