@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ class Block(nn.Module):
       width: of the residual stream.
       heads: attention heads; they divide ``width``.
       ff: hidden width of the MLP.
+      attends: without it the block is its MLP alone, and positions do not mix.
       residual_scale: standard deviation of the two output projections relative to LeCun's, small in
         deep stacks so that every block starts near the identity.
 
@@ -28,6 +31,7 @@ class Block(nn.Module):
     heads: int
     ff: int
     residual_scale: float = 1.0
+    attends: bool = True
 
     @nn.compact
     def __call__(
@@ -45,9 +49,18 @@ class Block(nn.Module):
           mask: what each token may see.
           frequencies: radians per unit of position of each rotary plane, per head or shared.
         """
+        out = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "truncated_normal")
+        if self.attends:
+            x = x + self._attention(x, positions, mask, frequencies, out)
+        y = nn.LayerNorm(name="mlp_norm")(x)
+        y = jax.nn.gelu(nn.Dense(self.ff, name="up")(y))
+        return x + nn.Dense(self.width, kernel_init=out, name="down")(y)
+
+    def _attention(
+        self, x: Array, positions: Array, mask: Array, frequencies: Array, out: Any
+    ) -> Array:
         b, t, _ = x.shape
         d = self.width // self.heads
-        out = nn.initializers.variance_scaling(self.residual_scale**2, "fan_in", "truncated_normal")
         y = nn.LayerNorm(name="attention_norm")(x)
         qkv = nn.Dense(3 * self.width, use_bias=False, name="qkv")(y)
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * self.heads, d), 3, axis=2)
@@ -55,7 +68,4 @@ class Block(nn.Module):
         self.sow("intermediates", "q", q)
         self.sow("intermediates", "k", k)
         seen = attend(q, k, v, jnp.broadcast_to(mask, (b, t, t))).reshape(b, t, self.width)
-        x = x + nn.Dense(self.width, use_bias=False, kernel_init=out, name="out")(seen)
-        y = nn.LayerNorm(name="mlp_norm")(x)
-        y = jax.nn.gelu(nn.Dense(self.ff, name="up")(y))
-        return x + nn.Dense(self.width, kernel_init=out, name="down")(y)
+        return nn.Dense(self.width, use_bias=False, kernel_init=out, name="out")(seen)

@@ -108,6 +108,9 @@ class SpacingModelConfig:
     """Embedding, transformer, memory, mixture."""
 
     layers: int = field(default=6, ge=0, help="transformer blocks; 0: a mixture on the embedding")
+    attention_layers: int | None = field(
+        default=None, ge=0, help="how many of the blocks, the last ones, attend; none: all"
+    )
     heads: int = field(default=8, ge=1, help="attention heads")
     width: int = field(default=256, ge=2, help="residual stream")
     ff: int = field(default=1024, ge=1, help="hidden width of the MLPs")
@@ -122,8 +125,16 @@ class SpacingModelConfig:
             raise ConfigError(
                 f"model.heads={self.heads} must divide model.width={self.width} into even parts"
             )
-        if self.memory.kind == "postfix" and not self.layers:
-            raise ConfigError("model.memory.kind=postfix needs model.layers >= 1: slots read there")
+        attending = self.layers if self.attention_layers is None else self.attention_layers
+        if attending > self.layers:
+            raise ConfigError(
+                f"model.attention_layers={attending} is above model.layers={self.layers}"
+            )
+        if self.memory.kind != "none" and not attending:
+            raise ConfigError(
+                f"model.memory.kind={self.memory.kind} needs a block that attends: slots are read "
+                "and written there"
+            )
 
 
 @dataclass(frozen=True)

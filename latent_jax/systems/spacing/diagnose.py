@@ -227,7 +227,9 @@ def _attention(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict
     t, m = c.data.window - 1, c.model.memory.slots
     profiles = []
     for layer in range(c.model.layers):
-        block = seen["intermediates"][f"block_{layer}"]
+        block = seen["intermediates"].get(f"block_{layer}")
+        if block is None:
+            continue  # it does not attend
         q, k = np.asarray(block["q"][0])[:, t:], np.asarray(block["k"][0])
         logits = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
         weight = np.exp(logits - logits.max(-1, keepdims=True))

@@ -193,8 +193,11 @@ class SpacingModel(nn.Module):
     def _blocks(self, x: Array, at: Array, mask: Array, first: int, slots: int | None) -> Array:
         c = self.config
         frequencies = jnp.asarray(self._frequencies())
+        attending = c.layers if c.attention_layers is None else c.attention_layers
         for layer in range(c.layers):
-            block = Block(c.width, c.heads, c.ff, (2 * c.layers) ** -0.5, name=f"block_{layer}")
+            attends = layer >= c.layers - attending
+            scale = (2 * c.layers) ** -0.5
+            block = Block(c.width, c.heads, c.ff, scale, attends, name=f"block_{layer}")
             x = block(x, at, mask, frequencies)
             if slots and c.memory.block_norm:
                 part = x[:, first : first + slots]

@@ -126,3 +126,18 @@ def test_switches():
         parse(SpacingModelConfig, {"memory": memory})
     with pytest.raises(ConfigError, match="must divide"):
         parse(SpacingModelConfig, {"width": 30, "heads": 4})
+
+
+def test_only_the_last_blocks_attend():
+    config = parse(SpacingModelConfig, {
+        "layers": 3, "attention_layers": 1, "heads": 2, "width": 8, "ff": 8,
+        "embed": {"near": 2, "kernels": 0},
+    })  # fmt: skip
+    shapes = jax.eval_shape(
+        SpacingModel(config).init, jax.random.key(0), jnp.ones((1, 5)), jnp.ones(1)
+    )["params"]
+    assert [f"block_{i}" for i in range(3) if "qkv" in shapes[f"block_{i}"]] == ["block_2"]
+    with pytest.raises(ConfigError, match="attention_layers=4"):
+        parse(SpacingModelConfig, {"layers": 3, "attention_layers": 4})
+    with pytest.raises(ConfigError, match="needs a block that attends"):
+        parse(SpacingModelConfig, {"attention_layers": 0, "memory": {"kind": "prefix"}})
