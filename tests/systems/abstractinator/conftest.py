@@ -11,21 +11,23 @@ _TINY = {
     "system": "abstractinator", "name": "t",
     "segments": {"rule": "space", "longest": 6, "budget": 8},
     "level": {
-        "width": 16, "heads": 2, "ff": 32, "compressor_layers": 1, "reach": 8, "queries": 2,
-        "row_width": 8, "expander_layers": 1, "lookback": 1, "codes": 16, "stages": 3,
+        "width": 16, "heads": 2, "ff": 32, "compressor_layers": 1, "reach": 8, "queries": 4,
+        "row_width": 16, "expander_layers": 1, "lookback": 1, "codes": 16, "stages": 3,
         "vq": {"reset": {"stale": 5}},
     },
     "top": {"layers": 1, "width": 16, "heads": 2, "ff": 32},
+    "byte_lm": {"layers": 1, "width": 16, "heads": 2, "ff": 32},
     "data": {"text": "pydoc", "window": 24},
     "train": {
-        "steps": 8, "batch_size": 8, "log_every": 4, "log": {"tensorboard": False},
-        "optimizer": {"lr": 0.003, "weight_decay": 0.1},
+        "steps": 240, "batch_size": 32, "log_every": 10, "log": {"tensorboard": False},
+        "optimizer": {"lr": 0.01, "warmup_steps": 10, "weight_decay": 0.01},
         "phases": [
-            {"name": "level0", "steps": 5, "data": "level0", "train": ["compressor", "expander"]},
-            {"name": "top", "steps": 0, "data": "top", "train": ["top"]},
+            {"name": "level0", "steps": 140, "data": "level0", "train": ["compressor", "expander"]},
+            {"name": "top", "steps": 50, "data": "top", "train": ["top"]},
+            {"name": "peer", "steps": 0, "data": "byte_lm", "train": ["byte_lm"]},
         ],
     },
-    "eval": {"windows": 8, "batch_size": 8, "quick": 8},
+    "eval": {"windows": 96, "batch_size": 32, "quick": 8},
 }  # fmt: skip
 
 
