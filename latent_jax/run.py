@@ -23,6 +23,7 @@ from latent_jax.report import record, write_report
 
 # Name in a config's `system:` → its class. `package.module:Class` names one of your own.
 SYSTEMS: dict[str, str] = {
+    "abstractinator": "latent_jax.systems.abstractinator.system:AbstractinatorSystem",
     "latentwire": "latent_jax.systems.latentwire.system:LatentWireSystem",
     "lm": "latent_jax.systems.lm.system:LMSystem",
     "spacing": "latent_jax.systems.spacing.system:SpacingSystem",

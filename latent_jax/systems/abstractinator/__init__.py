@@ -1,0 +1,1 @@
+"""Bytes to residual-VQ rows and back, and a language model over the rows."""

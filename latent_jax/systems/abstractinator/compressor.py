@@ -1,0 +1,49 @@
+"""Bytes to one vector per segment."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.systems.abstractinator import segment
+from latent_jax.systems.abstractinator.config import LevelConfig
+from latent_jax.systems.abstractinator.layers import QueryPool, Stack
+from latent_jax.systems.abstractinator.segment import Segments
+from latent_jax.systems.abstractinator.tokenizer import VOCAB
+
+
+def sliding_mask(valid: Bool[Array, "b t"], reach: int) -> Bool[Array, "b t t"]:
+    """Each byte sees itself and the valid ones among the ``reach - 1`` before it."""
+    at = jnp.arange(valid.shape[1])
+    behind = at[:, None] - at
+    return ((behind >= 0) & (behind < reach))[None] & valid[:, None, :]
+
+
+class Compressor(nn.Module):
+    """A causal sliding-window transformer, then attention pooling within each segment.
+
+    Attributes:
+      config: the level.
+      longest: most bytes of a segment.
+    """
+
+    config: LevelConfig
+    longest: int
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], found: Segments
+    ) -> Float[Array, "b s d"]:
+        """One vector per segment of the budget; those of missing segments mean nothing."""
+        c = self.config
+        x = nn.Embed(VOCAB, c.width, name="bytes")(ids)
+        # Known at each byte, since starts are causal; lets a query ask for the n-th byte.
+        x = x + nn.Embed(self.longest, c.width, name="place")(found.place)
+        mask = sliding_mask(valid, c.reach)
+        x = Stack(c.compressor_layers, c.width, c.heads, c.ff, name="stack")(x, mask)
+        laid, there = segment.grid(x, found, self.longest)
+        b, s = there.shape[:2]
+        laid = laid.reshape(b * s, self.longest, -1)
+        pool = QueryPool(c.queries, c.width, c.heads, c.row_width, name="pool")
+        return pool(laid, there.reshape(b * s, -1)).reshape(b, s, -1)

@@ -1,0 +1,199 @@
+"""Everything an abstractinator run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+from latent_jax.nn.vq_config import VQConfig
+from latent_jax.systems.abstractinator.segment import parse_rule
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import ScheduleConfig
+
+# What a phase's `data` may be, and the labels that it can train.
+TRAINS = {
+    "level0": ("compressor", "expander"),
+    "top": ("top",),
+    "joint": ("compressor", "expander", "top"),
+    "byte_lm": ("byte_lm",),
+}
+
+
+def _check_heads(where: str, width: int, heads: int) -> None:
+    if width % heads or width // heads % 2:
+        raise ConfigError(
+            f"{where}.heads={heads} must divide {where}.width={width} into even parts"
+        )
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """How windows of bytes are cut."""
+
+    rule: str = field(
+        default="fixed:6", help="fixed:N, or space: at the first byte after white space"
+    )
+    longest: int | None = field(
+        default=None, ge=1, help="most bytes of a segment (null: N of fixed, 16 of space)"
+    )
+    budget: int | None = field(
+        default=None, ge=1,
+        help="segments per window; bytes beyond are left out and counted (null: as many as fixed "
+        "makes; a third of the bytes of space)",
+    )
+
+    def validate(self) -> None:
+        """Refuses unknown rules."""
+        parse_rule(self.rule)
+
+    @property
+    def most(self) -> int:
+        """Most bytes of a segment."""
+        return self.longest or parse_rule(self.rule) or 16
+
+    def segments(self, window: int) -> int:
+        """Segments kept per window."""
+        size = parse_rule(self.rule)
+        if self.budget is not None:
+            return self.budget
+        if size is None:
+            return max(1, -(-window // 3))
+        pieces = -(-size // min(size, self.most))  # a shorter limit cuts each in pieces
+        return -(-window // size) * pieces
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """Compressor, quantiser and expander of a level."""
+
+    width: int = field(default=128, ge=2, help="residual stream")
+    heads: int = field(default=4, ge=1, help="attention heads")
+    ff: int = field(default=512, ge=1, help="hidden width of the MLPs")
+    compressor_layers: int = field(default=2, ge=0, help="blocks over the bytes")
+    reach: int = field(default=32, ge=1, help="bytes that a block of the compressor looks back")
+    queries: int = field(default=4, ge=1, help="learned queries that pool a segment")
+    row_width: int = field(default=64, ge=1, help="numbers in a row")
+    expander_layers: int = field(default=2, ge=1, help="blocks over a segment's bytes")
+    lookback: int = field(default=2, ge=0, help="earlier rows that the expander reads")
+    codes: int = field(default=256, ge=2, help="codes per stage")
+    stages: int = field(default=4, ge=1, help="digits of a row")
+    vq: VQConfig = field(default_factory=VQConfig, help="how codebooks are searched and learned")
+
+    def validate(self) -> None:
+        """Refuses what the level cannot be, or does not carry through to the expander."""
+        _check_heads("level", self.width, self.heads)
+        if self.vq.learn != "ema" or self.vq.groups != 1:
+            raise ConfigError("level.vq: a level needs learn=ema and groups=1")
+        if self.vq.bypass.used or self.vq.soft.used:
+            raise ConfigError(
+                "level.vq: bypass and soft are not for a level, whose expander reads in training "
+                "the quantised rows that it reads in generation"
+            )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Size of a plain transformer."""
+
+    layers: int = field(default=2, ge=0, help="blocks")
+    width: int = field(default=128, ge=2, help="residual stream")
+    heads: int = field(default=4, ge=1, help="attention heads")
+    ff: int = field(default=512, ge=1, help="hidden width of the MLPs")
+
+    def validate(self) -> None:
+        """Refuses heads that do not divide the width, or cannot be rotated."""
+        _check_heads("transformer", self.width, self.heads)
+
+
+@dataclass(frozen=True)
+class AbstractDataConfig:
+    """Which text, in which windows."""
+
+    root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
+    text: str = field(default="pydoc", help="a source of text or a path")
+    window: int = field(default=96, ge=2, help="bytes of a window")
+    stride: int | None = field(
+        default=None, ge=1, help="bytes between starts of training windows (null: half a window)"
+    )
+
+
+@dataclass(frozen=True)
+class AbstractLossConfig:
+    """Weights of the loss terms, each a number or a schedule of the step."""
+
+    reconstruct: float | ScheduleConfig = field(
+        default=1.0, help="bytes given rows (nats per byte or end of segment)"
+    )
+    commit: float | ScheduleConfig = field(
+        default=0.25, help="squared distance of vectors to their codes, all stages"
+    )
+    entropy: float | ScheduleConfig = field(
+        default=0.0, help="minus the codes' soft usage entropy (needs level.vq.entropy)"
+    )
+    top: float | ScheduleConfig = field(default=1.0, help="digits given earlier rows (nats/digit)")
+    byte_lm: float | ScheduleConfig = field(default=1.0, help="the peer (nats per byte)")
+
+
+@dataclass(frozen=True)
+class AbstractEvalConfig:
+    """What is measured."""
+
+    windows: int = field(default=256, ge=1, help="held-out windows, evenly spread")
+    batch_size: int = field(default=64, ge=1, help="windows at once")
+    quick: int = field(default=64, ge=1, help="windows of the evaluation while training")
+    samples: int = field(default=4, ge=0, help="continuations and reconstructions kept")
+
+
+@dataclass(frozen=True)
+class AbstractRun(RunBase):
+    """An abstractinator run."""
+
+    segments: SegmentConfig = field(default_factory=SegmentConfig, help="how bytes are cut")
+    level: LevelConfig = field(default_factory=LevelConfig, help="bytes to rows and back")
+    top: TransformerConfig = field(default_factory=TransformerConfig, help="row model")
+    byte_lm: TransformerConfig | None = field(default=None, help="a plain peer over bytes")
+    data: AbstractDataConfig = field(default_factory=AbstractDataConfig, help="text")
+    losses: AbstractLossConfig = field(default_factory=AbstractLossConfig, help="loss weights")
+    eval: AbstractEvalConfig = field(default_factory=AbstractEvalConfig, help="final evaluation")
+
+    @property
+    def budget(self) -> int:
+        """Segments per window."""
+        return self.segments.segments(self.data.window)
+
+    def validate(self) -> None:
+        """Refuses phases whose data and labels do not go together."""
+        for phase in self.train.phases:
+            self._check_phase(phase)
+        trained = {label for phase in self.train.phases for label in phase.train}
+        if self.byte_lm is not None and "byte_lm" not in trained:
+            raise ConfigError("byte_lm: no phase of train.phases has data=byte_lm and trains it")
+        entropy = self.losses.entropy
+        if entropy != 0.0 and not self.level.vq.entropy.used:
+            raise ConfigError("losses.entropy needs level.vq.entropy.value above 0")
+
+    def _check_phase(self, phase) -> None:
+        where = f"train.phases {phase.name!r}: data={phase.data!r}"
+        if phase.data == "main":
+            raise ConfigError(f"{where}: a phase here names one of {', '.join(TRAINS)}")
+        if phase.data not in TRAINS:
+            raise ConfigError(f"{where}: no such data; allowed: {', '.join(TRAINS)}")
+        if phase.data == "byte_lm" and self.byte_lm is None:
+            raise ConfigError(f"{where} needs the section byte_lm")
+        # Weight decay and moments would move parts that the phase's loss does not reach.
+        moved = set(phase.train or TRAINS["joint"]) - set(phase.freeze)
+        if not phase.train:
+            raise ConfigError(
+                f"{where}: name what it trains, train: [{', '.join(TRAINS[phase.data])}]"
+            )
+        extra = sorted(moved - set(TRAINS[phase.data]))
+        if extra:
+            raise ConfigError(
+                f"{where} gives {', '.join(extra)} no gradient; it can train "
+                f"{', '.join(TRAINS[phase.data])}"
+            )
+        if phase.data != "top" and phase.data != "byte_lm" and "compressor" not in moved:
+            raise ConfigError(
+                f"{where} moves the codebooks under a held compressor: use data=top, or train it"
+            )

@@ -1,0 +1,105 @@
+"""What compressor, expander and row model are built of."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from latent_jax.nn.transformer import Block
+from latent_jax.ops.attention import attend
+from latent_jax.ops.rope import inverse_frequencies
+
+ROPE_THETA = 10_000.0
+
+
+class Stack(nn.Module):
+    """Pre-norm blocks and a final norm.
+
+    Attributes:
+      layers: blocks.
+      width: residual stream.
+      heads: attention heads.
+      ff: hidden width of the MLPs.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    ff: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b t c"], mask: Bool[Array, "#b t t"]
+    ) -> Float[Array, "b t c"]:
+        """Applies the blocks; positions are places along ``t``."""
+        at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+        waves = jnp.asarray(inverse_frequencies(self.width // self.heads, ROPE_THETA))
+        scale = (2 * max(self.layers, 1)) ** -0.5
+        for i in range(self.layers):
+            block = Block(self.width, self.heads, self.ff, scale, name=f"block{i}")
+            x = block(x, at, mask, waves)
+        return nn.LayerNorm(name="final_norm")(x)
+
+
+class CrossAttention(nn.Module):
+    """Residual attention on a memory.
+
+    Attributes:
+      width: residual stream.
+      heads: attention heads.
+    """
+
+    width: int
+    heads: int
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b t c"],
+        memory: Float[Array, "b m c"],
+        mask: Bool[Array, "b m"],
+    ) -> Float[Array, "b t c"]:
+        """Adds what ``x`` reads of the memory's valid entries."""
+        b, t, _ = x.shape
+        shape = (self.heads, self.width // self.heads)
+        q = nn.Dense(self.width, use_bias=False, name="q")(nn.LayerNorm(name="query_norm")(x))
+        k, v = jnp.split(nn.Dense(2 * self.width, use_bias=False, name="kv")(memory), 2, -1)
+        seen = attend(
+            q.reshape(b, t, *shape), k.reshape(b, -1, *shape), v.reshape(b, -1, *shape),
+            jnp.broadcast_to(mask[:, None], (b, t, mask.shape[-1])),
+        )  # fmt: skip
+        return x + nn.Dense(self.width, use_bias=False, name="out")(seen.reshape(b, t, -1))
+
+
+class QueryPool(nn.Module):
+    """Learned queries that attend to a set and are joined into one vector.
+
+    Attributes:
+      queries: how many.
+      width: of what is pooled.
+      heads: attention heads.
+      out: width of the vector.
+    """
+
+    queries: int
+    width: int
+    heads: int
+    out: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n l c"], mask: Bool[Array, "n l"]
+    ) -> Float[Array, "n o"]:
+        """Pools the valid entries of each set; a set without any gives a constant."""
+        n = x.shape[0]
+        shape = (self.heads, self.width // self.heads)
+        q = self.param("query", nn.initializers.normal(1.0), (self.queries, *shape))
+        k, v = jnp.split(nn.Dense(2 * self.width, use_bias=False, name="kv")(x), 2, -1)
+        seen = attend(
+            jnp.broadcast_to(q, (n, *q.shape)), k.reshape(n, -1, *shape), v.reshape(n, -1, *shape),
+            jnp.broadcast_to(mask[:, None], (n, self.queries, mask.shape[-1])),
+        )  # fmt: skip
+        # An empty set has weights of masked entries; what they hold must not leak.
+        seen = jnp.where(mask.any(-1)[:, None, None, None], seen, 0.0)
+        return nn.Dense(self.out, name="join")(seen.reshape(n, -1))

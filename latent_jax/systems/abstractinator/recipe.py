@@ -1,0 +1,90 @@
+"""Texts to windows of bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from latent_jax import data
+from latent_jax.core.errors import DataError
+from latent_jax.systems.abstractinator import tokenizer
+from latent_jax.systems.abstractinator.config import AbstractDataConfig, AbstractRun
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Windows of a part of the text; none crosses a document.
+
+    Attributes:
+      text: all documents' bytes, one after the other.
+      start: first byte of each window.
+      stop: end of each window: ``start + window``, or the document's end before that.
+      window: bytes of a whole window.
+    """
+
+    text: UInt8[np.ndarray, " n"]
+    start: Int[np.ndarray, " w"]
+    stop: Int[np.ndarray, " w"]
+    window: int
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def get(self, index: int) -> dict[str, np.ndarray]:
+        """``ids`` (padded) and ``there`` (which are bytes) of one window."""
+        found = self.text[self.start[index] : self.stop[index]]
+        ids = np.full(self.window, tokenizer.PAD, np.int32)
+        ids[: len(found)] = found
+        return {"ids": ids, "there": np.arange(self.window) < len(found)}
+
+    def batch(self, indices: Int[np.ndarray, " b"]) -> dict[str, np.ndarray]:
+        """Several windows, stacked."""
+        rows = [self.get(int(i)) for i in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def spread(self, count: int) -> Int[np.ndarray, " m"]:
+        """At most ``count`` windows, evenly spaced."""
+        return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
+
+def load(config: AbstractDataConfig, split: str) -> Windows:
+    """Loads a split; held-out windows do not overlap.
+
+    Raises:
+      DataError: no such source, or no byte in it.
+    """
+    texts = data.load_texts(config.text, split, config.root)
+    parts = [np.frombuffer(t.encode("utf-8"), np.uint8) for t in texts]
+    sizes = np.asarray([len(p) for p in parts])
+    if not sizes.sum():
+        raise DataError(f"data.text={config.text}: the {split} part is empty")
+    stride = config.window if split != "train" else config.stride or max(1, config.window // 2)
+    ends = np.cumsum(sizes)
+    starts, stops = [], []
+    for end, size in zip(ends, sizes, strict=True):
+        # Where windows overlap, one that only repeats the end of the last says nothing new.
+        count = 1 + max(0, -(-(int(size) - config.window) // stride))
+        at = end - size + stride * np.arange(count)
+        starts.append(at)
+        stops.append(np.minimum(at + config.window, end))
+    start, stop = np.concatenate(starts), np.concatenate(stops)
+    kept = stop > start
+    return Windows(np.concatenate(parts), start[kept], stop[kept], config.window)
+
+
+def train_stream(config: AbstractRun, windows: Windows, phase: str):
+    """Endless shuffled windows; the name of the phase's data is a field (see `system`)."""
+    mark = {} if phase == "main" else {phase: np.asarray(True)}
+
+    return data.pipeline(
+        lambda i: {**windows.get(i), **mark},
+        config.train.batch_size,
+        size=len(windows),
+        seed=config.seed,
+        remainder="drop" if len(windows) >= config.train.batch_size else "wrap",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

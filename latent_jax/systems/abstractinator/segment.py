@@ -1,0 +1,144 @@
+"""Where segments start, as pure functions of the bytes.
+
+The semantics, stated once: a segment starts *at* a byte, and whether byte ``t`` starts one depends
+on bytes ``0 … t`` alone. So a stream is cut as the whole text is, and future bytes never move past
+boundaries. ``fixed:n`` starts one every ``n`` bytes; ``space`` at the first byte after a run of
+white space, which thus ends the word before it. No segment is longer than ``longest``: where a rule
+would let it grow, another one starts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from latent_jax.core.errors import ConfigError
+
+_WHITE = b" \t\n\r\v\f"
+
+
+class Segments(NamedTuple):
+    """Segments of windows of ``t`` bytes, in a fixed budget of ``s`` per window.
+
+    Attributes:
+      segment: number of the segment of each byte; ``s`` for padding and for bytes that overflow.
+      place: place of each byte in its segment.
+      start: first byte of each segment.
+      length: its bytes; 0 where there is no such segment.
+      open: whether it may go on after the window's last byte, so that its end is not known.
+      overflow: valid bytes of each window beyond the budget; nothing else of them is left.
+    """
+
+    segment: Int[Array, "b t"]
+    place: Int[Array, "b t"]
+    start: Int[Array, "b s"]
+    length: Int[Array, "b s"]
+    open: Bool[Array, "b s"]
+    overflow: Int[Array, " b"]
+
+    @property
+    def rows(self) -> Bool[Array, "b s"]:
+        """Which segments there are."""
+        return self.length > 0
+
+
+def parse_rule(rule: str) -> int | None:
+    """Bytes per segment of ``fixed:n``, None of ``space``.
+
+    Raises:
+      ConfigError: any other rule.
+    """
+    kind, _, size = rule.partition(":")
+    if kind == "fixed" and size.isdecimal() and int(size) > 0:
+        return int(size)
+    if rule == "space":
+        return None
+    raise ConfigError(f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space")
+
+
+def starts(ids: Int[Array, "b t"], rule: str, longest: int) -> Bool[Array, "b t"]:
+    """Which bytes start a segment.
+
+    Args:
+      ids: byte ids.
+      rule: ``fixed:n`` or ``space``.
+      longest: most bytes of a segment.
+    """
+    at = jnp.arange(ids.shape[1])
+    size = parse_rule(rule)
+    if size is not None:
+        natural = jnp.broadcast_to(at % size == 0, ids.shape)
+    else:
+        white = jnp.isin(ids, jnp.asarray(list(_WHITE)))
+        before = jnp.pad(white[:, :-1], ((0, 0), (1, 0)), constant_values=False)
+        natural = (before & ~white) | (at == 0)
+    begun = jax.lax.cummax(jnp.where(natural, at, 0), axis=1)
+    return (at - begun) % longest == 0
+
+
+def segment(
+    ids: Int[Array, "b t"],
+    valid: Bool[Array, "b t"],
+    rule: str,
+    longest: int,
+    budget: int,
+) -> Segments:
+    """Cuts windows.
+
+    Args:
+      ids: byte ids.
+      valid: True at bytes, False at the padding that follows them.
+      rule: see `starts`.
+      longest: most bytes of a segment.
+      budget: segments per window.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> ids = jnp.asarray([list(b"to be or")])
+      >>> segment(ids, ids > 0, "space", 8, 4).length.tolist()
+      [[3, 3, 2, 0]]
+    """
+    first = starts(ids, rule, longest) & valid
+    number = jnp.cumsum(first, 1) - 1
+    kept = valid & (number < budget)
+    number = jnp.where(kept, number, budget)
+    member = number[:, None] == jnp.arange(budget)[:, None]
+    length = member.sum(-1)
+    start = jnp.argmax(member, -1)
+    at = jnp.arange(ids.shape[1])
+    place = jnp.where(kept, at - jnp.take_along_axis(start, number.clip(0, budget - 1), 1), 0)
+    last = (start + length == valid.sum(1, keepdims=True)) & (length > 0)
+    overflow = (valid & ~kept).sum(1)
+    return Segments(number, place, start, length, last & (length < longest), overflow)
+
+
+def grid(
+    values: Array, found: Segments, longest: int
+) -> tuple[Array, Bool[Array, "b s l"]]:
+    """Values of bytes, laid out by segment: ``[b, s, longest, …]`` and where there is one."""
+    at = found.start[..., None] + jnp.arange(longest)
+    there = jnp.arange(longest) < found.length[..., None]
+    at = jnp.where(there, at, 0)
+    b = values.shape[0]
+    flat = values[jnp.arange(b)[:, None], at.reshape(b, -1)]
+    return flat.reshape(*at.shape, *values.shape[2:]), there
+
+
+def targets(
+    ids: Int[Array, "b t"], found: Segments, longest: int, eop: int
+) -> tuple[Int[Array, "b s l"], Bool[Array, "b s l"], Bool[Array, "b s l"]]:
+    """What an expander has to say of each segment: its bytes, then ``eop``.
+
+    ``eop`` is left out where a segment has its greatest length (everyone knows that it is over) and
+    where the window ends in it (nobody knows).
+
+    Returns:
+      ids with `eop`, which of them are said, and which of these are bytes.
+    """
+    laid, there = grid(ids, found, longest)
+    end = (jnp.arange(longest) == found.length[..., None]) & found.rows[..., None]
+    end &= ~found.open[..., None]
+    return jnp.where(there, laid, eop), there | end, there

@@ -1,0 +1,159 @@
+"""The abstractinator as the shared trainer sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.core.types import PyTree
+from latent_jax.systems.abstractinator import losses, recipe
+from latent_jax.systems.abstractinator.config import TRAINS, AbstractRun
+from latent_jax.systems.abstractinator.model import Abstractinator
+
+
+class AbstractinatorSystem:
+    """Bytes to rows and back, and rows to rows; implements `latent_jax.train.protocol.System`.
+
+    What a batch trains is written in it: its field ``level0``, ``top``, ``joint`` or ``byte_lm``
+    (the name of the phase's data; without any it is ``joint``). Under ``top`` the level only
+    evaluates: no gradient, no moving average, no byte loss.
+    """
+
+    config_class = AbstractRun
+    rng_names = ("codes",)
+    frozen: Mapping[str, Any] = {}
+    logical_rules = (
+        (r"(qkv|q|kv|up|unfold)/kernel$", ("embed", "mlp")),
+        (r"(out|down)/kernel$", ("mlp", "embed")),
+        (r".*", ()),
+    )
+
+    def __init__(self, config: AbstractRun):
+        self.config = config
+        self.model = Abstractinator(config)
+        weights = config.losses
+        self.weights = {
+            "reconstruct": weights.reconstruct, "commit": weights.commit,
+            "entropy": weights.entropy, "top": weights.top, "byte_lm": weights.byte_lm,
+        }  # fmt: skip
+        self._windows: dict[str, recipe.Windows] = {}
+        self._generator: Any = None
+        self._measure: Any = None
+        self._quick = jax.jit(self._held_out_terms)
+
+    def windows(self, split: str) -> recipe.Windows:
+        """Windows of ``train`` or ``validation``, made once."""
+        if split not in self._windows:
+            self._windows[split] = recipe.load(self.config.data, split)
+        return self._windows[split]
+
+    def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh parameters and codebooks."""
+        ids = jnp.zeros((1, self.config.data.window), jnp.int32)
+        return dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
+
+    def param_labels(self, params: PyTree) -> PyTree:
+        """``compressor`` (with the quantiser's projections), ``expander``, ``top``, ``byte_lm``."""
+        names = {"quantiser": "compressor"}
+
+        def label(path: Any, _: Any) -> str:
+            part = str(path[0].key)
+            return names.get(part, part)
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    def loss_terms(self, variables, frozen, batch, rngs, train):
+        """Terms of what the batch trains, and the codebooks if they moved."""
+        kinds = [name for name in TRAINS if name in batch]
+        kind = kinds[0] if kinds else "joint"
+        ids, valid = batch["ids"], batch["there"]
+        if kind == "byte_lm":
+            return losses.byte_lm(self.model, variables, ids, valid), {}, {}
+        moves = train and kind != "top"
+        apply = dict(method="encode", rngs=dict(rngs))
+        if moves:
+            out, moved = self.model.apply(
+                variables, ids, valid, True, mutable=["codebook"], **apply
+            )
+            variables = {**variables, **moved}
+        else:
+            out, moved = self.model.apply(variables, ids, valid, **apply), {}
+        terms, aux = {}, {}
+        if kind != "top":
+            found, seen = losses.level(self.model, variables, ids, out)
+            terms, aux = terms | found, aux | seen
+        if kind != "level0":
+            found, seen = losses.top(self.model, variables, out)
+            terms, aux = terms | found, aux | seen
+        return terms, dict(moved), aux
+
+    def train_data(self, phase: str, start_state: Any):
+        """Shuffled windows of the training text."""
+        if phase != "main" and phase not in TRAINS:
+            raise ConfigError(f"no training data {phase!r}; there are: {', '.join(TRAINS)}")
+        stream = recipe.train_stream(self.config, self.windows("train"), phase)
+        if start_state is not None:
+            stream.set_state(start_state)
+        return stream
+
+    def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Bytes that are not padding."""
+        return {"bytes": int(np.asarray(batch["there"]).sum())}
+
+    def eval_data(self) -> dict[str, np.ndarray]:
+        """Held-out windows of the evaluation while training."""
+        held = self.windows("validation")
+        return held.batch(held.spread(self.config.eval.quick))
+
+    def _held_out_terms(self, variables, batch):
+        rngs = {"codes": jax.random.key(0)}
+        terms, _, aux = self.loss_terms(variables, {}, batch, rngs, False)
+        named = {**terms, **aux}
+        if self.config.byte_lm is not None:
+            peer = losses.byte_lm(self.model, variables, batch["ids"], batch["there"])
+            named |= peer
+        return {k: getattr(v, "value", v) for k, v in named.items()}
+
+    def quick_eval(self, variables, frozen) -> dict[str, float]:
+        """Every term on held-out windows."""
+        found = self._quick(dict(variables), jax.tree.map(jnp.asarray, self.eval_data()))
+        return {k: float(v) for k, v in found.items()}
+
+    def evaluate(self, variables, frozen, progress=None):
+        """See `latent_jax.systems.abstractinator.evaluate.evaluate`."""
+        from latent_jax.systems.abstractinator.evaluate import Measure, evaluate
+
+        if self._measure is None:
+            self._measure = Measure(self.model)
+        return evaluate(self, variables, self._measure, progress or (lambda *_: None))
+
+    def generate(
+        self,
+        variables,
+        frozen,
+        prompt: str | list[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Any:
+        """Continues a text, or several at once, by rows; see `generate.Generator`.
+
+        ``max_new_tokens`` counts bytes.
+        """
+        from latent_jax.systems.abstractinator.generate import Generator
+
+        if self._generator is None:
+            self._generator = Generator(self.model)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise DataError("generate: there is no prompt")
+        found = self._generator(variables, prompts, max_new_tokens, temperature, seed)
+        answers = [
+            {"prompt": p, "continuation": text} for p, text in zip(prompts, found, strict=True)
+        ]
+        return answers[0] if isinstance(prompt, str) else answers

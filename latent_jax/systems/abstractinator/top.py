@@ -1,0 +1,99 @@
+"""A language model over quantised rows, and the plain one over bytes that it is compared with."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.ops.attention import causal_mask
+from latent_jax.systems.abstractinator.config import TransformerConfig
+from latent_jax.systems.abstractinator.layers import Stack
+from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
+
+
+class TopLM(nn.Module):
+    """Reads rows, predicts the digits of the next; stage ``s`` given stages before ``s``.
+
+    Attributes:
+      config: size of the transformer.
+      codes: codes per stage.
+      stages: digits of a row.
+    """
+
+    config: TransformerConfig
+    codes: int
+    stages: int
+
+    def setup(self) -> None:
+        c = self.config
+        self.first = self.param("first", nn.initializers.normal(0.02), (c.width,))
+        self.read = nn.Dense(c.width)
+        self.stack = Stack(c.layers, c.width, c.heads, c.ff)
+        # The last digit conditions nothing.
+        self.digits = self.param(
+            "digits", nn.initializers.normal(0.02), (max(self.stages - 1, 1), self.codes, c.width)
+        )
+        self.stage = self.param("stage", nn.initializers.normal(0.02), (self.stages, c.width))
+        self.mix_norm, self.mix = nn.LayerNorm(), nn.Dense(c.width)
+        self.out_norm = nn.LayerNorm()
+        # Zero: an untrained model is uniform and not sure of nonsense.
+        self.head = self.param("head", nn.initializers.zeros, (self.stages, c.width, self.codes))
+        self.bias = self.param("bias", nn.initializers.zeros, (self.stages, self.codes))
+
+    def hidden(
+        self, rows: Float[Array, "b s d"], there: Bool[Array, "b s"]
+    ) -> Float[Array, "b s+1 c"]:
+        """State before each row and after the last: entry ``i`` has seen rows ``< i``."""
+        x = self.read(rows)
+        first = jnp.broadcast_to(self.first, (x.shape[0], 1, x.shape[-1]))
+        x = jnp.concatenate([first, x], 1)
+        there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
+        return self.stack(x, causal_mask(there))
+
+    def logits(
+        self, hidden: Float[Array, "*b c"], digits: Int[Array, "*b n"]
+    ) -> Float[Array, "*b n k"]:
+        """Logits of every stage, each given the digits of earlier stages.
+
+        Digits below 0 condition nothing.
+        """
+        known = digits[..., : self.stages - 1]
+        parts = [
+            jnp.where((known[..., i] >= 0)[..., None], self.digits[i][known[..., i]], 0.0)
+            for i in range(self.stages - 1)
+        ]
+        zero = jnp.zeros_like(hidden)
+        given = jnp.cumsum(jnp.stack([zero, *parts], -2), -2) + self.stage
+        x = hidden[..., None, :] + given
+        x = x + jax.nn.gelu(self.mix(self.mix_norm(x)))
+        return jnp.einsum("...nc,nck->...nk", self.out_norm(x), self.head) + self.bias
+
+    def __call__(
+        self,
+        rows: Float[Array, "b s d"],
+        there: Bool[Array, "b s"],
+        digits: Int[Array, "b s n"],
+    ) -> Float[Array, "b s n k"]:
+        """Logits of each row's digits, from the rows before it."""
+        return self.logits(self.hidden(rows, there)[:, :-1], digits)
+
+
+class ByteLM(nn.Module):
+    """A causal transformer over bytes: what the two-part code has to beat.
+
+    Attributes:
+      config: size of the transformer.
+    """
+
+    config: TransformerConfig
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
+        """Logits of each byte, from the bytes before it."""
+        c = self.config
+        before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
+        x = nn.Embed(VOCAB, c.width, name="bytes")(before)
+        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, causal_mask(valid))
+        return nn.Dense(256, name="head")(x)

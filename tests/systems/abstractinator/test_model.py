@@ -1,0 +1,220 @@
+"""The level and the row model as functions: what sees what, and where gradients go."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax import run as runs
+from latent_jax.core.errors import DataError
+from latent_jax.systems.abstractinator.evaluate import Measure
+from latent_jax.systems.abstractinator.generate import Context, Generator, push
+from latent_jax.systems.abstractinator.tokenizer import PAD
+
+TEXT = b"the cat sat on a mat and"
+
+
+@pytest.fixture(scope="module")
+def made(tiny):
+    """System, variables with codes at every stage, a batch of two windows."""
+    tree = tiny()
+    tree["level"]["vq"] = {"init": "random"}
+    system = runs.system_class("abstractinator")(runs.resolve(tree))
+    ids = jnp.asarray([list(TEXT), list(TEXT[::-1])], jnp.int32)
+    batch = {"ids": ids, "there": jnp.ones(ids.shape, bool)}
+    variables = jax.jit(lambda key: system.init({"params": key}, batch))(jax.random.key(0))
+    # The head starts at zero, which would hide what the row model reads.
+    top = variables["params"]["top"]
+    top["head"] = 0.3 * jax.random.normal(jax.random.key(1), top["head"].shape)
+    return system, variables, batch
+
+
+@pytest.fixture(scope="module")
+def compress(made):
+    system, variables, _ = made
+    return jax.jit(
+        lambda ids: system.model.apply(variables, ids, ids != PAD, method="encode")
+    )
+
+
+def test_a_row_knows_nothing_of_later_bytes(made, compress):
+    _, _, batch = made
+    ids = batch["ids"]
+    before = compress(ids)
+    changed = compress(ids.at[:, 12:].set(ord("z")))
+    # "the cat sat " is closed after byte 11.
+    assert np.asarray(before.found.length[0, :3]).tolist() == [4, 4, 4]
+    vectors = [np.asarray(out.quantised.quantized[0]) for out in (before, changed)]
+    np.testing.assert_array_equal(vectors[0][:3], vectors[1][:3])
+    assert np.abs(vectors[0][3:] - vectors[1][3:]).max() > 1e-3
+
+
+def test_padding_changes_nothing(made):
+    system, variables, batch = made
+    ids = jnp.pad(batch["ids"][:, :16], ((0, 1), (0, 8)), constant_values=PAD)
+
+    @jax.jit
+    def terms(ids, there):
+        rngs = {"codes": jax.random.key(0)}
+        found = system.loss_terms(variables, {}, {"ids": ids, "there": there}, rngs, False)[0]
+        return found, system.model.apply(variables, ids, there, method="encode").digits
+
+    there = ids != PAD
+    plain, digits = terms(ids, there)
+    other, same = terms(jnp.where(there, ids, ord("x")), there)
+    np.testing.assert_array_equal(digits, same)
+    assert (np.asarray(digits[2]) == -1).all(), "a window without a byte has no row"
+    jax.tree.map(np.testing.assert_array_equal, plain, other)
+    # Alone, without padding, the first two windows say the same.
+    short, alone = terms(ids[:2, :16], there[:2, :16])
+    np.testing.assert_array_equal(digits[:2], alone)
+    for name, mean in plain.items():
+        np.testing.assert_allclose(mean, short[name], rtol=1e-5, err_msg=name)
+
+
+def test_padding_never_reaches_the_codebooks(made):
+    system, variables, batch = made
+    ids = jnp.pad(batch["ids"][:, :16], ((0, 0), (0, 8)), constant_values=PAD)
+    there = ids != PAD
+    step = jax.jit(
+        lambda ids: system.model.apply(
+            variables, ids, there, True, mutable=["codebook"], method="encode"
+        )[1]["codebook"]
+    )
+    before, after = step(ids), step(jnp.where(there, ids, ord("x")))
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    old = variables["codebook"]["quantiser"]["code"]
+    assert float(jnp.abs(before["quantiser"]["code"] - old).max()) > 1e-3
+
+
+def test_where_gradients_go(made):
+    system, variables, batch = made
+    held = variables["codebook"]["quantiser"]
+    floats = {k: v for k, v in held.items() if v.dtype == jnp.float32}
+
+    def losses_of(params, floats):
+        codebook = {"quantiser": {**held, **floats}}
+        terms, _, _ = system.loss_terms(
+            {"params": params, "codebook": codebook}, {}, batch, {"codes": jax.random.key(0)}, True
+        )
+        return terms["reconstruct"].sum, terms["top"].sum
+
+    @jax.jit
+    def gradients(params, floats):
+        _, pull = jax.vjp(losses_of, params, floats)
+        return pull((1.0, 0.0)), pull((0.0, 1.0))
+
+    def largest(tree):
+        return max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
+
+    (bytes_to, bytes_codes), (top_to, top_codes) = gradients(variables["params"], floats)
+    # Exactly zero: codebooks move by their averages alone.
+    assert largest(bytes_codes) == 0 and largest(top_codes) == 0
+    assert largest(bytes_to["compressor"]) > 1e-6 and largest(bytes_to["expander"]) > 1e-6
+    assert largest(bytes_to["top"]) == 0
+    # The row model reads rows and changes none.
+    assert largest(top_to["compressor"]) == 0 and largest(top_to["expander"]) == 0
+    assert largest(top_to["top"]) > 1e-6
+
+
+def test_what_is_appended_is_what_training_read(made, compress):
+    system, variables, batch = made
+    out = compress(batch["ids"])
+    # Build the context as generation does, digit rows one after the other.
+    shape = (2, system.config.budget, system.config.level.row_width)
+    context = Context(jnp.zeros(shape), jnp.zeros(2, jnp.int32))
+    grow = jax.jit(lambda context, digits: push(system.model, variables, context, digits))
+    model = jax.jit(
+        lambda rows, there: system.model.apply(variables, rows, there, method="top_hidden")
+    )
+    trained = np.asarray(model(out.rows, out.there))
+    count = int(out.there.sum(1).min())
+    assert count >= 4
+    for i in range(count):
+        state = np.asarray(model(context.rows, context.there))
+        # An entry of the mask less is all that differs: sums may be taken in another order.
+        np.testing.assert_allclose(state[:, i], trained[:, i], atol=1e-5)
+        context = grow(context, out.digits[:, i])
+    np.testing.assert_array_equal(context.rows[:, :count], out.rows[:, :count])
+    for _ in range(system.config.budget):
+        context = grow(context, out.digits[:, 1])
+    assert np.asarray(context.count).tolist() == [system.config.budget] * 2
+    np.testing.assert_array_equal(context.rows[:, -1], out.rows[:, 1])
+
+
+def test_stages_condition_later_stages_alone(made, compress):
+    system, variables, batch = made
+    out = compress(batch["ids"])
+    predict = jax.jit(
+        lambda digits: system.model.apply(variables, out.rows, out.there, digits, method="predict")
+    )
+    before = np.asarray(predict(out.digits))
+    other = out.digits.at[..., 1].set((out.digits[..., 1] + 1) % 16)
+    after = np.asarray(predict(other))
+    np.testing.assert_array_equal(before[..., :2, :], after[..., :2, :])
+    assert np.abs(before[..., 2, :] - after[..., 2, :]).max() > 1e-4
+
+
+def test_the_row_model_is_causal(made, compress):
+    system, variables, batch = made
+    out = compress(batch["ids"])
+    predict = jax.jit(
+        lambda rows: system.model.apply(variables, rows, out.there, out.digits, method="predict")
+    )
+    before, after = predict(out.rows), predict(out.rows.at[:, 2].add(1.0))
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert np.abs(np.asarray(before - after)[:, 3]).max() > 1e-5
+
+
+def test_the_expander_is_causal_and_looks_back_one_row(made, compress):
+    system, variables, batch = made
+    out = compress(batch["ids"])
+    said = jnp.full((2, system.config.budget, 6), ord("a"))
+    expand = jax.jit(
+        lambda rows, said: system.model.apply(variables, rows, out.there, said, method="expand")
+    )
+    before = np.asarray(expand(out.rows, said))
+    later = np.asarray(expand(out.rows, said.at[..., 3].set(ord("b"))))
+    np.testing.assert_array_equal(before[:, :, :4], later[:, :, :4])
+    assert np.abs(before - later)[:, :, 4:].max() > 1e-5
+    row = np.asarray(expand(out.rows.at[:, 2].add(1.0), said))
+    moved = np.abs(before - row).max((0, 2, 3)) > 1e-5
+    assert moved.tolist() == [False, False, True, True, False, False, False, False]
+
+
+def test_generation_keeps_what_is_given(made):
+    system, variables, _ = made
+    generator = Generator(system.model)
+    context, given = generator.start(variables, ["the cat sa", "", "x" * 40])
+    assert np.asarray(context.count).tolist() == [2, 0, 4], "24 bytes of x: four times six"
+    # The open segment is to be said again, closed ones are rows.
+    assert given[0].tolist()[:3] == [ord("s"), ord("a"), PAD] and (given[1:] == PAD).all()
+    prompts = ["the cat sa", "", "x" * 40]
+    texts = system.generate(variables, {}, prompts, 9, temperature=1.0, seed=3)
+    assert texts == system.generate(variables, {}, prompts, 9, temperature=1.0, seed=3)
+    assert [t["prompt"] for t in texts] == prompts
+    # Greedy text does not depend on what is beside it.
+    greedy = system.generate(variables, {}, prompts, 9)
+    turned = system.generate(variables, {}, prompts[1:] + prompts[:1], 9)
+    assert turned == greedy[1:] + greedy[:1]
+    assert all(len(t["continuation"]) > 0 for t in greedy)
+    with pytest.raises(DataError, match="no prompt"):
+        system.generate(variables, {}, [])
+
+
+def test_likelihoods_of_a_model_that_knows_nothing(made, compress):
+    system, variables, batch = made
+    params = dict(variables["params"])
+    params["top"] = params["top"] | {"head": jnp.zeros_like(params["top"]["head"])}
+    blank = {**variables, "params": params}
+    sums = Measure(system.model).likelihoods(blank, batch["ids"], batch["there"])
+    found = compress(batch["ids"]).found
+    rows = int(found.rows.sum())
+    # Uniform digits cost the logarithm of the codes, in nats, whatever the text.
+    np.testing.assert_allclose(sums["digit_nats"], rows * np.log(16), rtol=1e-5)
+    assert np.asarray(sums["known"]).tolist() == [rows] * 3
+    assert int(sums["covered"]) == int(found.length.sum()) <= int(sums["bytes"]) == 48
+    # An untrained expander is near uniform over 256 bytes and the end; ends come on top.
+    assert 0.8 < float(sums["byte_nats"]) / (48 * np.log(257)) < 2
