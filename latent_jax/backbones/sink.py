@@ -17,17 +17,14 @@ from jaxtyping import Array, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire.config import ModelConfig
 
 
-def sink_token(config: ModelConfig, tokenizer: Any) -> int | None:
-    """BOS, or the EOS that separates documents where a model has no BOS; None without a sink.
+def sink_token(tokenizer: Any) -> int:
+    """BOS, or the EOS that separates documents where a model has no BOS.
 
     Raises:
-      ConfigError: ``model.sink`` with a tokenizer that has neither.
+      ConfigError: a tokenizer that has neither.
     """
-    if not config.sink:
-        return None
     token = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if token is None:
         raise ConfigError("model.sink: this tokenizer has no BOS or EOS token; set it to false")
