@@ -50,7 +50,7 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
     return KV(
         jnp.concatenate([first.k, then.k], axis=2),
         jnp.concatenate([first.v, then.v], axis=2),
-        jnp.concatenate([first.mask, then.mask], axis=1),
+        jnp.concatenate([first.mask, then.mask], axis=-1),
     )
 
 
