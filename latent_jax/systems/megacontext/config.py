@@ -60,6 +60,13 @@ class DataConfig:
     root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
     text: str = field(default="auto", help="a text source or a path")
     blocks: int = field(default=8, ge=3, help="blocks of a training row")
+    tail: int = field(
+        default=0, ge=0,
+        help="blocks before its own that a token sees raw; what they saw raw leaks through them",
+    )  # fmt: skip
+    beyond: int = field(
+        default=8, ge=2, help="blocks after the node of a training row of the upper levels"
+    )
     rows: int = field(default=20_000, ge=1, help="most training rows to draw")
     raw: float = field(
         default=0.3, ge=0, le=1,
@@ -73,6 +80,9 @@ class LossConfig:
 
     substitute: float | ScheduleConfig = field(
         default=1.0, help="KL(base on the raw text || base on gists), nats per token"
+    )
+    upper: float | ScheduleConfig = field(
+        default=1.0, help="the same KL behind one gist of level 2 or more (data upper)"
     )
     next_token: float | ScheduleConfig = field(
         default=0.0, help="cross-entropy of the text behind gists, nats per token"
@@ -88,7 +98,10 @@ class EvalConfig:
 
     text: str | None = field(default=None, help="held-out text source; none: data.text")
     rows: int = field(default=64, ge=2, help="held-out histories")
-    history: int = field(default=7, ge=2, help="blocks that are replaced by gists")
+    history: int = field(default=7, ge=2, help="blocks that are replaced by their gists")
+    upper_rows: int = field(
+        default=0, ge=0, help="held-out histories of one node of each upper level; 0: none"
+    )
     horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
     batch_size: int = field(default=8, ge=2, help="rows at once")
     quick_rows: int = field(default=16, ge=2, help="rows of the evaluation while training")
@@ -109,9 +122,14 @@ class MegaRun(RunBase):
 
     def validate(self) -> None:
         """Refuses rows without a block to replace."""
-        tail = self.model.layout.protected
-        if self.data.blocks < tail + 2:
+        d, protected = self.data, self.model.layout.protected
+        if d.blocks < d.tail + 2:
             raise ConfigError(
-                f"data.blocks={self.data.blocks} leaves nothing to replace: a row needs the "
-                f"protected tail ({tail}), a block before and one after it"
+                f"data.blocks={d.blocks} leaves nothing to replace: a row needs data.tail "
+                f"({d.tail}), a block before and one after it"
+            )
+        if d.beyond <= protected:
+            raise ConfigError(
+                f"data.beyond={d.beyond} leaves nothing to predict behind the protected tail "
+                f"(model.layout.protected={protected})"
             )

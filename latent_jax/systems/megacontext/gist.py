@@ -9,7 +9,7 @@ of weights serves every place. Between loss and weights lie one softmax and one 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -138,9 +138,24 @@ class GistNet(nn.Module):
         """Builds one node of every level; used for initialisation.
 
         Args:
-          below: the tokens of ``branching ** (levels - 1)`` blocks, or of fewer, repeated.
+          below: raw entries of one block.
         """
         for level in range(1, self.config.layout.levels + 1):
             gist = self(below, level)
-            below = Gists(*(jnp.repeat(x[:, :1], self.config.layout.branching, 1) for x in gist))
-            below = Gists(*(x.reshape(x.shape[0], 1, -1, *x.shape[3:]) for x in below))
+            branching = self.config.layout.branching
+            below = grouped(Gists(*(jnp.repeat(x, branching, 1) for x in gist)), branching)
+
+
+def grouped(gists: Gists, branching: int) -> Gists:
+    """Neighbouring gists as sources of the next level, ``[l, n / branching, sources, g, d]``."""
+    shape = (gists.k.shape[0], -1, branching * gists.k.shape[2], *gists.k.shape[3:])
+    return Gists(*(x.reshape(shape) for x in gists))
+
+
+def build(net: GistNet, params: Any, raw: Gists, level: int) -> Gists:
+    """Gists of one level from the raw entries of blocks; ``n`` must be whole nodes of it."""
+    found = raw
+    for current in range(1, level + 1):
+        below = found if current == 1 else grouped(found, net.config.layout.branching)
+        found = net.apply({"params": params}, below, current)
+    return found

@@ -9,29 +9,43 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_jax import data
+from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.config import MegaRun
 
 
 def histories(
-    config: MegaRun, tokenizer: Any, split: str, blocks: int, limit: int
+    config: MegaRun, tokenizer: Any, split: str, tokens: int, limit: int
 ) -> Int[np.ndarray, "n t"]:
-    """Windows of whole blocks from a split; held-out ones come from ``eval.text`` if it is set."""
+    """Windows of a split; held-out ones come from ``eval.text`` if it is set."""
     d = config.data
     text = d.text if split == "train" else config.eval.text or d.text
-    return data.segments(
-        tokenizer,
-        data.load_texts(text, split, d.root),
-        blocks * config.model.layout.block,
-        limit,
-        seed=config.seed,
-    )
+    texts = data.load_texts(text, split, d.root)
+    return data.segments(tokenizer, texts, tokens, limit, seed=config.seed)
 
 
-def train_stream(config: MegaRun, tokenizer: Any):
-    """Endless, shuffled, resumable rows of ``data.blocks`` blocks."""
-    rows = histories(config, tokenizer, "train", config.data.blocks, config.data.rows)
+def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
+    """Endless, shuffled, resumable rows.
+
+    Args:
+      phase: ``main``, rows of ``data.blocks`` blocks; or ``upper2``, ``upper3``, …, rows of one
+        node of that level and ``data.beyond`` blocks.
+
+    Raises:
+      ConfigError: another name, or a level that the layout does not have.
+    """
+    layout, blocks, mark = config.model.layout, config.data.blocks, {}
+    if phase != "main":
+        known = [f"upper{level}" for level in range(2, layout.levels + 1)]
+        if phase not in known:
+            raise ConfigError(
+                f"train.phases: no data {phase!r}; there are: {', '.join(['main', *known])} (a "
+                "level needs its slots in model.layout.slots)"
+            )
+        blocks = int(layout.widths[int(phase.removeprefix("upper"))]) + config.data.beyond
+        mark = {"level": np.int32(phase.removeprefix("upper"))}
+    rows = histories(config, tokenizer, "train", blocks * layout.block, config.data.rows)
     return data.pipeline(
-        lambda i: {"ids": rows[i]},
+        lambda i: {"ids": rows[i], **mark},
         config.train.batch_size,
         size=len(rows),
         seed=config.seed,

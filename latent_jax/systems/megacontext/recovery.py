@@ -7,7 +7,6 @@ tail raw and predicts the same tokens; arms differ in what stands for the histor
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.config import MegaRun
-from latent_jax.systems.megacontext.gist import GistNet, Gists, slot_positions
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 ARMS = (
@@ -29,7 +28,12 @@ ARMS = (
 
 
 class Recovery:
-    """Measures one GistNet on one frozen base.
+    """Measures one level of a GistNet on one frozen base.
+
+    Attributes:
+      level: of the gists.
+      nodes: how many stand for the history.
+      past: tokens that they replace.
 
     Arms: ``full`` text as one sequence; ``windowed``, raw entries encoded in windows of their own
     (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
@@ -37,18 +41,28 @@ class Recovery:
     entries as there are slots; ``shuffled``, another history's gists; ``dropped``, nothing.
     """
 
-    def __init__(self, decoder: Decoder, gists: GistNet, sink: int, config: MegaRun):
+    def __init__(
+        self, decoder: Decoder, gists: GistNet, sink: int, config: MegaRun, level: int, nodes: int
+    ):
         self.decoder, self.gists, self.sink, self.config = decoder, gists, sink, config
+        layout = config.model.layout
+        self.level, self.slots = level, layout.slots[level - 1]
+        self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: history, protected tail and horizon."""
+        layout = self.config.model.layout
+        return self.past + (layout.protected + self.config.eval.horizon) * layout.block
 
     def _losses(
         self, params: Any, base: Any, ids: Int[Array, "b t"], arm: str
     ) -> Float[Array, " b"]:
         """Mean loss over the horizon of each row, nats per token."""
         c = self.config
-        block, n = c.model.layout.block, c.eval.history
-        (b, t), past = ids.shape, n * block
-        horizon = c.eval.horizon * block
+        (b, t), past = ids.shape, self.past
+        horizon = c.eval.horizon * c.model.layout.block
         if arm == "full":
             where = jnp.broadcast_to(jnp.arange(t), ids.shape)
             hidden = read_on(self.decoder, base, self.sink, None, ids, where)
@@ -65,30 +79,27 @@ class Recovery:
         """What stands for the history."""
         if arm == "dropped":
             return None
-        model = self.config.model
-        layout, slots = model.layout, model.layout.slots[0]
-        b, n = ids.shape[0], ids.shape[1] // layout.block
-        raw, _ = encode(self.decoder, base, self.sink, ids, layout.block, model.gist.window)
-        at = slot_positions(model, 1, jnp.arange(n))
+        model, slots, level = self.config.model, self.slots, self.level
+        block, (b, t) = model.layout.block, ids.shape
+        raw, _ = encode(self.decoder, base, self.sink, ids, block, model.gist.window)
+        at = slot_positions(model, level, jnp.arange(self.nodes))
+        flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
         if arm == "windowed":
-            found, at = raw, jnp.arange(ids.shape[1])
+            found, at = raw, jnp.arange(t)
         elif arm in ("gist", "shuffled"):
-            found = self.gists.apply({"params": params["gist"]}, raw, 1)
+            found = build(self.gists, params["gist"], raw, level)
             if arm == "shuffled":
-                found = Gists(*(jnp.roll(x, n, axis=1) for x in found))
+                found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         elif arm == "mean_pool":
-            shape = (slots, layout.block // slots)
+            shape = (b, self.nodes * slots, -1)
             found = Gists(
-                *(x.reshape(*x.shape[:2], *shape, *x.shape[3:]).mean(3) for x in raw)
+                *(x.reshape(x.shape[0], *shape, *x.shape[3:]).mean(3) for x in flat)
             )
         elif arm == "kv_stride":
-            take = slot_positions(model, 1, jnp.arange(1))
-            found = Gists(*(x[:, :, take] for x in raw))
+            found = Gists(*(x[:, :, at] for x in flat))
         else:
-            count = n * slots
-            flat = Gists(*(x.reshape(x.shape[0], b, -1, *x.shape[3:]) for x in raw))
-            found = Gists(*(x[:, :, -count:] for x in flat))
-            at = jnp.arange(ids.shape[1] - count, ids.shape[1])
+            at = jnp.arange(t - self.nodes * slots, t)
+            found = Gists(*(x[:, :, at] for x in flat))
         at = jnp.broadcast_to(at, (b, at.size))
         return place(self.decoder, found, at, jnp.ones(at.shape, bool))
 
@@ -118,21 +129,21 @@ class Recovery:
     def summary(
         self, losses: dict[str, Float[np.ndarray, " n"]], intervals: bool = True
     ) -> dict[str, Any]:
-        """``nll_at_h.<arm>`` and ``recovery.lod1.slots<n>[.<arm>]``, with intervals."""
-        layout = self.config.model.layout
+        """``nll_at_h.lod<l>.<arm>`` and ``recovery.lod<l>.slots<n>[.<arm>]``, with intervals."""
         full, dropped = losses["full"], losses["dropped"]
         hurt = dropped - full > self.config.eval.threshold
-        found: dict[str, Any] = {f"nll_at_h.{arm}": float(x.mean()) for arm, x in losses.items()}
-        found["recovery.share_hurt"] = float(hurt.mean())
+        lod = f"lod{self.level}"
+        found: dict[str, Any] = {f"nll_at_h.{lod}.{a}": float(x.mean()) for a, x in losses.items()}
+        found[f"recovery.{lod}.share_hurt"] = float(hurt.mean())
         if not hurt.any():
             return found
-        interval = functools.partial(bootstrap.ratio_interval, denominator=(dropped - full)[hurt])
+        cost = (dropped - full)[hurt]
         for arm, x in losses.items():
             if arm in ("full", "dropped"):
                 continue
-            name = f"recovery.lod1.slots{layout.slots[0]}" + ("" if arm == "gist" else f".{arm}")
+            name = f"recovery.{lod}.slots{self.slots}" + ("" if arm == "gist" else f".{arm}")
             gained = (dropped - x)[hurt]
-            found[name] = float(gained.sum() / (dropped - full)[hurt].sum())
+            found[name] = float(gained.sum() / cost.sum())
             if intervals:
-                found[f"{name}.ci95"] = list(interval(gained))
+                found[f"{name}.ci95"] = list(bootstrap.ratio_interval(gained, cost))
         return found

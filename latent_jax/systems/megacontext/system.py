@@ -16,14 +16,16 @@ from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import recipe
 from latent_jax.systems.megacontext.config import MegaRun
-from latent_jax.systems.megacontext.gist import GistNet, Gists, slot_positions
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
 from latent_jax.systems.megacontext.losses import substitution
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
 
 _LABELS = (
-    (r"^gist/.*/(query|bias)$", "queries"),
-    (r"^gist/.*/(keys|values)$", "maps"),
+    (r"^gist/level_1/(query|bias)$", "queries"),
+    (r"^gist/level_1/(keys|values)$", "maps"),
+    (r"^gist/level_[0-9]+/(query|bias)$", "upper_queries"),
+    (r"^gist/level_[0-9]+/(keys|values)$", "upper_maps"),
 )
 
 
@@ -53,10 +55,11 @@ class MegaContextSystem:
         self.gists = GistNet(config.model, self.backbone.config)
         self.frozen = {"base": self.backbone.params}
         self.weights = {
-            "substitute": config.losses.substitute, "next_token": config.losses.next_token
+            "substitute": config.losses.substitute, "upper": config.losses.upper,
+            "next_token": config.losses.next_token,
         }  # fmt: skip
-        self.recovery = Recovery(self.decoder, self.gists, self.sink, config)
-        self._held_out: np.ndarray | None = None
+        self.recovery = self._measure(1, config.eval.history)
+        self._held_out: dict[int, np.ndarray] = {}
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters: a slot starts as a mean over its stretch."""
@@ -66,7 +69,9 @@ class MegaContextSystem:
         return {"params": {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}}
 
     def param_labels(self, params):
-        """Groups ``queries`` (what slots look for) and ``maps`` (what becomes of it)."""
+        """Groups ``queries`` (what slots look for) and ``maps`` (what becomes of it) of level 1,
+        ``upper_queries`` and ``upper_maps`` of the levels above.
+        """
         return trees.match_tree(_LABELS, params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -74,10 +79,21 @@ class MegaContextSystem:
         return {"tokens": int(np.size(batch["ids"]))}
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
-        """Every token of a row reads on behind the gists of its own past; the base that saw the
-        raw text is the teacher.
-        """
-        c, base, ids = self.config, frozen["base"], batch["ids"]
+        """KL to the base that saw the raw text, behind gists of level 1 or of one above."""
+        base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
+        if "level" in batch:
+            # The level is in the shape: rows of a level are longer than those of the one below.
+            kl, nll, best = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
+            terms = {"upper": Mean.of(kl)}
+        else:
+            key = rngs["lod"] if train else None
+            kl, nll, best = self._behind_all(gist, base, ids, key)
+            terms = {"substitute": Mean.of(kl), "next_token": Mean.of(nll)}
+        return terms, {}, {"lost": Mean.of(nll - best)}
+
+    def _behind_all(self, gist, base, ids, key):
+        """Every token of a row reads on behind the gists of its own past."""
+        c = self.config
         layout, window = c.model.layout, c.model.gist.window
         (b, t), n = ids.shape, ids.shape[1] // layout.block
         entries, out = encode(self.decoder, base, self.sink, ids, layout.block, window)
@@ -88,22 +104,53 @@ class MegaContextSystem:
         else:
             full = read_on(self.decoder, base, self.sink, None, ids, where)
         entries, full = jax.lax.stop_gradient((entries, full))
-        gists = self.gists.apply({"params": variables["params"]["gist"]}, entries, 1)
-        seen, raw = who_sees_what(
-            self._replaced(rngs["lod"] if train else None, b, n), layout.block, layout.protected
-        )
+        gists = build(self.gists, gist, entries, 1)
+        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, c.data.tail)
         at = slot_positions(c.model, 1, jnp.arange(n))
-        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), None)
-        placed = placed._replace(mask=jnp.repeat(seen, layout.slots[0], axis=-1))
+        seen = jnp.repeat(seen, layout.slots[0], axis=-1)
+        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
         # The first tokens have nothing behind the tail yet.
-        first = (layout.protected + 1) * layout.block
-        kl, nll, best = substitution(
+        first = (c.data.tail + 1) * layout.block
+        return substitution(
             self.decoder, base, full[:, first:-1], given[:, first:-1], ids[:, first + 1 :],
             c.losses.chunk,
         )  # fmt: skip
-        terms = {"substitute": Mean.of(kl), "next_token": Mean.of(nll)}
-        return terms, {}, {"lost": Mean.of(nll - best)}
+
+    def _behind_one(self, gist, base, ids, level):
+        """The end of a row reads on behind one gist of everything before; the gists below it are
+        taken as they are.
+        """
+        c = self.config
+        layout = c.model.layout
+        (b, t), past = ids.shape, int(layout.widths[level]) * layout.block
+        where = jnp.broadcast_to(jnp.arange(t), ids.shape)
+        full = read_on(self.decoder, base, self.sink, None, ids, where)
+        raw, _ = encode(
+            self.decoder, base, self.sink, ids[:, :past], layout.block, c.model.gist.window
+        )
+        below = build(self.gists, gist, raw, level - 1)
+        full, below = jax.lax.stop_gradient((full, below))
+        found = self.gists.apply(
+            {"params": gist}, grouped(below, layout.branching), level
+        )
+        at = jnp.broadcast_to(slot_positions(c.model, level, jnp.arange(1)), (b, found.k.shape[2]))
+        placed = place(self.decoder, found, at, jnp.ones(at.shape, bool))
+        given = read_on(self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:])
+        first = layout.protected * layout.block
+        return substitution(
+            self.decoder, base, full[:, past + first : -1], given[:, first:-1],
+            ids[:, past + first + 1 :], c.losses.chunk,
+        )  # fmt: skip
+
+    def _level_of(self, tokens: int) -> int:
+        """The level whose training rows have so many tokens."""
+        layout = self.config.model.layout
+        width = tokens // layout.block - self.config.data.beyond
+        return int(np.flatnonzero(layout.widths[2:] == width)[0]) + 2
+
+    def _measure(self, level: int, nodes: int) -> Recovery:
+        return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
 
     def _replaced(self, key: jax.Array | None, b: int, n: int) -> jax.Array:
         """Which blocks are gists to what comes after them: all, or in some rows a random share."""
@@ -115,22 +162,26 @@ class MegaContextSystem:
         return jax.random.uniform(draw, (b, n)) < share
 
     def train_data(self, phase: str, start_state: Any):
-        """Rows of histories; every phase reads the same ones."""
-        stream = recipe.train_stream(self.config, self.backbone.tokenizer)
+        """Rows of histories: ``main`` for gists of level 1, ``upper2``, ``upper3``, … for one of a
+        higher level.
+        """
+        stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
 
-    def eval_data(self) -> np.ndarray:
+    def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
         """Held-out histories with their tail and horizon, ``[n, tokens]``."""
-        if self._held_out is None:
-            e = self.config.eval
-            blocks = e.history + self.config.model.layout.protected + e.horizon
-            limit = max(e.rows, e.quick_rows)
-            self._held_out = recipe.histories(
-                self.config, self.backbone.tokenizer, "validation", blocks, limit
+        if measure.length not in self._held_out:
+            self._held_out[measure.length] = recipe.histories(
+                self.config, self.backbone.tokenizer, "validation", measure.length, limit
             )
-        return self._held_out
+        return self._held_out[measure.length]
+
+    def eval_data(self) -> np.ndarray:
+        """Held-out histories for gists of level 1."""
+        e = self.config.eval
+        return self.held_out(self.recovery, max(e.rows, e.quick_rows))
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Recovery on a few held-out histories, with own and with another history's gists."""
@@ -140,9 +191,18 @@ class MegaContextSystem:
 
     def evaluate(self, variables, frozen, progress=None):
         """Recovery at every level with its controls, and losses of all arms."""
-        rows = self.eval_data()[: self.config.eval.rows]
-        found = self.recovery.losses(variables["params"], frozen["base"], rows, progress=progress)
-        return self.recovery.summary(found), {"histories": found}
+        e, metrics, artefacts = self.config.eval, {}, {}
+        for level in range(1, self.config.model.layout.levels + 1):
+            measure = self.recovery if level == 1 else self._measure(level, 1)
+            limit = e.rows if level == 1 else e.upper_rows
+            if not limit:
+                continue
+            rows = self.held_out(measure, limit)[:limit]
+            params, base = variables["params"], frozen["base"]
+            found = measure.losses(params, base, rows, progress=progress)
+            metrics |= measure.summary(found)
+            artefacts[f"histories.lod{level}"] = found
+        return metrics, artefacts
 
 
 QUICK = ("full", "dropped", "gist", "shuffled")
