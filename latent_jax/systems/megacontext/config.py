@@ -92,9 +92,19 @@ class LossConfig:
     )
 
 
+# What may stand for the history; see `recovery.Recovery`.
+ARMS = (
+    "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class EvalConfig:
     """What is measured at the end."""
+
+    arms: tuple[str, ...] = field(
+        default=ARMS, help="what stands for the history: its gists, and baselines and controls"
+    )
 
     text: str | None = field(default=None, help="held-out text source; none: data.text")
     rows: int = field(default=64, ge=2, help="held-out histories")
@@ -108,6 +118,14 @@ class EvalConfig:
     threshold: float = field(
         default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
     )
+
+    def validate(self) -> None:
+        """Refuses unknown arms; recovery needs its two ends."""
+        unknown = [a for a in self.arms if a not in ARMS]
+        if unknown:
+            raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
+        if not {"full", "dropped"} <= set(self.arms):
+            raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,6 @@ from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
-ARMS = (
-    "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
-)  # fmt: skip
-
 
 class Recovery:
     """Measures one level of a GistNet on one frozen base.
@@ -108,7 +104,7 @@ class Recovery:
         params: Any,
         base: Any,
         rows: Int[np.ndarray, "n t"],
-        arms: Sequence[str] = ARMS,
+        arms: Sequence[str],
         progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, Float[np.ndarray, " n"]]:
         """Loss of every arm on every history.

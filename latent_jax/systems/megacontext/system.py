@@ -199,7 +199,7 @@ class MegaContextSystem:
                 continue
             rows = self.held_out(measure, limit)[:limit]
             params, base = variables["params"], frozen["base"]
-            found = measure.losses(params, base, rows, progress=progress)
+            found = measure.losses(params, base, rows, e.arms, progress)
             metrics |= measure.summary(found)
             artefacts[f"histories.lod{level}"] = found
         return metrics, artefacts
