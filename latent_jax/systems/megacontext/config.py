@@ -60,9 +60,10 @@ class DataConfig:
     root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
     text: str = field(default="auto", help="a text source or a path")
     blocks: int = field(default=8, ge=3, help="blocks of a training row")
-    tail: int = field(
-        default=0, ge=0,
-        help="blocks before its own that a token sees raw; what they saw raw leaks through them",
+    chunk: int = field(
+        default=4, ge=2,
+        help="blocks that are read raw together in training, behind the gists of all before them; "
+        "the first ones of a chunk (model.layout.protected) are not predicted, like a tail",
     )  # fmt: skip
     beyond: int = field(
         default=8, ge=2, help="blocks after the node of a training row of the upper levels"
@@ -141,10 +142,10 @@ class MegaRun(RunBase):
     def validate(self) -> None:
         """Refuses rows without a block to replace."""
         d, protected = self.data, self.model.layout.protected
-        if d.blocks < d.tail + 2:
+        if d.blocks % d.chunk or d.blocks < 2 * d.chunk or d.chunk <= protected:
             raise ConfigError(
-                f"data.blocks={d.blocks} leaves nothing to replace: a row needs data.tail "
-                f"({d.tail}), a block before and one after it"
+                f"data.blocks={d.blocks}, data.chunk={d.chunk}: a row is at least two whole "
+                f"chunks, and a chunk longer than model.layout.protected={protected}"
             )
         if d.beyond <= protected:
             raise ConfigError(

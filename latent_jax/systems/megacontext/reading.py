@@ -106,19 +106,25 @@ def read_on(
 
 
 def who_sees_what(
-    replaced: Bool[Array, "b n"], block: int, tail: int
+    replaced: Bool[Array, "b n"], block: int, chunk: int
 ) -> tuple[Bool[Array, "b t n"], Bool[Array, "b t t"]]:
     """Masks of a training row in which every token is behind the gists of its own past.
 
-    A token of block ``i`` sees the newest ``tail`` blocks (its own is not counted) raw; of an
-    earlier block ``j`` it sees the gist if ``replaced[j]``, else the raw tokens.
+    The row is read in chunks. A token sees the raw tokens of its own chunk; of a block ``j`` in an
+    earlier one it sees the gist if ``replaced[j]``, else the raw tokens. Nothing raw leaks past a
+    gist, for the chunk's other tokens saw no more.
+
+    Args:
+      replaced: blocks that are gists to later chunks.
+      block: tokens of a block.
+      chunk: blocks of a chunk.
 
     Returns:
       Which gists and which raw tokens each token sees.
     """
     n = replaced.shape[1]
     where = jnp.arange(n * block) // block
-    far = jnp.arange(n)[None] < (where - tail)[:, None]
-    gists = replaced[:, None, :] & far[None]
+    earlier = jnp.arange(n)[None] < (where // chunk * chunk)[:, None]
+    gists = replaced[:, None, :] & earlier[None]
     causal = jnp.tril(jnp.ones((n * block, n * block), bool))
     return gists, causal[None] & ~gists[:, :, where]

@@ -92,7 +92,7 @@ class MegaContextSystem:
         return terms, {}, {"lost": Mean.of(nll - best)}
 
     def _behind_all(self, gist, base, ids, key):
-        """Every token of a row reads on behind the gists of its own past."""
+        """Every chunk of a row reads on behind the gists of what came before it."""
         c = self.config
         layout, window = c.model.layout, c.model.gist.window
         (b, t), n = ids.shape, ids.shape[1] // layout.block
@@ -105,17 +105,17 @@ class MegaContextSystem:
             full = read_on(self.decoder, base, self.sink, None, ids, where)
         entries, full = jax.lax.stop_gradient((entries, full))
         gists = build(self.gists, gist, entries, 1)
-        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, c.data.tail)
+        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, c.data.chunk)
         at = slot_positions(c.model, 1, jnp.arange(n))
         seen = jnp.repeat(seen, layout.slots[0], axis=-1)
         placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
-        # The first tokens have nothing behind the tail yet.
-        first = (c.data.tail + 1) * layout.block
+        # Only what a working context has to predict: behind gists, and with a raw tail before it.
+        chunks = np.arange(t).reshape(-1, c.data.chunk * layout.block)
+        told = chunks[1:, layout.protected * layout.block - 1 : -1].reshape(-1)
         return substitution(
-            self.decoder, base, full[:, first:-1], given[:, first:-1], ids[:, first + 1 :],
-            c.losses.chunk,
-        )  # fmt: skip
+            self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
+        )
 
     def _behind_one(self, gist, base, ids, level):
         """The end of a row reads on behind one gist of everything before; the gists below it are

@@ -45,8 +45,8 @@ def test_both_phases_were_trained(results):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"data.blocks": 1}, "data.blocks"),
-        ({"data.blocks": 4, "data.tail": 3}, "leaves nothing to replace"),
+        ({"data.blocks": 3}, "data.blocks=3"),
+        ({"data.blocks": 4, "data.chunk": 4}, "two whole"),
         ({"data.beyond": 2, "model.layout.protected": 2}, "leaves nothing to predict"),
         ({"model.layout.slots": [8]}, "less than that"),
     ],
