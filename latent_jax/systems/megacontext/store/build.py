@@ -126,13 +126,15 @@ class _Work:
 
     def _nodes(self, level: int) -> Int[np.ndarray, " n"]:
         nodes = self.tree.pending(level)
+        if not len(nodes):
+            return nodes
         branch = self.tree.spec.branch
         if self.under is not None:
             top, first, count = self.under
             width = branch ** (top - level)
             nodes = nodes[(nodes >= first * width) & (nodes < (first + count) * width)]
         if level == 1:
-            return nodes[~np.isin(nodes, list(self.skipped))]
+            return nodes[~np.isin(nodes, list(self.skipped))] if self.skipped else nodes
         ready = [
             self.tree.state(level - 1, first * branch, count * branch).reshape(count, branch)
             for first, count in runs(nodes)

@@ -18,7 +18,7 @@ from typing import Any
 
 from latent_jax.core.errors import StoreError
 from latent_jax.core.files import write_bytes
-from latent_jax.systems.megacontext.store.files import read_at, write_at, writing
+from latent_jax.systems.megacontext.store.files import make_durable, read_at, write_at, writing
 from latent_jax.systems.megacontext.store.spec import FORMAT, TreeSpec
 
 NAME = "commit.bin"
@@ -114,9 +114,9 @@ class CommitFile:
         The second copy need not be durable before the next commit, which syncs it first.
         """
         page = _pack(spec, commit)
-        os.fdatasync(self._handle)
+        make_durable(self._handle)
         write_at(self._handle, page, 0)
-        os.fdatasync(self._handle)
+        make_durable(self._handle)
         write_at(self._handle, page, PAGE)
 
     def close(self) -> None:

@@ -64,6 +64,11 @@ def read_at(handle: int, size: int, offset: int) -> np.ndarray:
     return found
 
 
+def make_durable(handle: int) -> None:
+    """Waits until what was written to a file is on the disk."""
+    getattr(os, "fdatasync", os.fsync)(handle)  # macOS has the second only
+
+
 def sync_directory(path: Path) -> None:
     """Makes new names in a directory durable."""
     handle = os.open(path, os.O_RDONLY)
@@ -139,7 +144,7 @@ class RecordFile:
     def sync(self) -> None:
         """Makes everything written durable; a plain OSError when that fails."""
         if self._dirty:
-            os.fdatasync(self._handle)
+            make_durable(self._handle)
             self._dirty = False
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import struct
 import zlib
@@ -18,6 +19,7 @@ from latent_jax.systems.megacontext.store.spec import TreeSpec
 HEAD = np.dtype([("checksum", "<u4"), ("version", "<u4")])
 
 
+@functools.lru_cache(maxsize=64)
 def tag_of(version: str) -> int:
     """A version's mark in the heads: 32 bits of its sha256, never 0."""
     return int.from_bytes(hashlib.sha256(version.encode()).digest()[:4], "little") or 1

@@ -37,6 +37,8 @@ def runs(numbers: Int[np.ndarray, " n"] | list[int]) -> list[tuple[int, int]]:
     numbers = np.asarray(numbers, np.int64)
     if not len(numbers):
         return []
+    if numbers[-1] - numbers[0] == len(numbers) - 1:  # streaming meets nothing else
+        return [(int(numbers[0]), len(numbers))]
     pieces = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     return [(int(piece[0]), len(piece)) for piece in pieces]
 

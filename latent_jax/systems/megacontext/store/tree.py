@@ -244,9 +244,9 @@ class GistTree(History):
 
     def _states(self, level: int, first: int, heads: np.ndarray) -> UInt8[np.ndarray, " n"]:
         tags = heads["version"]
-        found = np.where(tags == 0, State.ABSENT, State.STALE).astype(np.uint8)
+        found = (tags != 0).astype(np.uint8)  # ABSENT or STALE
         if self.version:
-            found[tags == tag_of(self.version)] = State.CURRENT
+            found += tags == tag_of(self.version)  # CURRENT
         for at, node in self._damaged:
             if at == level and first <= node < first + len(found):
                 found[node - first] = State.ABSENT

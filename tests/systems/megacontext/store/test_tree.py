@@ -201,6 +201,24 @@ def test_a_parent_is_made_after_its_children(where):
         assert build(tree, gists_of(SMALL)).nodes == {1: 23, 2: 8, 3: 2}
 
 
+def test_build_tells_its_progress_and_refuses_what_cannot_be(where):
+    told = []
+    with GistTree.create(where(), SMALL) as tree:
+        tree.append(stream(0, 100))
+        with pytest.raises(StoreError, match="call set_version first"):
+            build(tree, gists_of(SMALL))
+        tree.set_version("v1")
+        with pytest.raises(StoreError, match="batch=0"):
+            build(tree, gists_of(SMALL), batch=0)
+        with pytest.raises(StoreError, match=r"shape \(3, 2, 3\) for a batch of 4"):
+            build(tree, lambda level, children: np.zeros((3, 2, 3)), batch=4)
+        with pytest.raises(StoreError, match=r"\(4, 9, 3\); the store holds \[nodes, 2 slots, 3"):
+            build(tree, lambda level, children: np.zeros((4, 9, 3)), batch=4)
+        assert (tree.state(1) == State.ABSENT).all()
+        build(tree, gists_of(SMALL), batch=10, progress=lambda *made: told.append(made))
+    assert told == [(1, 10), (1, 10), (1, 5), (2, 8), (3, 2)]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 def test_representations(where, dtype):
     spec = dataclasses.replace(SMALL, dtype=dtype, width=64)
