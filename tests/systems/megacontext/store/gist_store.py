@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_jax.systems.megacontext.store import GistTree, State, TreeSpec
+from latent_jax.systems.megacontext.store.tokens import runs
 
 # Deep trees of few tokens: 4 tokens a block, 3 children above.
 SMALL = TreeSpec(vocab_size=1000, width=3, slots=(2, 1), block=4, branch=3, tokenizer="t", base="b")
@@ -60,8 +61,9 @@ def assert_holds(tree: GistTree, ids: np.ndarray, version: str = "v1") -> None:
     for level, gists in reference(tree.spec, ids, version).items():
         state = tree.state(level)
         assert len(state) == len(gists)
-        for node in np.flatnonzero(state == State.CURRENT):
-            np.testing.assert_array_equal(tree.gists(level, int(node), 1)[0], gists[node])
+        for first, count in runs(np.flatnonzero(state == State.CURRENT)):
+            found = tree.gists(level, first, count)
+            np.testing.assert_array_equal(found, gists[first : first + count])
 
 
 def contents(path: Path) -> dict[str, bytes]:

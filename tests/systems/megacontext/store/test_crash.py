@@ -80,7 +80,7 @@ def kill_again_and_again(writers, path: Path, kills: int, seed: int) -> list[int
 
 
 def test_kill_9_loses_nothing_that_was_flushed(writers, tmp_path):
-    assert sum(kill_again_and_again(writers, tmp_path / "store", 10, seed=0)) > 0
+    assert sum(kill_again_and_again(writers, tmp_path / "store", 6, seed=0)) > 0
 
 
 @pytest.mark.slow
