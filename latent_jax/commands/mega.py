@@ -1,0 +1,191 @@
+"""`latent-jax mega …`: text files into a store of gists, and what a store holds."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from latent_jax.commands.show import console
+from latent_jax.core.errors import StoreError
+
+app = typer.Typer(no_args_is_help=True, help="A working context over unbounded history.")
+
+_LISTED = 20  # skipped files that are named
+_INTERVAL = 10.0  # seconds between lines of progress in a pipe
+
+Store = Annotated[str, typer.Argument(help="Directory of a store.")]
+Backbone = Annotated[str, typer.Option(help="Model whose tokens these are; only named or read.")]
+
+
+@app.command()
+def ingest(
+    directory: Annotated[str, typer.Argument(help="Directory of text files, or one file.")],
+    store: Annotated[str, typer.Option(help="Directory of the store; made if need be.")],
+    backbone: Backbone = "smollm2",
+    slots: Annotated[
+        str | None, typer.Option(help="New store: vectors per gist at level 1,2,…: 1 or 4,16.")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="New store: numbers per vector; default the model's width.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="New store: float16, bfloat16, float32 or int8.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+) -> None:
+    """Append the text files of a directory to a store; the same command continues.
+
+    Each file is taken once (by path and content), in the order of its path; hidden files are left
+    out. The tokens are stored; their gists are made by a run that has a gist model.
+    """
+    from latent_jax.systems.megacontext.store import GistTree, TreeSpec
+    from latent_jax.systems.megacontext.store.commits import NAME as COMMIT
+    from latent_jax.systems.megacontext.store.ingest import find_files
+    from latent_jax.systems.megacontext.store.ingest import ingest as append
+
+    find_files(directory)  # says what is wrong before a store is made
+    layout = {"slots": _slots(slots), "width": width, "dtype": dtype}
+    layout = {name: value for name, value in layout.items() if value is not None}
+
+    from latent_jax.backbones import outline
+
+    model = outline(backbone)
+    identity = {
+        "tokenizer": model.tokenizer.sha256,
+        "base": model.sha256,
+        "vocab_size": model.config.vocab_size,
+    }
+    if Path(store, COMMIT).exists():
+        tree = GistTree.open(store, writable=True, **identity, **layout)
+    else:
+        layout = {"width": model.config.hidden_size} | layout
+        tree = GistTree.create(store, TreeSpec(**identity, **layout))
+    started = time.monotonic()
+    with tree, _progress(quiet) as progress:
+        done = append(tree, model.tokenizer, directory, progress)
+        total = len(tree)
+    seconds = time.monotonic() - started
+    out = console()
+    for name, reason in done.skipped[:_LISTED]:
+        out.print(f"skipped {name}: {reason}", markup=False)
+    if len(done.skipped) > _LISTED:
+        out.print(f"skipped {len(done.skipped) - _LISTED} more")
+    rate = f", {done.tokens / seconds:,.0f} tokens/s" if done.tokens else ""
+    out.print(
+        f"{store}: {done.added} files added ({done.tokens:,} tokens{rate}), {done.unchanged} "
+        f"already there, {len(done.skipped)} skipped; the history has {total:,} tokens",
+        markup=False,
+    )
+
+
+@app.command()
+def info(
+    store: Store,
+    verify: Annotated[bool, typer.Option(help="Read everything against its checksums.")] = False,
+) -> None:
+    """Print what a store holds; with --verify, look for damage (exit code 2 where there is any)."""
+    from latent_jax.systems.megacontext.store import GistTree
+
+    with GistTree.open(store) as tree:
+        out = console()
+        _describe(tree, out)
+        if not verify:
+            for problem in tree.problems:
+                out.print(f"damage: {problem}", markup=False)
+            return
+        report = tree.verify()
+        for line in report.lines():
+            out.print(f"damage: {line}", markup=False)
+        if not report.ok:
+            raise StoreError(
+                f"{store}: damaged in {len(report.lines())} places (listed above); everything "
+                "else can be read. Gists are made again by the next build"
+            )
+        out.print(f"verified: {report.blocks:,} blocks and {report.gists:,} gists, no damage")
+
+
+def _slots(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise StoreError(f"--slots {text}: give whole numbers, such as 1 or 4,16") from None
+
+
+def _describe(tree, out: Console) -> None:
+    spec, sizes = tree.spec, tree.sizes()
+    grid = Table(title=escape(str(tree.path)), title_justify="left", show_header=False)
+    grid.add_column()
+    grid.add_column(overflow="fold")
+    grid.add_row("history", f"{len(tree):,} tokens in {len(tree.documents):,} documents")
+    grid.add_row("tokenizer", spec.tokenizer or "not named")
+    grid.add_row("base model", spec.base or "not named")
+    grid.add_row("block", f"{spec.block} tokens, {spec.branch} children above")
+    slots = ", ".join(map(str, spec.slots))
+    grid.add_row("gist", f"{slots} slots of {spec.width} numbers, {spec.dtype}")
+    grid.add_row("gist version", tree.version or "none yet")
+    total = sum(sizes.values())
+    each = f", {total / len(tree):.2f} per token" if len(tree) else ""
+    grid.add_row("bytes", f"{total:,}{each}")
+    out.print(grid)
+    if tree.levels:
+        _levels(tree, sizes, out)
+
+
+def _levels(tree, sizes: dict[str, int], out: Console) -> None:
+    from latent_jax.systems.megacontext.store import State
+
+    grid = Table(title="levels", title_justify="left")
+    for column in ("level", "tokens per node", "nodes", "current", "stale", "none", "bytes/token"):
+        grid.add_column(column, justify="right")
+    for level in range(1, tree.levels + 1):
+        state = tree.state(level)
+        used = sizes.get(f"level{level}.bin", 0) + sizes.get(f"level{level}.head", 0)
+        counts = [int((state == which).sum()) for which in reversed(State)]
+        cells = [level, tree.spec.tokens_in(level), tree.count(level), *counts]
+        grid.add_row(*(f"{cell:,}" for cell in cells), f"{used / len(tree):.2f}")
+    out.print(grid)
+
+
+@contextlib.contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[int, int, int], None] | None]:
+    """A bar on a terminal, else a line now and then."""
+    if quiet:
+        yield None
+        return
+    err = console(stderr=True)
+    if not err.is_terminal:
+        last = time.monotonic()
+
+        def tell(done: int, files: int, tokens: int) -> None:
+            nonlocal last
+            if done == files or time.monotonic() - last >= _INTERVAL:
+                last = time.monotonic()
+                print(f"ingest: {done}/{files} files, {tokens} tokens", file=sys.stderr, flush=True)
+
+        yield tell
+        return
+    from rich import progress as rp
+
+    columns = (
+        rp.TextColumn("ingest"),
+        rp.BarColumn(bar_width=24),
+        rp.MofNCompleteColumn(),
+        rp.TextColumn("files, {task.fields[tokens]:,} tokens"),
+        rp.TimeElapsedColumn(),
+    )
+    with rp.Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("ingest", total=None, tokens=0)
+        yield lambda done, files, tokens: bar.update(
+            task, completed=done, total=files, tokens=tokens
+        )
