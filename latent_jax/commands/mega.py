@@ -6,16 +6,16 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from latent_jax.commands.show import console
-from latent_jax.core.errors import StoreError
+from latent_jax.commands import inspect
+from latent_jax.commands.show import console, present
+from latent_jax.core.errors import ConfigError, StoreError
 
 app = typer.Typer(no_args_is_help=True, help="A working context over unbounded history.")
 
@@ -40,21 +40,28 @@ def ingest(
     dtype: Annotated[
         str | None, typer.Option(help="New store: float16, bfloat16, float32 or int8.")
     ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Trained run whose GistNet makes the gists, too.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
 ) -> None:
     """Append the text files of a directory to a store; the same command continues.
 
     Each file is taken once (by path and content), in the order of its path; hidden files are left
-    out. The tokens are stored; their gists are made by a run that has a gist model.
+    out. Without a run only the tokens are stored; with one, all gists that are missing or were
+    made by another GistNet are made (a new store takes its layout from the run).
     """
     from latent_jax.systems.megacontext.store import GistTree, TreeSpec
-    from latent_jax.systems.megacontext.store.commits import NAME as COMMIT
     from latent_jax.systems.megacontext.store.ingest import find_files
     from latent_jax.systems.megacontext.store.ingest import ingest as append
 
     find_files(directory)  # says what is wrong before a store is made
     layout = {"slots": _slots(slots), "width": width, "dtype": dtype}
     layout = {name: value for name, value in layout.items() if value is not None}
+    if run is not None:
+        if layout:
+            raise ConfigError(f"--{next(iter(layout))}: a run brings its own layout; leave it out")
+        layout, backbone = _layout(run)
 
     from latent_jax.backbones import outline
 
@@ -64,7 +71,7 @@ def ingest(
         "base": model.sha256,
         "vocab_size": model.config.vocab_size,
     }
-    if Path(store, COMMIT).exists():
+    if GistTree.exists(store):
         tree = GistTree.open(store, writable=True, **identity, **layout)
     else:
         layout = {"width": model.config.hidden_size} | layout
@@ -85,6 +92,38 @@ def ingest(
         f"already there, {len(done.skipped)} skipped; the history has {total:,} tokens",
         markup=False,
     )
+    if run is not None:
+        made = inspect.call("build_gists", run, {"store": store, "progress": _gist_progress(quiet)})
+        out.print(made, markup=False)
+
+
+@app.command()
+def ask(
+    store: Store,
+    prompt: Annotated[str, typer.Argument(help="Text that follows the history, to be continued.")],
+    run: Annotated[str, typer.Option(help="Trained run whose GistNet made the gists.")],
+    budget: Annotated[int, typer.Option(help="Entries of the working context.")] = 512,
+    policy: Annotated[str, typer.Option(help="What scores the nodes; see the README.")] = "bm25",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 32,
+    trace: Annotated[str | None, typer.Option(help="Keep the focus here (.npz).")] = None,
+) -> None:
+    """Continue a prompt behind a working context that was focused for it."""
+    options = {
+        "store": store, "prompt": prompt, "budget": budget, "policy": policy,
+        "max_new_tokens": max_new_tokens, "trace": trace,
+    }  # fmt: skip
+    present(inspect.call("recall", run, options))
+
+
+@app.command()
+def trace(
+    saved: Annotated[str, typer.Argument(help="Focus kept by `mega ask --trace`.")],
+    html: Annotated[str, typer.Option(help="Page to write.")] = "focus.html",
+) -> None:
+    """Draw how the focus moved: history from left to right, iterations downwards."""
+    from latent_jax.report.focus import write_timeline
+
+    console().print(f"{write_timeline(saved, html)}", markup=False)
 
 
 @app.command()
@@ -111,6 +150,23 @@ def info(
                 "else can be read. Gists are made again by the next build"
             )
         out.print(f"verified: {report.blocks:,} blocks and {report.gists:,} gists, no damage")
+
+
+def _layout(run: str) -> tuple[dict[str, Any], str]:
+    """Fields of a run's stores, and the model it reads with."""
+    from latent_jax import run as runs
+    from latent_jax.backbones import outline
+    from latent_jax.systems.megacontext.config import MegaRun
+
+    path, config = runs.open_run(run)
+    if not isinstance(config, MegaRun):
+        raise ConfigError(f"--run {path}: a {config.system} run has no GistNet")
+    layout, base = config.model.layout, outline(config.backbone.name).config
+    fields = {
+        "slots": layout.slots, "block": layout.block, "branch": layout.branching,
+        "width": base.kv_floats_per_token,
+    }  # fmt: skip
+    return fields, config.backbone.name
 
 
 def _slots(text: str | None) -> tuple[int, ...] | None:
@@ -155,6 +211,22 @@ def _levels(tree, sizes: dict[str, int], out: Console) -> None:
         cells = [level, tree.spec.tokens_in(level), tree.count(level), *counts]
         grid.add_row(*(f"{cell:,}" for cell in cells), f"{used / len(tree):.2f}")
     out.print(grid)
+
+
+def _gist_progress(quiet: bool) -> Callable[[int, int], None] | None:
+    """A line now and then."""
+    if quiet:
+        return None
+    last, total = time.monotonic(), 0
+
+    def tell(level: int, made: int) -> None:
+        nonlocal last, total
+        total += made
+        if time.monotonic() - last >= _INTERVAL:
+            last = time.monotonic()
+            print(f"gists: {total} made, at level {level}", file=sys.stderr, flush=True)
+
+    return tell
 
 
 @contextlib.contextmanager

@@ -27,19 +27,23 @@ def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
     """Endless, shuffled, resumable rows.
 
     Args:
-      phase: ``main``, rows of ``data.blocks`` blocks; or ``upper2``, ``upper3``, …, rows of one
-        node of that level and ``data.beyond`` blocks.
+      phase: ``main``, rows of ``data.blocks`` blocks; ``near``, the same, with gists of everything
+        before a token's own block; ``upper2``, ``upper3``, …, rows of one node of that level and
+        ``data.beyond`` blocks.
 
     Raises:
       ConfigError: another name, or a level that the layout does not have.
     """
     layout, blocks, mark = config.model.layout, config.data.blocks, {}
-    if phase != "main":
+    if phase == "near":
+        mark = {"near": np.True_}
+    elif phase != "main":
         known = [f"upper{level}" for level in range(2, layout.levels + 1)]
         if phase not in known:
+            names = ", ".join(["main", "near", *known])
             raise ConfigError(
-                f"train.phases: no data {phase!r}; there are: {', '.join(['main', *known])} (a "
-                "level needs its slots in model.layout.slots)"
+                f"train.phases: no data {phase!r}; there are: {names} (a level needs its slots in "
+                "model.layout.slots)"
             )
         blocks = int(layout.widths[int(phase.removeprefix("upper"))]) + config.data.beyond
         mark = {"level": np.int32(phase.removeprefix("upper"))}

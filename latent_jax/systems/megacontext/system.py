@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,12 +16,14 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext import recipe
+from latent_jax.systems.megacontext import recipe, telemetry
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
 from latent_jax.systems.megacontext.losses import substitution
+from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 
 _LABELS = (
     (r"^gist/level_1/(query|bias)$", "queries"),
@@ -87,11 +91,12 @@ class MegaContextSystem:
             terms = {"upper": Mean.of(kl)}
         else:
             key = rngs["lod"] if train else None
-            kl, nll, best = self._behind_all(gist, base, ids, key)
+            chunk = 1 if "near" in batch else self.config.data.chunk
+            kl, nll, best = self._behind_all(gist, base, ids, key, chunk)
             terms = {"substitute": Mean.of(kl), "next_token": Mean.of(nll)}
         return terms, {}, {"lost": Mean.of(nll - best)}
 
-    def _behind_all(self, gist, base, ids, key):
+    def _behind_all(self, gist, base, ids, key, chunk):
         """Every chunk of a row reads on behind the gists of what came before it."""
         c = self.config
         layout, window = c.model.layout, c.model.gist.window
@@ -105,14 +110,16 @@ class MegaContextSystem:
             full = read_on(self.decoder, base, self.sink, None, ids, where)
         entries, full = jax.lax.stop_gradient((entries, full))
         gists = build(self.gists, gist, entries, 1)
-        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, c.data.chunk)
+        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, chunk)
         at = slot_positions(c.model, 1, jnp.arange(n))
         seen = jnp.repeat(seen, layout.slots[0], axis=-1)
         placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
-        # Only what a working context has to predict: behind gists, and with a raw tail before it.
-        chunks = np.arange(t).reshape(-1, c.data.chunk * layout.block)
-        told = chunks[1:, layout.protected * layout.block - 1 : -1].reshape(-1)
+        # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
+        # has none).
+        chunks = np.arange(t).reshape(-1, chunk * layout.block)
+        tail = layout.protected * layout.block - 1 if chunk > 1 else 0
+        told = chunks[1:, tail:-1].reshape(-1)
         return substitution(
             self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
         )
@@ -162,9 +169,7 @@ class MegaContextSystem:
         return jax.random.uniform(draw, (b, n)) < share
 
     def train_data(self, phase: str, start_state: Any):
-        """Rows of histories: ``main`` for gists of level 1, ``upper2``, ``upper3``, … for one of a
-        higher level.
-        """
+        """Rows of histories; see `recipe.train_stream` for what the phases read."""
         stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
         if start_state is not None:
             stream.set_state(start_state)
@@ -203,6 +208,48 @@ class MegaContextSystem:
             metrics |= measure.summary(found)
             artefacts[f"histories.lod{level}"] = found
         return metrics, artefacts
+
+    def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
+        """A store as this run's base and GistNet see it.
+
+        Raises:
+          StoreError: there is none, or it belongs to something else.
+        """
+        backbone = dataclasses.replace(self.backbone, params=frozen["base"])
+        params = variables["params"]["gist"]
+        model, version = self.config.model, digest(params)
+        return Memory.open(store, backbone, model, params, version, writable)
+
+    def build_gists(self, variables, frozen, store: str, progress=None) -> str:
+        """Makes all gists of a store that are missing or of another version."""
+        with self.memory(variables, frozen, store, writable=True) as memory:
+            began = time.perf_counter()
+            made = memory.build(progress)
+            seconds = time.perf_counter() - began
+            rate = made.get(1, 0) * self.config.model.layout.block / max(seconds, 1e-9)
+        each = ", ".join(f"{n:,} of level {level}" for level, n in sorted(made.items()))
+        return f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
+
+    def recall(
+        self, variables, frozen, store: str, prompt: str, budget: int = 512,
+        policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Continues a prompt behind a working context that was focused for it."""
+        with self.memory(variables, frozen, store) as memory:
+            runtime = Runtime(memory, RuntimeConfig(budget, policy))
+            answer = runtime.answer(prompt, max_new_tokens)
+            if trace is not None:
+                telemetry.save(trace, runtime.layout, runtime.history, budget)
+            levels = [level for level, _ in answer.nodes]
+            counts = {f"level {n}": levels.count(n) for n in sorted(set(levels))}
+            raw = " ".join(str(index) for level, index in answer.nodes if level == 0)
+            return {
+                "answer": answer.text,
+                "history": f"{len(memory.tree):,} tokens",
+                "nodes": ", ".join(f"{n} of {name}" for name, n in counts.items()),
+                "raw blocks": raw or "none but the tail",
+                "seconds": ", ".join(f"{k} {v:.2f}" for k, v in answer.seconds.items()),
+            }
 
 
 QUICK = ("full", "dropped", "gist", "shuffled")

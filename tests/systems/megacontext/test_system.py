@@ -14,7 +14,8 @@ SMALL = {
     "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
     "eval.arms": ["full", "gist", "mean_pool", "dropped"], "data.rows": 400,
     "train.phases": [
-        {"name": "level 1", "steps": 20, "train": ["queries", "maps"]},
+        {"name": "near", "steps": 10, "data": "near", "train": ["queries", "maps"]},
+        {"name": "level 1", "steps": 10, "train": ["queries", "maps"]},
         {"name": "level 2", "data": "upper2", "train": ["upper_queries", "upper_maps"]},
     ],
 }  # fmt: skip
@@ -58,5 +59,5 @@ def test_impossible_settings_are_refused(overrides, said):
 
 def test_a_phase_of_a_missing_level_is_refused(tmp_path):
     phases = [{"name": "level 3", "data": "upper3"}]
-    with pytest.raises(ConfigError, match="upper3.*there are: main, upper2"):
+    with pytest.raises(ConfigError, match="upper3.*there are: main, near, upper2"):
         latent_jax.run("megacontext/tiny", out=str(tmp_path / "run"), **{"train.phases": phases})

@@ -36,6 +36,7 @@ def build(
     gist_fn: GistFn,
     *,
     batch: int = 32,
+    neighbours: bool = False,
     limit: int | None = None,
     under: tuple[int, int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -54,6 +55,8 @@ def build(
       tree: open for writing, with its version set.
       gist_fn: see `GistFn`; called with NumPy arrays.
       batch: rows of one call. 1 wastes nothing when streaming, more is faster in bulk.
+      neighbours: a batch of level 1 also holds the tokens of the blocks before those to be made,
+        from the batch's first row on, so that a block can be encoded behind them.
       limit: make at most this many, to spread the work after a change of version.
       under: ``(level, first, count)``: only these nodes and what lies below them.
       progress: called with (level, nodes made) after each call.
@@ -66,7 +69,8 @@ def build(
         raise StoreError(f"build: batch={batch}; at least 1")
     if not tree.version:
         raise StoreError(f"{tree.path}: gists need a version; call set_version first")
-    work = _Work(tree, gist_fn, batch, tree.levels if under is None else under[0], under, limit)
+    top = tree.levels if under is None else under[0]
+    work = _Work(tree, gist_fn, batch, neighbours, top, under, limit)
     level, mended = 1, set()
     while level <= work.top:
         try:
@@ -90,11 +94,13 @@ class _Work:
         tree: GistTree,
         gist_fn: GistFn,
         batch: int,
+        neighbours: bool,
         top: int,
         under: tuple[int, int, int] | None,
         limit: int | None,
     ):
         self.tree, self.gist_fn, self.batch = tree, gist_fn, batch
+        self.neighbours = neighbours
         self.top, self.under, self.limit = top, under, limit
         self.made: dict[int, int] = {}
         self.calls = 0
@@ -109,7 +115,11 @@ class _Work:
             return
         starts = np.flatnonzero(np.diff(nodes // self.batch, prepend=-1))
         for group in np.split(nodes, starts[1:]):
-            children, filled = self._children(level, group)
+            wanted = group
+            if level == 1 and self.neighbours:
+                wanted = np.arange(group[0] // self.batch * self.batch, group[-1] + 1)
+            children, filled = self._children(level, wanted)
+            filled = [node for node in filled if node in set(group.tolist())]
             if not filled:
                 continue
             gists = np.asarray(self.gist_fn(level, children))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int, Int32
 
 from latent_jax.core.errors import StoreError
+from latent_jax.systems.megacontext.store import commits
 from latent_jax.systems.megacontext.store.disk import Disk
 from latent_jax.systems.megacontext.store.spec import TreeSpec
 
@@ -38,6 +39,11 @@ class History:
           StoreError: there is something already, or it cannot be written.
         """
         return cls(Disk.create(Path(path), spec))
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether there is a store, of whatever kind."""
+        return (Path(path) / commits.NAME).exists()
 
     @classmethod
     def open(cls, path: str | Path, writable: bool = False, **expected: Any) -> Self:
