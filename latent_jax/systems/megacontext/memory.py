@@ -141,7 +141,7 @@ class Memory:
         else:
             children = below.reshape(-1, *below.shape[2:])
             below = grouped(from_records(children, self.backbone.config), layout.branching)
-        return to_records(self.net.apply({"params": params}, below, min(level, layout.levels)))
+        return to_records(self.net.apply({"params": params}, below, level))
 
     def build(self, progress: Any = None) -> dict[int, int]:
         """Makes every gist that is missing or of another version; returns how many per level.
@@ -153,8 +153,11 @@ class Memory:
         def make(level: int, children: np.ndarray) -> np.ndarray:
             return np.asarray(self._make(self.base, self.params, jnp.asarray(children), level))
 
-        window = self.model.gist.window
-        return build(self.tree, make, batch=window, neighbours=True, progress=progress).nodes
+        window, top = self.model.gist.window, self.model.layout.levels
+        found = build(
+            self.tree, make, batch=window, neighbours=True, top=top, progress=progress
+        )
+        return found.nodes
 
     def raw(self, block: int) -> Gists:
         """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
@@ -230,7 +233,7 @@ class Memory:
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
         rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
-        nll = self._nll(self.base, Gists(k[:, :, None], v[:, :, None]), at, mask, rows, first)
+        nll = self._nll(self.base, Gists(k, v), at, mask, rows, first)
         return np.asarray(nll)[:, -horizon:].mean(1)
 
     def full_loss(self, stop: int, horizon: int) -> float:

@@ -37,6 +37,7 @@ def build(
     *,
     batch: int = 32,
     neighbours: bool = False,
+    top: int | None = None,
     limit: int | None = None,
     under: tuple[int, int, int] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -57,6 +58,7 @@ def build(
       batch: rows of one call. 1 wastes nothing when streaming, more is faster in bulk.
       neighbours: a batch of level 1 also holds the tokens of the blocks before those to be made,
         from the batch's first row on, so that a block can be encoded behind them.
+      top: highest level to make; all that the history has by default.
       limit: make at most this many, to spread the work after a change of version.
       under: ``(level, first, count)``: only these nodes and what lies below them.
       progress: called with (level, nodes made) after each call.
@@ -69,7 +71,8 @@ def build(
         raise StoreError(f"build: batch={batch}; at least 1")
     if not tree.version:
         raise StoreError(f"{tree.path}: gists need a version; call set_version first")
-    top = tree.levels if under is None else under[0]
+    highest = tree.levels if under is None else under[0]
+    top = highest if top is None else min(top, highest)
     work = _Work(tree, gist_fn, batch, neighbours, top, under, limit)
     level, mended = 1, set()
     while level <= work.top:

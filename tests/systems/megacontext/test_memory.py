@@ -1,0 +1,182 @@
+"""A stored history through the frozen tiny reader: entries, losses, focus and answers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from latent_jax import backbones, cli
+from latent_jax import run as runs
+from latent_jax.core.errors import ConfigError, StoreError
+from latent_jax.systems.megacontext.allocator import FocusConfig
+from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.gist import GistNet, Gists
+from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.records import from_records, to_records
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig, nll_at_h
+from latent_jax.systems.megacontext.store import GistTree
+
+LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
+MODEL = ModelConfig(layout=LAYOUT, gist=GistConfig(reads=2, window=4))
+
+
+@pytest.fixture(scope="module")
+def base():
+    return backbones.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def params(base):
+    r = base.config
+    shape = (r.num_layers, 1, LAYOUT.block, r.num_kv_heads, r.head_dim)
+    some = Gists(jnp.zeros(shape), jnp.zeros(shape))
+    return GistNet(MODEL, r).init(jax.random.key(1), some, method="touch")["params"]
+
+
+@pytest.fixture(scope="module")
+def ids(base):
+    """21 blocks and a bit: five windows and a part, five nodes of level 2."""
+    return np.random.default_rng(0).integers(10, base.config.vocab_size, 21 * 8 + 3)
+
+
+@pytest.fixture(scope="module")
+def store(base, params, ids, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mega") / "store"
+    with Memory.open(path, base, MODEL, params, "one", writable=True) as memory:
+        memory.tree.append(ids)
+        assert memory.build() == {1: 21, 2: 5}
+        assert memory.build() == {}
+    return path
+
+
+@pytest.fixture
+def memory(store, base, params):
+    with Memory.open(store, base, MODEL, params, "one") as memory:
+        yield memory
+
+
+def test_records_round_trip(base):
+    r = base.config
+    k, v = jax.random.normal(jax.random.key(0), (2, r.num_layers, 3, 2, r.num_kv_heads, r.head_dim))
+    rows = to_records(Gists(k, v))
+    assert rows.shape == (3, 2, r.kv_floats_per_token)
+    back = from_records(rows, r)
+    np.testing.assert_array_equal(back.k, k)
+    np.testing.assert_array_equal(back.v, v)
+
+
+def test_streamed_gists_equal_those_built_at_once(store, base, params, ids, tmp_path):
+    with Memory.open(tmp_path / "s", base, MODEL, params, "one", writable=True) as streamed:
+        for start in range(0, len(ids), 20):
+            streamed.tree.append(ids[start : start + 20])
+            streamed.build()
+        with GistTree.open(store) as whole:
+            for level, count in ((1, 21), (2, 5)):
+                np.testing.assert_array_equal(
+                    streamed.tree.gists(level, 0, count), whole.gists(level, 0, count)
+                )
+
+
+def test_gathered_entries_stand_where_their_text_stood(memory):
+    found = memory.gather([(2, 0), (1, 4), (0, 5)], 48)
+    assert found.positions.tolist() == [3, 11, 19, 27, 33, 37, *range(40, 48)]
+    np.testing.assert_array_equal(found.k[:, -8:], memory.raw(5).k[:, 0])
+    np.testing.assert_allclose(
+        found.v[:, 4:6], from_records(memory.tree.gists(1, 4, 1), memory.backbone.config).v[:, 0]
+    )
+
+
+def test_what_is_far_stands_together(memory):
+    far = memory.far
+    at = memory.positions(np.array([0, 10, 500, far + 90]), far + 100)
+    assert at.tolist() == [0, 0, 400, far - 10]
+    assert memory.positions(np.array([0, 10]), far).tolist() == [0, 10]
+
+
+def test_one_window_of_raw_blocks_is_the_text_itself(memory):
+    ids = memory.tree.tokens(0, 40)
+    entries = memory.gather([(0, 0), (0, 1), (0, 2)], 24)
+    loss = memory.losses([entries], ids[24:], 24, 8, capacity=30)
+    assert loss[0] == pytest.approx(memory.full_loss(40, 8), abs=2e-4)
+
+
+def test_contexts_of_a_batch_do_not_mix(memory):
+    ids = memory.tree.tokens(24, 40)
+    one = memory.gather([(1, 0), (1, 1), (1, 2)], 24)
+    two = memory.gather([(0, 0), (1, 1), (0, 2)], 24)
+    both = memory.losses([one, two], ids, 24, 8, capacity=24)
+    alone = [memory.losses([c], ids, 24, 8, capacity=24)[0] for c in (one, two)]
+    np.testing.assert_allclose(both, alone, rtol=1e-5)
+    assert abs(alone[0] - alone[1]) > 1e-3
+
+
+def test_the_focus_opens_what_the_query_names(memory):
+    runtime = Runtime(memory, RuntimeConfig(budget=48))
+    query = memory.tree.tokens(7 * 8, 8 * 8)
+    tiling = runtime.settle(query)
+    nodes, start = runtime.nodes(tiling)
+    assert (0, 7) in nodes
+    assert start == 20 * 8
+    cost = sum(int(LAYOUT.costs[level]) for level, _ in nodes) + LAYOUT.block
+    assert cost <= 48
+    width = LAYOUT.widths.tolist()
+    covered = [b for n, i in nodes for b in range(i * width[n], (i + 1) * width[n])]
+    assert covered == list(range(20))
+
+
+def test_losses_of_policies(memory):
+    found = nll_at_h(
+        memory, [48], ["full", "windowed", "dropped", "recency", "bm25"], [16, 20], 8, FocusConfig()
+    )
+    assert set(found) == {"full", "windowed", "dropped", "recency.w48", "bm25.w48"}
+    assert all(x.shape == (2,) and np.isfinite(x).all() for x in found.values())
+
+
+def test_another_gistnet_is_refused(store, base, params):
+    with pytest.raises(StoreError, match="of version one, this run's are two"):
+        Memory.open(store, base, MODEL, params, "two")
+    other = ModelConfig(layout=Layout(block=8, branching=4, slots=(2, 3), protected=1))
+    with pytest.raises(StoreError, match="slots"):
+        Memory.open(store, base, other, params, "one")
+
+
+def test_an_empty_prompt_is_refused(memory):
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        Runtime(memory, RuntimeConfig(budget=48)).answer("")
+
+
+def test_from_files_to_an_answer(tmp_path):
+    """The commands, on a run that has hardly learned."""
+    overrides = {
+        "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0, "train.phases": [],
+        "data.rows": 8, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    runs.train(runs.resolve("megacontext/tiny", overrides))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("The mill at Dunmore burned down in 1911. " * 20)
+    (texts / "b.txt").write_text("Nobody was hurt when the bridge fell. " * 20)
+    run, store = str(tmp_path / "run"), str(tmp_path / "store")
+
+    def call(*arguments):
+        return CliRunner().invoke(cli.app, list(arguments))
+
+    first = call("mega", "ingest", str(texts), "--store", store, "--run", run)
+    assert first.exit_code == 0, first.output
+    assert "gists made" in first.output
+    again = call("mega", "ingest", str(texts), "--store", store, "--run", run)
+    assert "none was missing" in again.output
+    trace = str(tmp_path / "focus.npz")
+    asked = call(
+        "mega", "ask", store, "The mill burned", "--run", run, "--budget", "160",
+        "--max-new-tokens", "4", "--trace", trace,
+    )  # fmt: skip
+    assert asked.exit_code == 0, asked.output
+    assert "answer" in asked.output and "raw blocks" in asked.output
+    page = tmp_path / "focus.html"
+    assert call("mega", "trace", trace, "--html", str(page)).exit_code == 0
+    assert "<html" in page.read_text()
