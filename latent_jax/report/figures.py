@@ -231,11 +231,12 @@ def levels(
             image, extent=(left, right, bottom, top), aspect="auto", interpolation="nearest"
         )
         for start, stop in spans:
-            axes.axvspan(start, stop, color=_INK, alpha=0.35, linewidth=1)
+            # Only its edges: what the span holds is what one wants to see.
+            axes.axvspan(start, stop, facecolor="none", edgecolor=_INK, linewidth=1)
         axes.grid(False)
         shown = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)]
         if spans:
-            shown.append(Patch(color=_INK, alpha=0.35, label="answer"))
+            shown.append(Patch(facecolor="none", edgecolor=_INK, label="answer"))
         figure.legend(handles=shown, loc="outside right upper")
         axes.set_title(title)
         axes.set_xlabel(across)

@@ -147,7 +147,7 @@ def test_a_lens_is_a_policy():
     lens, variables, apply = small(False)
     layout = Layout(block=4, branching=3, slots=(1, 2), protected=1)
     tiling = start(layout, 5, 9)
-    assert tiling.level.shape == (NODES,) and tiling.count == 3
+    assert tiling.level.shape == (NODES,) and tiling.count == 5
     feature = jax.random.normal(jax.random.key(0), (NODES, WIDTH))
     _, tails, _ = snapshots(jax.random.key(0), 2)
     tail = jax.tree.map(lambda x: x[0], tails)
@@ -156,4 +156,4 @@ def test_a_lens_is_a_policy():
     rows = entries(layout, tiling, feature)
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), (rows, tail))
     np.testing.assert_allclose(scores, apply(variables, *batch)[0], atol=1e-6)
-    assert scores[:3].all() and not scores[3:].any()
+    assert scores[:5].all() and not scores[5:].any()
