@@ -10,6 +10,7 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.train.checkpoints import load_variables
 
 TINY = {
     "system": "spacing", "name": "t",
@@ -48,16 +49,15 @@ def test_it_reaches_the_known_optimum(done):
 
 
 def test_seeds_differ(done):
-    params = runs.load(done.out)[1]["params"]
+    params = load_variables(done.out)[0]["params"]
     kernel = params["model"]["head"]["kernel"]
     assert kernel.shape[0] == 2
     assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 1e-3
 
 
-def test_seeds_do_not_touch_each_other():
-    system = runs.system_class("spacing")(runs.resolve(TINY | {"seeds": 2}))
+def test_seeds_do_not_touch_each_other(done):
+    system, (variables, _) = done.system, load_variables(done.out)
     batch = {k: jnp.asarray(v) for k, v in next(iter(system.train_data("main", None))).items()}
-    variables = system.init({"params": jax.random.key(0)}, batch)
 
     def loss(params, batch):
         terms, _, _ = system.loss_terms(
