@@ -24,11 +24,12 @@ _PUBLIC = {
     "LatentWire": "latent_jax.systems.latentwire",
     "SpacingModel": "latent_jax.systems.spacing",
     "ResidualVQ": "latent_jax.nn.residual_vq",
+    "GistTree": "latent_jax.systems.megacontext.store",
 }
 # Modules that are called like the function of the same name that they define.
 _CALLABLE = ("run",)
 
-__all__ = ["LatentWire", "ResidualVQ", "SpacingModel", "__version__", "load", "run"]
+__all__ = ["GistTree", "LatentWire", "ResidualVQ", "SpacingModel", "__version__", "load", "run"]
 
 
 class _CallableModule(types.ModuleType):

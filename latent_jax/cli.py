@@ -237,8 +237,10 @@ def _main(
 
 def _add_groups() -> None:
     from latent_jax.commands.data import app as data
+    from latent_jax.commands.mega import app as mega
 
     app.add_typer(data, name="data")
+    app.add_typer(mega, name="mega")
 
 
 _add_groups()

@@ -26,6 +26,7 @@ from latent_jax.report.directory import prepare
 SYSTEMS: dict[str, str] = {
     "abstractinator": "latent_jax.systems.abstractinator.system:AbstractinatorSystem",
     "latentwire": "latent_jax.systems.latentwire.system:LatentWireSystem",
+    "megacontext": "latent_jax.systems.megacontext.system:MegaContextSystem",
     "lm": "latent_jax.systems.lm.system:LMSystem",
     "spacing": "latent_jax.systems.spacing.system:SpacingSystem",
 }

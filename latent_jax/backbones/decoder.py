@@ -19,11 +19,14 @@ from latent_jax.ops import attention, rope
 
 
 class KV(NamedTuple):
-    """Keys (post-RoPE) and values of ``m`` entries in every layer, and which of them are valid."""
+    """Keys (post-RoPE) and values of ``m`` entries in every layer, and which of them are valid.
+
+    As a prefix its mask may also be ``[b t m]``: what each of the call's tokens sees of it.
+    """
 
     k: Float[Array, "l b m g d"]
     v: Float[Array, "l b m g d"]
-    mask: Bool[Array, "b m"]
+    mask: Bool[Array, "b m"] | Bool[Array, "b t m"]
 
 
 class DecoderOutput(NamedTuple):
@@ -148,7 +151,7 @@ class Decoder(nn.Module):
           positions: rotary positions, ``0..t-1`` by default.
           mask: valid tokens (left or right padding), all by default; attention is causal over them.
           attention_mask: replaces the causal mask among the call's own tokens.
-          prefix: keys and values that every token sees.
+          prefix: keys and values that every token sees, or those that its mask says.
           lora: ``{projection: {'a': [l, in, r], 'b': [l, r, out]}}`` for any of q, k, v, o, gate,
             up, down.
         """

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from latent_jax.backbones.backbone import Backbone
+from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.readers import gguf, hf, llama2c
+from latent_jax.backbones.tokenizer import Tokenizer
 from latent_jax.core.errors import BackboneError
 
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -49,28 +51,53 @@ def load(
         which.
     """
     path = locate(name_or_path)
-    if path.is_dir():
-        reader = hf.read
-    elif path.suffix == ".gguf":
-        reader = gguf.read
-    elif path.suffix == ".bin":
-        reader = llama2c.read
-    else:
-        raise BackboneError(
-            f"{path}: unknown model format; give a Hugging Face directory, a .gguf or a "
-            "llama2.c .bin."
-        )
-    config, params, tokenizer, sha256 = reader(path, dtype, shardings)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise BackboneError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
-            f"{config.vocab_size} rows; tokenizer and weights do not belong together."
-        )
+    config, params, tokenizer, sha256 = _reader(path).read(path, dtype, shardings)
+    _check_vocabulary(path, config, tokenizer)
     if shardings is None:
         params = jax.device_put(params)
     return Backbone(
         str(name_or_path), config, params, tokenizer, sha256, Decoder(config, remat=remat)
     )
+
+
+class Outline(NamedTuple):
+    """What a model is, without its weights; `sha256` is that of the loaded `Backbone`."""
+
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    sha256: str
+
+
+def outline(name_or_path: str | Path) -> Outline:
+    """Reads what `load` reads, except the weights: enough to tokenise for a model.
+
+    Raises:
+      BackboneError: as `load`.
+    """
+    path = locate(name_or_path)
+    found = Outline(*_reader(path).outline(path))
+    _check_vocabulary(path, found.config, found.tokenizer)
+    return found
+
+
+def _reader(path: Path) -> Any:
+    if path.is_dir():
+        return hf
+    if path.suffix == ".gguf":
+        return gguf
+    if path.suffix == ".bin":
+        return llama2c
+    raise BackboneError(
+        f"{path}: unknown model format; give a Hugging Face directory, a .gguf or a llama2.c .bin."
+    )
+
+
+def _check_vocabulary(path: Path, config: DecoderConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BackboneError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the embedding only "
+            f"{config.vocab_size} rows; tokenizer and weights do not belong together."
+        )
 
 
 def locate(name_or_path: str | Path) -> Path:

@@ -39,3 +39,7 @@ class MeshError(UserError):
 
 class FetchError(UserError):
     """A download that failed, or whose content is not what was pinned."""
+
+
+class StoreError(UserError):
+    """A store of gists that is damaged, locked, full, or made for another model."""

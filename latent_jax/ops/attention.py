@@ -17,7 +17,7 @@ def attend(
     mask: Bool[Array, "b t s"],
     prefix_k: Float[Array, "b m g d"] | None = None,
     prefix_v: Float[Array, "b m g d"] | None = None,
-    prefix_mask: Bool[Array, "b m"] | None = None,
+    prefix_mask: Bool[Array, "b m"] | Bool[Array, "b t m"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b t h d"]:
     """Softmax attention of ``h`` query heads on ``g`` shared key/value heads (``h % g == 0``).
@@ -28,7 +28,7 @@ def attend(
 
     Args:
       mask: which of the own keys each query may see.
-      prefix_mask: which prefix entries are valid; every query sees all valid ones.
+      prefix_mask: which prefix entries every query sees, or which ones each query sees.
       scale: logit multiplier, ``d ** -0.5`` by default.
     """
     b, t, h, d = q.shape
@@ -50,7 +50,8 @@ def attend(
     else:
         m = prefix_k.shape[1]
         prefix_k, prefix_v = prefix_k.transpose(0, 2, 1, 3), prefix_v.transpose(0, 2, 1, 3)
-        seen = score(prefix_k, prefix_mask[:, None, None, None, :])
+        each = prefix_mask if prefix_mask.ndim == 3 else prefix_mask[:, None]
+        seen = score(prefix_k, each[:, None, None])
         weights = jax.nn.softmax(jnp.concatenate([seen, scores], axis=-1), axis=-1).astype(v.dtype)
         out = jnp.einsum("bgrts,bgsd->bgrtd", weights[..., :m], prefix_v)
         out += jnp.einsum("bgrts,bgsd->bgrtd", weights[..., m:], v)

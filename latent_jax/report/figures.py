@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from markupsafe import Markup
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 # Mid-tones that keep contrast on white and on near-black.
@@ -195,4 +197,47 @@ def histogram(title: str, values: Sequence[float]) -> Markup:
         axes.bar(range(len(values)), values, color=PALETTE[0], width=0.9)
         axes.set_title(title)
         axes.set_xlabel("index")
+        return _svg(figure, title)
+
+
+def levels(
+    title: str,
+    values: np.ndarray,
+    names: Sequence[str],
+    extent: tuple[float, float, float, float],
+    *,
+    across: str,
+    down: str,
+    spans: Sequence[tuple[float, float]] = (),
+) -> Markup:
+    """A map of categories, one row per step from the top down, -1 empty; ``spans`` are marked.
+
+    Args:
+      title: above the map.
+      values: place in ``names`` of each cell.
+      names: the categories, for the legend.
+      extent: left, right, top and bottom edge in the units of the axes.
+      across, down: what the axes are.
+      spans: stretches of the horizontal axis to point at, each as start and stop.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(9.0, 5.0)
+        axes = figure.add_subplot()
+        colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
+        image = ListedColormap(colours)(np.maximum(values, 0))
+        image[values < 0, 3] = 0.0
+        left, right, top, bottom = extent
+        axes.imshow(
+            image, extent=(left, right, bottom, top), aspect="auto", interpolation="nearest"
+        )
+        for start, stop in spans:
+            axes.axvspan(start, stop, color=_INK, alpha=0.35, linewidth=1)
+        axes.grid(False)
+        shown = [Patch(color=c, label=n) for c, n in zip(colours, names, strict=True)]
+        if spans:
+            shown.append(Patch(color=_INK, alpha=0.35, label="answer"))
+        figure.legend(handles=shown, loc="outside right upper")
+        axes.set_title(title)
+        axes.set_xlabel(across)
+        axes.set_ylabel(down)
         return _svg(figure, title)

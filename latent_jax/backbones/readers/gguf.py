@@ -64,13 +64,24 @@ def read(
       BackboneError: unreadable or truncated file, unsupported architecture, wrong tensors.
     """
     file = GGUFFile(path)
+    config, tokenizer, sha256 = _outline(file)
+    slots = table.plan(file, rules(config.family), config)
+    params = table.assemble(file, slots, config, dtype, shardings)
+    return config, params, tokenizer, sha256
+
+
+def outline(path: str | Path) -> tuple[DecoderConfig, Tokenizer, str]:
+    """`read` without the parameters."""
+    return _outline(GGUFFile(path))
+
+
+def _outline(file: GGUFFile) -> tuple[DecoderConfig, Tokenizer, str]:
+    path = file.path
     try:
         config = config_from(file)
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BackboneError(f"{path}: a field of the GGUF header is wrong ({error}).") from error
-    slots = table.plan(file, rules(config.family), config)
-    params = table.assemble(file, slots, config, dtype, shardings)
-    return config, params, Tokenizer.from_gguf(file.metadata, str(path)), file_sha256(path)
+    return config, Tokenizer.from_gguf(file.metadata, str(path)), file_sha256(path)
 
 
 def config_from(file: GGUFFile) -> DecoderConfig:

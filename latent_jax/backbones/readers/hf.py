@@ -124,8 +124,17 @@ def read(
     source = SafetensorsFiles(directory)
     slots = table.plan(source, rules(config.tie_embeddings), config)
     params = table.assemble(source, slots, config, dtype, shardings)
-    digest = files_sha256([directory / "config.json", *source.files])
-    return config, params, Tokenizer.from_directory(directory), digest
+    return config, params, Tokenizer.from_directory(directory), _digest(source)
+
+
+def outline(directory: str | Path) -> tuple[DecoderConfig, Tokenizer, str]:
+    """`read` without the parameters."""
+    source = SafetensorsFiles(directory)
+    return config_from(directory), Tokenizer.from_directory(directory), _digest(source)
+
+
+def _digest(source: SafetensorsFiles) -> str:
+    return files_sha256([source.path / "config.json", *source.files])
 
 
 def config_from(directory: str | Path) -> DecoderConfig:

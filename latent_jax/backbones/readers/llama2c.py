@@ -145,6 +145,16 @@ def read(
     file = Llama2cFile(path)
     slots = table.plan(file, rules(), file.config)
     params = table.assemble(file, slots, file.config, dtype, shardings)
+    config, tokenizer, sha256 = _outline(file)
+    return config, params, tokenizer, sha256
+
+
+def outline(path: str | Path) -> tuple[DecoderConfig, Tokenizer, str]:
+    """`read` without the parameters."""
+    return _outline(Llama2cFile(path))
+
+
+def _outline(file: Llama2cFile) -> tuple[DecoderConfig, Tokenizer, str]:
     vocabulary = find_vocabulary(file.path, file.config.vocab_size)
     tokenizer = Tokenizer.from_llama2c(vocabulary, file.config.vocab_size)
-    return file.config, params, tokenizer, file_sha256(path)
+    return file.config, tokenizer, file_sha256(file.path)

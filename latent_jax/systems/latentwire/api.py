@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from latent_jax import backbones
+from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
@@ -21,7 +22,6 @@ from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
-from latent_jax.systems.latentwire.sink import sink_token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LatentWire:
     @property
     def sink(self) -> int | None:
         """Token before everything the LLM is shown."""
-        return sink_token(self.config, self.backbone.tokenizer)
+        return sink_token(self.backbone.tokenizer) if self.config.sink else None
 
     @property
     def latents(self) -> baselines.Latents:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.systems.latentwire import selection
 from latent_jax.systems.latentwire.config import TASKS
 from latent_jax.systems.latentwire.given import (
@@ -27,7 +28,6 @@ from latent_jax.systems.latentwire.given import (
     with_sink,
 )
 from latent_jax.systems.latentwire.model import Prefix, num_latents
-from latent_jax.systems.latentwire.sink import behind, sink_kv
 
 #: Arms of the reader's own text, no training anywhere.
 TEXT_ARMS = (

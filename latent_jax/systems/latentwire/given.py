@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.systems.latentwire.model import Prefix
-from latent_jax.systems.latentwire.sink import behind, sink_kv
 
 
 class Given(NamedTuple):

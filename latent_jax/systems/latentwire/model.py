@@ -18,11 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.pool import KVPool, spans
-from latent_jax.systems.latentwire.sink import behind, repeat, sink_kv
 
 
 class Wire(NamedTuple):
@@ -44,7 +44,7 @@ class Prefix(NamedTuple):
     The latents stand where their text stood and the prompt continues at rotary position ``start``,
     the end of the last segment: a token is then always as far from the latents that hold it,
     however long its text (with the text's own end, what is learned at 16 tokens fails at 32).
-    ``sink``, if any, is the token that stands before them (`latent_jax.systems.latentwire.sink`).
+    ``sink``, if any, is the token that stands before them (`latent_jax.backbones.sink`).
     """
 
     kv: KV | None

@@ -30,7 +30,7 @@ def keep_best(
 
     Args:
       first: position 0 is kept whatever its score, because without a token of its own for it
-        decoders park attention there (`latent_jax.systems.latentwire.sink`) and any selection
+        decoders park attention there (`latent_jax.backbones.sink`) and any selection
         without it fails for a reason that has nothing to do with the text.
     """
     score = jnp.where(kv.mask[None, :, :, None], score, -jnp.inf)

@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax import backbones
+from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sharding import DECODER_RULES
+from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.data.squad import QAExample
@@ -24,11 +26,10 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
 )
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
-from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
 from latent_jax.systems.latentwire.model import Compressor, read
 from latent_jax.systems.latentwire.prompts import PromptBuilder
-from latent_jax.systems.latentwire.sink import sink_token
 from latent_jax.systems.latentwire.tuned import train_controls
 
 _LABELS = (
@@ -69,7 +70,7 @@ class LatentWireSystem:
             config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)
         )
         self.body = self.backbone.decoder
-        self.sink = sink_token(config.model, self.backbone.tokenizer)
+        self.sink = sink_token(self.backbone.tokenizer) if config.model.sink else None
         self.model = Compressor(config.model, self.backbone.config, self.sink)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
         self.frozen = {"reader": self.backbone.params}

@@ -19,15 +19,15 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.backbones.backbone import Backbone
+from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sharding import DECODER_RULES
+from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import baselines, recipe
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.given import Asked, answer_hidden
-from latent_jax.systems.latentwire.losses import token_cross_entropy
 from latent_jax.systems.latentwire.prompts import PromptBuilder
-from latent_jax.systems.latentwire.sink import sink_token
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
 #: Arms a soft prompt can be trained for.
@@ -128,7 +128,7 @@ class SoftPromptSystem:
             variables["params"], self.backbone.decoder, frozen["reader"], batch,
             arm=self.arm, ratio=self.config.model.ratio, seed=self.config.seed,
             chunk=self.config.losses.chunk,
-            sink=sink_token(self.config.model, self.backbone.tokenizer),
+            sink=sink_token(self.backbone.tokenizer) if self.config.model.sink else None,
         )  # fmt: skip
         return {"answer": loss}, {}, {"answer_accuracy": accuracy}
 

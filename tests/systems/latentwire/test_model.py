@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.systems.latentwire import bottleneck
@@ -19,7 +20,7 @@ from latent_jax.systems.latentwire.config import (
     ModelConfig,
     WireConfig,
 )
-from latent_jax.systems.latentwire.losses import corrupt_tokens, token_cross_entropy
+from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.model import (
     Compressor,
     flatten_kv,

@@ -17,17 +17,14 @@ from jaxtyping import Array, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire.config import ModelConfig
 
 
-def sink_token(config: ModelConfig, tokenizer: Any) -> int | None:
-    """BOS, or the EOS that separates documents where a model has no BOS; None without a sink.
+def sink_token(tokenizer: Any) -> int:
+    """BOS, or the EOS that separates documents where a model has no BOS.
 
     Raises:
-      ConfigError: ``model.sink`` with a tokenizer that has neither.
+      ConfigError: a tokenizer that has neither.
     """
-    if not config.sink:
-        return None
     token = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if token is None:
         raise ConfigError("model.sink: this tokenizer has no BOS or EOS token; set it to false")
@@ -53,7 +50,7 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
     return KV(
         jnp.concatenate([first.k, then.k], axis=2),
         jnp.concatenate([first.v, then.v], axis=2),
-        jnp.concatenate([first.mask, then.mask], axis=1),
+        jnp.concatenate([first.mask, then.mask], axis=-1),
     )
 
 

@@ -1,4 +1,4 @@
-"""Losses through the frozen reader, in one teacher-forced pass for every task."""
+"""Cross-entropy through a frozen decoder's vocabulary."""
 
 from __future__ import annotations
 
@@ -40,16 +40,3 @@ def token_cross_entropy(
         nll, hit = jax.lax.map(lambda a: jax.checkpoint(rows)(*a), (h, y))
         nll, hit = nll.reshape(-1)[:n], hit.reshape(-1)[:n]
     return nll.reshape(b, t), hit.reshape(b, t)
-
-
-def corrupt_tokens(
-    key: jax.Array, ids: Int[Array, "b t"], rate: float, vocab_size: int
-) -> Int[Array, "b t"]:
-    """Replaces a share of the teacher-forced inputs with random tokens.
-
-    With clean inputs the reader learns to lean on the previous token and derails at its first own
-    mistake; a corrupted history can only be survived by reading the latents.
-    """
-    swap, draw = jax.random.split(key)
-    noise = jax.random.randint(draw, ids.shape, 0, vocab_size, ids.dtype)
-    return jnp.where(jax.random.bernoulli(swap, rate, ids.shape), noise, ids)

@@ -1,0 +1,154 @@
+"""Everything a MegaContext run can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import ScheduleConfig
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen base that reads gists and raw tokens, and whose layers make the gists."""
+
+    name: str = field(
+        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", help="dtype of the frozen weights and of the computation"
+    )
+
+
+@dataclass(frozen=True)
+class GistConfig:
+    """GistNet: how a block, or a group of gists, becomes the gist above it."""
+
+    reads: int = field(
+        default=4, ge=1, help="attention reads per slot and head, each with a map of its own"
+    )
+    window: int = field(
+        default=8, ge=1, help="blocks that the base encodes together; no gist depends on others"
+    )
+    place: Literal["centre", "start"] = field(
+        default="centre", help="rotary position of a slot within its stretch of the span"
+    )
+    focus: float = field(
+        default=4.0, ge=0, help="how much a slot prefers its own stretch at first, in logits"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What is trained beside the frozen base."""
+
+    layout: Layout = field(
+        default_factory=lambda: Layout(slots=(4,)), help="blocks, levels and slots of the tree"
+    )
+    gist: GistConfig = field(default_factory=GistConfig, help="GistNet")
+    remat: bool = field(default=False, help="recompute activations in the backward pass")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Histories."""
+
+    root: str | None = field(default=None, help="data folder; default: env LATENT_JAX_DATA")
+    text: str = field(default="auto", help="a text source or a path")
+    blocks: int = field(default=8, ge=3, help="blocks of a training row")
+    chunk: int = field(
+        default=4, ge=2,
+        help="blocks that are read raw together in training, behind the gists of all before them; "
+        "the first ones of a chunk (model.layout.protected) are not predicted, like a tail",
+    )  # fmt: skip
+    beyond: int = field(
+        default=8, ge=2, help="blocks after the node of a training row of the upper levels"
+    )
+    rows: int = field(default=20_000, ge=1, help="most training rows to draw")
+    raw: float = field(
+        default=0.3, ge=0, le=1,
+        help="share of rows in which some blocks beyond the tail stay raw, at a random rate",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the loss terms, each a number or a schedule of the step."""
+
+    substitute: float | ScheduleConfig = field(
+        default=1.0, help="KL(base on the raw text || base on gists), nats per token"
+    )
+    upper: float | ScheduleConfig = field(
+        default=1.0, help="the same KL behind one gist of level 2 or more (data upper)"
+    )
+    next_token: float | ScheduleConfig = field(
+        default=0.0, help="cross-entropy of the text behind gists, nats per token"
+    )
+    chunk: int | None = field(
+        default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
+    )
+
+
+# What may stand for the history; see `recovery.Recovery`.
+ARMS = (
+    "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What is measured at the end."""
+
+    arms: tuple[str, ...] = field(
+        default=ARMS, help="what stands for the history: its gists, and baselines and controls"
+    )
+
+    text: str | None = field(default=None, help="held-out text source; none: data.text")
+    rows: int = field(default=64, ge=2, help="held-out histories")
+    history: int = field(default=7, ge=2, help="blocks that are replaced by their gists")
+    upper_rows: int = field(
+        default=0, ge=0, help="held-out histories of one node of each upper level; 0: none"
+    )
+    horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
+    batch_size: int = field(default=8, ge=2, help="rows at once")
+    quick_rows: int = field(default=16, ge=2, help="rows of the evaluation while training")
+    threshold: float = field(
+        default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
+    )
+
+    def validate(self) -> None:
+        """Refuses unknown arms; recovery needs its two ends."""
+        unknown = [a for a in self.arms if a not in ARMS]
+        if unknown:
+            raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
+        if not {"full", "dropped"} <= set(self.arms):
+            raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
+
+
+@dataclass(frozen=True)
+class MegaRun(RunBase):
+    """A MegaContext run."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig, help="frozen base")
+    model: ModelConfig = field(default_factory=ModelConfig, help="what is trained")
+    data: DataConfig = field(default_factory=DataConfig, help="training and held-out data")
+    losses: LossConfig = field(default_factory=LossConfig, help="loss weights")
+    eval: EvalConfig = field(default_factory=EvalConfig, help="final evaluation")
+
+    def validate(self) -> None:
+        """Refuses rows without a block to replace."""
+        d, protected = self.data, self.model.layout.protected
+        if d.blocks % d.chunk or d.blocks < 2 * d.chunk or d.chunk <= protected:
+            raise ConfigError(
+                f"data.blocks={d.blocks}, data.chunk={d.chunk}: a row is at least two whole "
+                f"chunks, and a chunk longer than model.layout.protected={protected}"
+            )
+        if d.beyond <= protected:
+            raise ConfigError(
+                f"data.beyond={d.beyond} leaves nothing to predict behind the protected tail "
+                f"(model.layout.protected={protected})"
+            )

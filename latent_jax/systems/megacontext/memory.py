@@ -1,0 +1,285 @@
+"""A stored history as the base sees it: entries of any nodes, placed for a cursor.
+
+The tokens and gists lie in a `GistTree`; raw blocks are encoded from their tokens when they are
+asked for, a window at a time, and kept for a while. No entry depends on the others in the context,
+so that exchanging one costs its own encoding and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from latent_jax.backbones import Backbone
+from latent_jax.backbones.cross_entropy import token_cross_entropy
+from latent_jax.backbones.sink import sink_token
+from latent_jax.core import trees
+from latent_jax.core.errors import StoreError
+from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped, slot_offsets
+from latent_jax.systems.megacontext.reading import encode, place, read_on
+from latent_jax.systems.megacontext.records import from_records, record_width, to_records
+from latent_jax.systems.megacontext.store import GistTree, TreeSpec, build
+
+Node = tuple[int, int]  # level, index
+
+
+class Entries(NamedTuple):
+    """Entries of some nodes side by side, before rotation.
+
+    Attributes:
+      k: keys, and values ``v``.
+      positions: rotary positions for the cursor that they were gathered for.
+    """
+
+    k: Float[np.ndarray, "l m g d"]
+    v: Float[np.ndarray, "l m g d"]
+    positions: Int[np.ndarray, " m"]
+
+    def padded(self, capacity: int) -> Entries:
+        """The same with zeros up to a length, so that one shape is compiled."""
+        room = capacity - len(self.positions)
+        k, v = (np.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)]) for x in (self.k, self.v))
+        return Entries(k, v, np.pad(self.positions, (0, room)))
+
+
+class Memory:
+    """A tree, the frozen base that reads it, and the GistNet that writes it.
+
+    Args:
+      backbone: the base.
+      model: layout and GistNet options; the layout must be the tree's.
+      params: trained parameters of the GistNet.
+      tree: the history.
+      windows: encoded windows of raw blocks that are kept.
+    """
+
+    def __init__(
+        self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree, windows: int = 16
+    ):
+        self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
+        self.decoder, self.base = backbone.decoder, backbone.params
+        self.sink = sink_token(backbone.tokenizer)
+        self.net = GistNet(model, backbone.config)
+        self._kept: OrderedDict[int, Gists] = OrderedDict()
+        self._windows = windows
+        self._encode = jax.jit(self._encode_window)
+        self._make = jax.jit(self._gists, static_argnames=("level",))
+        self._nll = jax.jit(self._losses)
+        self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        backbone: Backbone,
+        model: ModelConfig,
+        params: Any,
+        version: str,
+        writable: bool = False,
+    ) -> Memory:
+        """Opens a store, or makes it if it is to be written.
+
+        Args:
+          version: digest of ``params``; gists of others are stale.
+
+        Raises:
+          StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
+            gists were made by another GistNet and it is not open for writing.
+        """
+        spec = tree_spec(backbone, model)
+        if writable and not GistTree.exists(path):
+            tree = GistTree.create(path, spec)
+        else:
+            wanted = dataclasses.asdict(spec)
+            del wanted["dtype"]
+            tree = GistTree.open(path, writable, **wanted)
+        if writable:
+            tree.set_version(version)
+        elif tree.version != version:
+            tree.close()
+            raise StoreError(
+                f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
+                f"{version}: run `latent-jax mega ingest` with this run first"
+            )
+        return cls(backbone, model, params, tree)
+
+    def __enter__(self) -> Memory:
+        self.tree.__enter__()
+        return self
+
+    def __exit__(self, *problem: Any) -> None:
+        self.tree.__exit__(*problem)
+
+    @property
+    def far(self) -> int:
+        """Tokens before the cursor beyond which distance is not told apart: what the base was
+        trained on, less room for what follows the cursor.
+        """
+        return self.backbone.config.max_position * 7 // 8
+
+    def _encode_window(self, base: Any, ids: Int[Array, "1 t"]) -> Gists:
+        layout = self.model.layout
+        raw, _ = encode(
+            self.decoder, base, self.sink, ids, layout.block, ids.shape[1] // layout.block
+        )
+        return raw
+
+    def _gists(self, base: Any, params: Any, below: Any, level: int) -> Float[Array, "n s w"]:
+        layout = self.model.layout
+        if level == 1:
+            below = self._encode_window(base, below.reshape(1, -1))
+        else:
+            children = below.reshape(-1, *below.shape[2:])
+            below = grouped(from_records(children, self.backbone.config), layout.branching)
+        return to_records(self.net.apply({"params": params}, below, min(level, layout.levels)))
+
+    def build(self, progress: Any = None) -> dict[int, int]:
+        """Makes every gist that is missing or of another version; returns how many per level.
+
+        Raises:
+          StoreError: the tree is not open for writing.
+        """
+
+        def make(level: int, children: np.ndarray) -> np.ndarray:
+            return np.asarray(self._make(self.base, self.params, jnp.asarray(children), level))
+
+        window = self.model.gist.window
+        return build(self.tree, make, batch=window, neighbours=True, progress=progress).nodes
+
+    def raw(self, block: int) -> Gists:
+        """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
+        window that come before it.
+        """
+        window, size = self.model.gist.window, self.model.layout.block
+        number, inside = divmod(block, window)
+        if number not in self._kept:
+            start = number * window * size
+            ids = self.tree.tokens(start, min(start + window * size, len(self.tree)))
+            row = np.zeros((1, window * size), np.int32)
+            row[0, : len(ids)] = ids
+            self._kept[number] = jax.tree.map(np.asarray, self._encode(self.base, row))
+            while len(self._kept) > self._windows:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(number)
+        return Gists(*(x[:, inside : inside + 1] for x in self._kept[number]))
+
+    def forget(self) -> None:
+        """Drops encoded windows; call it when the tree has grown."""
+        self._kept.clear()
+
+    def gather(self, nodes: Sequence[Node], cursor: int) -> Entries:
+        """Entries of nodes, in their order.
+
+        Args:
+          nodes: ``(level, index)``; level 0 is a raw block.
+          cursor: position of the next token, in tokens of the history.
+        """
+        layout, parts, places = self.model.layout, [], []
+        for level, index in nodes:
+            if level == 0:
+                found = self.raw(index)
+            else:
+                found = from_records(self.tree.gists(level, index, 1), self.backbone.config)
+            parts.append(Gists(*(np.asarray(x)[:, 0] for x in found)))
+            start = index * int(layout.widths[level]) * layout.block
+            places.append(start + slot_offsets(layout, level, self.model.gist.place))
+        base = self.backbone.config
+        empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
+        join = lambda which: np.concatenate([empty, *(p[which] for p in parts)], axis=1)  # noqa: E731
+        at = np.concatenate([np.zeros(0, int), *places])
+        return Entries(join(0), join(1), self.positions(at, cursor))
+
+    def positions(self, at: Int[np.ndarray, " m"], cursor: int) -> Int[np.ndarray, " m"]:
+        """Rotary positions: where the text stood, unless that is farther back than `far`; then all
+        that is farther stands there together and the cursor at `far`.
+        """
+        return np.maximum(np.asarray(at) - max(cursor - self.far, 0), 0)
+
+    def losses(
+        self, contexts: Sequence[Entries], ids: Int[np.ndarray, " t"], start: int, horizon: int,
+        capacity: int,
+    ) -> Float[np.ndarray, " b"]:  # fmt: skip
+        """Mean loss of the last ``horizon`` tokens of ``ids`` behind each context, nats per token.
+
+        Args:
+          contexts: what stands for everything before ``start``.
+          ids: tokens from ``start`` on: the tail, then the horizon.
+          start: position of the first of them in the history.
+          horizon: how many of the last ones are predicted.
+          capacity: entries of the compiled shape; no context has more.
+
+        Raises:
+          StoreError: a context has more entries.
+        """
+        sizes = [len(c.positions) for c in contexts]
+        if max(sizes) > capacity:
+            raise StoreError(f"a context of {max(sizes)} entries does not fit {capacity}")
+        padded = [c.padded(capacity) for c in contexts]
+        k, v = (np.stack([getattr(c, name) for c in padded], 1) for name in "kv")
+        at = np.stack([c.positions for c in padded])
+        mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
+        first = int(self.positions(np.asarray([start]), start)[0])
+        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
+        nll = self._nll(self.base, Gists(k[:, :, None], v[:, :, None]), at, mask, rows, first)
+        return np.asarray(nll)[:, -horizon:].mean(1)
+
+    def full_loss(self, stop: int, horizon: int) -> float:
+        """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
+        in one sequence.
+
+        Raises:
+          StoreError: that is longer than the base can read.
+        """
+        if stop > self.backbone.config.max_position:
+            raise StoreError(
+                f"{stop} tokens do not fit the base's {self.backbone.config.max_position}: leave "
+                "out the arm full"
+            )
+        return float(self._full(self.base, self.tree.tokens(0, stop)[None], horizon))
+
+    def _full_loss(self, base, ids, horizon):
+        where = jnp.arange(ids.shape[1])[None]
+        hidden = read_on(self.decoder, base, self.sink, None, ids, where)[:, -horizon - 1 : -1]
+        nll, _ = token_cross_entropy(self.decoder, base, hidden, ids[:, -horizon:])
+        return nll.mean()
+
+    def _losses(self, base, entries, at, mask, ids, first):
+        placed = place(self.decoder, entries, at, mask)
+        where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden = read_on(self.decoder, base, self.sink, placed, ids, where)
+        nll, _ = token_cross_entropy(self.decoder, base, hidden[:, :-1], ids[:, 1:])
+        return nll
+
+
+def tree_spec(backbone: Backbone, model: ModelConfig, dtype: str = "float16") -> TreeSpec:
+    """What a store for this base and layout is created with."""
+    layout = model.layout
+    return TreeSpec(
+        vocab_size=backbone.config.vocab_size,
+        width=record_width(backbone.config),
+        slots=layout.slots,
+        dtype=dtype,
+        tokenizer=backbone.tokenizer.sha256,
+        base=backbone.sha256,
+        block=layout.block,
+        branch=layout.branching,
+    )
+
+
+def digest(params: Any) -> str:
+    """Names a GistNet by its weights: 16 hexadecimal digits of their SHA-256."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(trees.flatten(params).items()):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return found.hexdigest()[:16]

@@ -1,0 +1,59 @@
+"""Texts to histories of whole blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from latent_jax import data
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext.config import MegaRun
+
+
+def histories(
+    config: MegaRun, tokenizer: Any, split: str, tokens: int, limit: int
+) -> Int[np.ndarray, "n t"]:
+    """Windows of a split; held-out ones come from ``eval.text`` if it is set."""
+    d = config.data
+    text = d.text if split == "train" else config.eval.text or d.text
+    texts = data.load_texts(text, split, d.root)
+    return data.segments(tokenizer, texts, tokens, limit, seed=config.seed)
+
+
+def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
+    """Endless, shuffled, resumable rows.
+
+    Args:
+      phase: ``main``, rows of ``data.blocks`` blocks; ``near``, the same, with gists of everything
+        before a token's own block; ``upper2``, ``upper3``, …, rows of one node of that level and
+        ``data.beyond`` blocks.
+
+    Raises:
+      ConfigError: another name, or a level that the layout does not have.
+    """
+    layout, blocks, mark = config.model.layout, config.data.blocks, {}
+    if phase == "near":
+        mark = {"near": np.True_}
+    elif phase != "main":
+        known = [f"upper{level}" for level in range(2, layout.levels + 1)]
+        if phase not in known:
+            names = ", ".join(["main", "near", *known])
+            raise ConfigError(
+                f"train.phases: no data {phase!r}; there are: {names} (a level needs its slots in "
+                "model.layout.slots)"
+            )
+        blocks = int(layout.widths[int(phase.removeprefix("upper"))]) + config.data.beyond
+        mark = {"level": np.int32(phase.removeprefix("upper"))}
+    rows = histories(config, tokenizer, "train", blocks * layout.block, config.data.rows)
+    return data.pipeline(
+        lambda i: {"ids": rows[i], **mark},
+        config.train.batch_size,
+        size=len(rows),
+        seed=config.seed,
+        remainder="drop" if len(rows) >= config.train.batch_size else "wrap",
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

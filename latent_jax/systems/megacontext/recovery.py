@@ -1,0 +1,145 @@
+"""Do gists substitute? Losses of the text behind them, between full text and none.
+
+Recovery is ``1 - (gist - full) / (dropped - full)`` of the mean losses over the horizon, on the
+histories whose loss costs more than ``eval.threshold`` nats per token. Every arm reads the same
+tail raw and predicts the same tokens; arms differ in what stands for the history before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from latent_jax.backbones.cross_entropy import token_cross_entropy
+from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.ops import bootstrap
+from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, slot_positions
+from latent_jax.systems.megacontext.reading import encode, place, read_on
+
+
+class Recovery:
+    """Measures one level of a GistNet on one frozen base.
+
+    Attributes:
+      level: of the gists.
+      nodes: how many stand for the history.
+      past: tokens that they replace.
+
+    Arms: ``full`` text as one sequence; ``windowed``, raw entries encoded in windows of their own
+    (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
+    untrained; ``kv_stride``, one raw entry per stretch; ``recency``, as many of the newest raw
+    entries as there are slots; ``shuffled``, another history's gists; ``dropped``, nothing.
+    """
+
+    def __init__(
+        self, decoder: Decoder, gists: GistNet, sink: int, config: MegaRun, level: int, nodes: int
+    ):
+        self.decoder, self.gists, self.sink, self.config = decoder, gists, sink, config
+        layout = config.model.layout
+        self.level, self.slots = level, layout.slots[level - 1]
+        self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
+        self._arm = jax.jit(self._losses, static_argnames=("arm",))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row: history, protected tail and horizon."""
+        layout = self.config.model.layout
+        return self.past + (layout.protected + self.config.eval.horizon) * layout.block
+
+    def _losses(
+        self, params: Any, base: Any, ids: Int[Array, "b t"], arm: str
+    ) -> Float[Array, " b"]:
+        """Mean loss over the horizon of each row, nats per token."""
+        c = self.config
+        (b, t), past = ids.shape, self.past
+        horizon = c.eval.horizon * c.model.layout.block
+        if arm == "full":
+            where = jnp.broadcast_to(jnp.arange(t), ids.shape)
+            hidden = read_on(self.decoder, base, self.sink, None, ids, where)
+        else:
+            where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
+            entries = self._entries(params, base, ids[:, :past], arm)
+            hidden = read_on(self.decoder, base, self.sink, entries, ids[:, past:], where)
+        nll, _ = token_cross_entropy(
+            self.decoder, base, hidden[:, -horizon - 1 : -1], ids[:, -horizon:], c.losses.chunk
+        )
+        return nll.mean(-1)
+
+    def _entries(self, params: Any, base: Any, ids: Int[Array, "b t"], arm: str) -> KV | None:
+        """What stands for the history."""
+        if arm == "dropped":
+            return None
+        model, slots, level = self.config.model, self.slots, self.level
+        block, (b, t) = model.layout.block, ids.shape
+        raw, _ = encode(self.decoder, base, self.sink, ids, block, model.gist.window)
+        at = slot_positions(model, level, jnp.arange(self.nodes))
+        flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
+        if arm == "windowed":
+            found, at = raw, jnp.arange(t)
+        elif arm in ("gist", "shuffled"):
+            found = build(self.gists, params["gist"], raw, level)
+            if arm == "shuffled":
+                found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
+        elif arm == "mean_pool":
+            shape = (b, self.nodes * slots, -1)
+            found = Gists(
+                *(x.reshape(x.shape[0], *shape, *x.shape[3:]).mean(3) for x in flat)
+            )
+        elif arm == "kv_stride":
+            found = Gists(*(x[:, :, at] for x in flat))
+        else:
+            at = jnp.arange(t - self.nodes * slots, t)
+            found = Gists(*(x[:, :, at] for x in flat))
+        at = jnp.broadcast_to(at, (b, at.size))
+        return place(self.decoder, found, at, jnp.ones(at.shape, bool))
+
+    def losses(
+        self,
+        params: Any,
+        base: Any,
+        rows: Int[np.ndarray, "n t"],
+        arms: Sequence[str],
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> dict[str, Float[np.ndarray, " n"]]:
+        """Loss of every arm on every history.
+
+        The last batch is filled up with the first rows, and no batch has one row only: ``shuffled``
+        needs another history in the batch.
+        """
+        size, found = self.config.eval.batch_size, {arm: [] for arm in arms}
+        starts = range(0, len(rows), size)
+        for number, start in enumerate(starts):
+            index = np.arange(start, start + size) % len(rows)
+            for arm in arms:
+                found[arm].append(np.asarray(self._arm(params, base, rows[index], arm)))
+            if progress is not None:
+                progress("recovery", number + 1, len(starts))
+        return {arm: np.concatenate(x)[: len(rows)] for arm, x in found.items()}
+
+    def summary(
+        self, losses: dict[str, Float[np.ndarray, " n"]], intervals: bool = True
+    ) -> dict[str, Any]:
+        """``nll_at_h.lod<l>.<arm>`` and ``recovery.lod<l>.slots<n>[.<arm>]``, with intervals."""
+        full, dropped = losses["full"], losses["dropped"]
+        hurt = dropped - full > self.config.eval.threshold
+        lod = f"lod{self.level}"
+        found: dict[str, Any] = {f"nll_at_h.{lod}.{a}": float(x.mean()) for a, x in losses.items()}
+        found[f"recovery.{lod}.share_hurt"] = float(hurt.mean())
+        if not hurt.any():
+            return found
+        cost = (dropped - full)[hurt]
+        for arm, x in losses.items():
+            if arm in ("full", "dropped"):
+                continue
+            name = f"recovery.{lod}.slots{self.slots}" + ("" if arm == "gist" else f".{arm}")
+            gained = (dropped - x)[hurt]
+            found[name] = float(gained.sum() / cost.sum())
+            if intervals:
+                found[f"{name}.ci95"] = list(bootstrap.ratio_interval(gained, cost))
+        return found

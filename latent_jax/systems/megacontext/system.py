@@ -1,0 +1,255 @@
+"""MegaContext as the shared trainer sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from latent_jax import backbones
+from latent_jax.backbones.sharding import DECODER_RULES
+from latent_jax.backbones.sink import sink_token
+from latent_jax.core import trees
+from latent_jax.core.types import Mean
+from latent_jax.systems.megacontext import recipe, telemetry
+from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
+from latent_jax.systems.megacontext.losses import substitution
+from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
+from latent_jax.systems.megacontext.recovery import Recovery
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
+
+_LABELS = (
+    (r"^gist/level_1/(query|bias)$", "queries"),
+    (r"^gist/level_1/(keys|values)$", "maps"),
+    (r"^gist/level_[0-9]+/(query|bias)$", "upper_queries"),
+    (r"^gist/level_[0-9]+/(keys|values)$", "upper_maps"),
+)
+
+
+class MegaContextSystem:
+    """Gists that substitute for text; implements `latent_jax.train.protocol.System`.
+
+    Args:
+      config: the resolved run.
+      backbone: an already loaded base; by default ``config.backbone`` is loaded.
+    """
+
+    config_class = MegaRun
+    rng_names = ("lod",)
+    logical_rules = (
+        *DECODER_RULES,
+        (r"gist/.*/(query|bias)$", ("layers", None, None, None)),
+        (r"gist/.*/(keys|values)$", ("layers", None, None, None, "heads")),
+    )
+
+    def __init__(self, config: MegaRun, backbone: backbones.Backbone | None = None):
+        self.config = config
+        self.backbone = backbone or backbones.load(
+            config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)
+        )
+        self.decoder = self.backbone.decoder.clone(remat=config.model.remat)
+        self.sink = sink_token(self.backbone.tokenizer)
+        self.gists = GistNet(config.model, self.backbone.config)
+        self.frozen = {"base": self.backbone.params}
+        self.weights = {
+            "substitute": config.losses.substitute, "upper": config.losses.upper,
+            "next_token": config.losses.next_token,
+        }  # fmt: skip
+        self.recovery = self._measure(1, config.eval.history)
+        self._held_out: dict[int, np.ndarray] = {}
+
+    def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Fresh parameters: a slot starts as a mean over its stretch."""
+        r, layout = self.backbone.config, self.config.model.layout
+        shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
+        some = Gists(jnp.zeros(shape), jnp.zeros(shape))
+        return {"params": {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}}
+
+    def param_labels(self, params):
+        """Groups ``queries`` (what slots look for) and ``maps`` (what becomes of it) of level 1,
+        ``upper_queries`` and ``upper_maps`` of the levels above.
+        """
+        return trees.match_tree(_LABELS, params)
+
+    def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Tokens of the histories."""
+        return {"tokens": int(np.size(batch["ids"]))}
+
+    def loss_terms(self, variables, frozen, batch, rngs, train):
+        """KL to the base that saw the raw text, behind gists of level 1 or of one above."""
+        base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
+        if "level" in batch:
+            # The level is in the shape: rows of a level are longer than those of the one below.
+            kl, nll, best = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
+            terms = {"upper": Mean.of(kl)}
+        else:
+            key = rngs["lod"] if train else None
+            chunk = 1 if "near" in batch else self.config.data.chunk
+            kl, nll, best = self._behind_all(gist, base, ids, key, chunk)
+            terms = {"substitute": Mean.of(kl), "next_token": Mean.of(nll)}
+        return terms, {}, {"lost": Mean.of(nll - best)}
+
+    def _behind_all(self, gist, base, ids, key, chunk):
+        """Every chunk of a row reads on behind the gists of what came before it."""
+        c = self.config
+        layout, window = c.model.layout, c.model.gist.window
+        (b, t), n = ids.shape, ids.shape[1] // layout.block
+        entries, out = encode(self.decoder, base, self.sink, ids, layout.block, window)
+        full = out.hidden
+        where = jnp.broadcast_to(jnp.arange(t), ids.shape)
+        if n == window:
+            full = full.reshape(b, t, -1)
+        else:
+            full = read_on(self.decoder, base, self.sink, None, ids, where)
+        entries, full = jax.lax.stop_gradient((entries, full))
+        gists = build(self.gists, gist, entries, 1)
+        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, chunk)
+        at = slot_positions(c.model, 1, jnp.arange(n))
+        seen = jnp.repeat(seen, layout.slots[0], axis=-1)
+        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen)
+        given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
+        # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
+        # has none).
+        chunks = np.arange(t).reshape(-1, chunk * layout.block)
+        tail = layout.protected * layout.block - 1 if chunk > 1 else 0
+        told = chunks[1:, tail:-1].reshape(-1)
+        return substitution(
+            self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
+        )
+
+    def _behind_one(self, gist, base, ids, level):
+        """The end of a row reads on behind one gist of everything before; the gists below it are
+        taken as they are.
+        """
+        c = self.config
+        layout = c.model.layout
+        (b, t), past = ids.shape, int(layout.widths[level]) * layout.block
+        where = jnp.broadcast_to(jnp.arange(t), ids.shape)
+        full = read_on(self.decoder, base, self.sink, None, ids, where)
+        raw, _ = encode(
+            self.decoder, base, self.sink, ids[:, :past], layout.block, c.model.gist.window
+        )
+        below = build(self.gists, gist, raw, level - 1)
+        full, below = jax.lax.stop_gradient((full, below))
+        found = self.gists.apply(
+            {"params": gist}, grouped(below, layout.branching), level
+        )
+        at = jnp.broadcast_to(slot_positions(c.model, level, jnp.arange(1)), (b, found.k.shape[2]))
+        placed = place(self.decoder, found, at, jnp.ones(at.shape, bool))
+        given = read_on(self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:])
+        first = layout.protected * layout.block
+        return substitution(
+            self.decoder, base, full[:, past + first : -1], given[:, first:-1],
+            ids[:, past + first + 1 :], c.losses.chunk,
+        )  # fmt: skip
+
+    def _level_of(self, tokens: int) -> int:
+        """The level whose training rows have so many tokens."""
+        layout = self.config.model.layout
+        width = tokens // layout.block - self.config.data.beyond
+        return int(np.flatnonzero(layout.widths[2:] == width)[0]) + 2
+
+    def _measure(self, level: int, nodes: int) -> Recovery:
+        return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
+
+    def _replaced(self, key: jax.Array | None, b: int, n: int) -> jax.Array:
+        """Which blocks are gists to what comes after them: all, or in some rows a random share."""
+        if key is None:
+            return jnp.ones((b, n), bool)
+        some, rate, draw = jax.random.split(key, 3)
+        mixed = jax.random.bernoulli(some, self.config.data.raw, (b, 1))
+        share = jnp.where(mixed, jax.random.uniform(rate, (b, 1)), 1.0)
+        return jax.random.uniform(draw, (b, n)) < share
+
+    def train_data(self, phase: str, start_state: Any):
+        """Rows of histories; see `recipe.train_stream` for what the phases read."""
+        stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
+        if start_state is not None:
+            stream.set_state(start_state)
+        return stream
+
+    def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
+        """Held-out histories with their tail and horizon, ``[n, tokens]``."""
+        if measure.length not in self._held_out:
+            self._held_out[measure.length] = recipe.histories(
+                self.config, self.backbone.tokenizer, "validation", measure.length, limit
+            )
+        return self._held_out[measure.length]
+
+    def eval_data(self) -> np.ndarray:
+        """Held-out histories for gists of level 1."""
+        e = self.config.eval
+        return self.held_out(self.recovery, max(e.rows, e.quick_rows))
+
+    def quick_eval(self, variables, frozen) -> dict[str, float]:
+        """Recovery on a few held-out histories, with own and with another history's gists."""
+        rows = self.eval_data()[: self.config.eval.quick_rows]
+        found = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
+        return self.recovery.summary(found, intervals=False)
+
+    def evaluate(self, variables, frozen, progress=None):
+        """Recovery at every level with its controls, and losses of all arms."""
+        e, metrics, artefacts = self.config.eval, {}, {}
+        for level in range(1, self.config.model.layout.levels + 1):
+            measure = self.recovery if level == 1 else self._measure(level, 1)
+            limit = e.rows if level == 1 else e.upper_rows
+            if not limit:
+                continue
+            rows = self.held_out(measure, limit)[:limit]
+            params, base = variables["params"], frozen["base"]
+            found = measure.losses(params, base, rows, e.arms, progress)
+            metrics |= measure.summary(found)
+            artefacts[f"histories.lod{level}"] = found
+        return metrics, artefacts
+
+    def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
+        """A store as this run's base and GistNet see it.
+
+        Raises:
+          StoreError: there is none, or it belongs to something else.
+        """
+        backbone = dataclasses.replace(self.backbone, params=frozen["base"])
+        params = variables["params"]["gist"]
+        model, version = self.config.model, digest(params)
+        return Memory.open(store, backbone, model, params, version, writable)
+
+    def build_gists(self, variables, frozen, store: str, progress=None) -> str:
+        """Makes all gists of a store that are missing or of another version."""
+        with self.memory(variables, frozen, store, writable=True) as memory:
+            began = time.perf_counter()
+            made = memory.build(progress)
+            seconds = time.perf_counter() - began
+            rate = made.get(1, 0) * self.config.model.layout.block / max(seconds, 1e-9)
+        each = ", ".join(f"{n:,} of level {level}" for level, n in sorted(made.items()))
+        return f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
+
+    def recall(
+        self, variables, frozen, store: str, prompt: str, budget: int = 512,
+        policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Continues a prompt behind a working context that was focused for it."""
+        with self.memory(variables, frozen, store) as memory:
+            runtime = Runtime(memory, RuntimeConfig(budget, policy))
+            answer = runtime.answer(prompt, max_new_tokens)
+            if trace is not None:
+                telemetry.save(trace, runtime.layout, runtime.history, budget)
+            levels = [level for level, _ in answer.nodes]
+            counts = {f"level {n}": levels.count(n) for n in sorted(set(levels))}
+            raw = " ".join(str(index) for level, index in answer.nodes if level == 0)
+            return {
+                "answer": answer.text,
+                "history": f"{len(memory.tree):,} tokens",
+                "nodes": ", ".join(f"{n} of {name}" for name, n in counts.items()),
+                "raw blocks": raw or "none but the tail",
+                "seconds": ", ".join(f"{k} {v:.2f}" for k, v in answer.seconds.items()),
+            }
+
+
+QUICK = ("full", "dropped", "gist", "shuffled")

@@ -1,0 +1,17 @@
+"""Fixtures of the gist store's tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick():
+    """Waiting for the disk is slow, and shows nothing here: what a power loss leaves behind is
+    imitated, and processes that are killed sync as usual."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        patch.setattr(os, "fdatasync", lambda handle: None)
+        yield

@@ -1,0 +1,127 @@
+"""Baselines: what each prefers, and where the allocator ends up with it."""
+
+from __future__ import annotations
+
+import doctest
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext import policies
+from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
+from latent_jax.systems.megacontext.layout import Layout
+
+LAYOUT = Layout(block=4, branching=3, slots=(1, 2), protected=1)
+BUDGET = 20
+CONFIG = FocusConfig(residency=1, cooldown=0, hysteresis=0.0)
+
+
+def nodes(tiling):
+    """Level and index of every node."""
+    count = int(tiling.count)
+    rows = np.asarray(tiling.level)[:count], np.asarray(tiling.index)[:count]
+    return list(zip(*(row.tolist() for row in rows), strict=True))
+
+
+def settled(policy, tiling, features=None, budget=BUDGET, steps=12):
+    """Where a policy's focus comes to rest on a history that stays as it is."""
+
+    score = jax.jit(policy)
+    for _ in range(steps):
+        tiling, trace = refocus(LAYOUT, CONFIG, budget, tiling, score(tiling, features or {}))
+    return tiling, int(trace.count)
+
+
+def context():
+    """Twelve blocks: two gists of level 2, three of level 1, three raw; 19 entries."""
+    return tl.append(LAYOUT, tl.start(LAYOUT, 11, 15, capacity=31))
+
+
+def test_example():
+    assert doctest.testmod(policies) == (0, 3)
+
+
+def test_recency_sharpens_what_is_near():
+    tiling, still = settled(policies.recency(LAYOUT), context())
+    assert still == 0
+    near = [level for level, _ in nodes(tiling)]
+    assert near == sorted(near, reverse=True) and near.count(0) >= 3
+    scores = policies.recency(LAYOUT)(context(), {})
+    # seven nodes before the protected one
+    np.testing.assert_allclose(
+        scores[:9], [-1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3, 1, 0, 0], atol=1e-6
+    )
+
+
+def test_the_sink_stays_sharp():
+    scores = policies.sink_recency(LAYOUT)(context(), {})
+    plain = policies.recency(LAYOUT)(context(), {})
+    assert scores[0] == 1 and (scores[1:] == plain[1:]).all()
+    # Room enough for the sink, which opens in two steps, and for one near block before it.
+    tiling, _ = settled(policies.sink_recency(LAYOUT), context(), budget=26)
+    assert nodes(tiling)[0] == (0, 0) and (0, 8) in nodes(tiling)
+
+
+def test_uniform_wants_the_finest_level_that_fits():
+    # Eleven blocks as gists of level 1 and one raw are 15 entries; level 0 would be 48.
+    scores = policies.uniform(LAYOUT, BUDGET)(context(), {})
+    assert scores[:9].tolist() == [1, 1, 0, 0, 0, -1, -1, 0, 0]
+    assert policies.uniform(LAYOUT, 48)(context(), {})[:9].tolist() == [1] * 5 + [0] * 4
+    assert policies.uniform(LAYOUT, 14)(context(), {})[:9].tolist() == [0, 0, *[-1] * 5, 0, 0]
+    tiling, still = settled(policies.uniform(LAYOUT, BUDGET), context())
+    assert still == 0 and all(level <= 1 for level, _ in nodes(tiling))
+
+
+def test_random_is_drawn_by_its_key():
+    policy = policies.random(LAYOUT)
+    one, same = (policy(context(), {}, jax.random.key(0)) for _ in range(2))
+    other = policy(context(), {}, jax.random.key(1))
+    assert (one == same).all() and not (one == other).all()
+    assert -1 <= float(one.min()) < -0.2 < 0.2 < float(one.max()) <= 1
+
+
+def test_bm25_by_hand():
+    ids = np.array([[1, 2, 3, 4], [1, 1, 5, 6], [7, 8, 9, 10], [7, 1, 1, 1]])
+    got = policies.bm25(ids, np.array([1, 7, 7, 99]), k1=1.2)
+    # One in three of four blocks, seven in two.
+    one, seven = np.log1p(1.5 / 3.5), np.log1p(2.5 / 2.5)
+    wanted = [one, one * 2 * 2.2 / 3.2, seven, seven + one * 3 * 2.2 / 4.2]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    assert not policies.bm25(ids, np.array([], int)).any()
+    assert policies.bm25(ids[:0], np.array([1])).shape == (0,)
+
+
+def test_bm25_brings_back_what_the_tail_speaks_of():
+    overlap = jnp.zeros(20).at[1].set(3.0).at[15].set(99.0)  # beyond the history: not read
+    policy = policies.bm25_to_tail(LAYOUT)
+    best = policies.best_block(LAYOUT, context(), overlap)
+    assert best[:9].tolist() == [3.0] + [0.0] * 8
+    scores = policy(context(), {"overlap": overlap})
+    assert scores[:9].tolist() == [1, *[-1] * 6, 0, 0]
+    assert (policy(context(), {"overlap": 0 * overlap})[:9] <= 0).all()
+    tiling, _ = settled(policy, context(), {"overlap": overlap})
+    assert (0, 1) in nodes(tiling)
+
+
+def test_the_oracle_keeps_order_and_sign_of_what_was_measured():
+    utility = jnp.asarray([0.001, -0.002, 0.0, 0.0005] + [jnp.inf] * 17)
+    mask = jnp.arange(21) < 4
+    small = policies.squash(jnp.where(mask, utility, 0.0), mask)
+    assert jnp.argsort(small[:4]).tolist() == [1, 2, 3, 0]
+    assert (jnp.sign(small[:4]) == jnp.sign(utility[:4])).all() and float(small.max()) > 0.2
+    # In other units it decides the same, and the padding is not read.
+    np.testing.assert_allclose(policies.squash(1e3 * utility, mask), small, rtol=1e-5)
+    tiling = context()
+    measured = jnp.where(tl.valid(tiling), 0.01, jnp.nan)
+    assert bool(jnp.isfinite(policies.oracle(LAYOUT)(tiling, {"utility": measured})).all())
+
+
+def test_names():
+    for name in (*policies.BASELINES, "uniform"):
+        assert callable(policies.make(name, LAYOUT, BUDGET))
+    with pytest.raises(ConfigError, match="policy 'oracel' is unknown; there are bm25, oracle"):
+        policies.make("oracel", LAYOUT, BUDGET)

@@ -1,0 +1,63 @@
+"""MegaContext through the shared trainer, on the packaged tiny reader."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import latent_jax
+from latent_jax import run
+from latent_jax.core.errors import ConfigError
+
+SMALL = {
+    "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
+    "eval.arms": ["full", "gist", "mean_pool", "dropped"], "data.rows": 400,
+    "train.phases": [
+        {"name": "near", "steps": 10, "data": "near", "train": ["queries", "maps"]},
+        {"name": "level 1", "steps": 10, "train": ["queries", "maps"]},
+        {"name": "level 2", "data": "upper2", "train": ["upper_queries", "upper_maps"]},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mega") / "run"
+    return latent_jax.run("megacontext/tiny", **SMALL, out=str(out))
+
+
+def test_trained_gists_are_better_than_means(results):
+    """A fresh slot is nearly the mean of its stretch. (The tiny reader makes so little of a long
+    history that its loss on the full text is no bound.)
+    """
+    losses = {a: results[f"nll_at_h.lod1.{a}"] for a in ("gist", "mean_pool", "dropped")}
+    assert losses["gist"] < losses["mean_pool"] < losses["dropped"]
+    low, high = results["recovery.lod1.slots2.ci95"]
+    assert low < results["recovery.lod1.slots2"] < high
+
+
+def test_both_phases_were_trained(results):
+    rows = [json.loads(x) for x in (results.out / "metrics.jsonl").read_text().splitlines()]
+    terms = {name for row in rows for name in row if name.startswith("term.")}
+    assert {"term.substitute", "term.upper"} <= terms
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"data.blocks": 3}, "data.blocks=3"),
+        ({"data.blocks": 4, "data.chunk": 4}, "two whole"),
+        ({"data.beyond": 2, "model.layout.protected": 2}, "leaves nothing to predict"),
+        ({"model.layout.slots": [8]}, "less than that"),
+    ],
+)
+def test_impossible_settings_are_refused(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        run.resolve("megacontext/tiny", overrides)
+
+
+def test_a_phase_of_a_missing_level_is_refused(tmp_path):
+    phases = [{"name": "level 3", "data": "upper3"}]
+    with pytest.raises(ConfigError, match="upper3.*there are: main, near, upper2"):
+        latent_jax.run("megacontext/tiny", out=str(tmp_path / "run"), **{"train.phases": phases})
