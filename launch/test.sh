@@ -10,11 +10,16 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 latent_jax_setup dev || exit $?
 
 began=$SECONDS
-model=yes
-latent-jax fetch smollm2 || {
-  model=no
-  echo "==> SmolLM2 could not be fetched: the tests that need it will be skipped" >&2
-}
+# What could not be fetched is named in the last line; the tests that need it are skipped.
+fetched=""
+for asset in smollm2 zeros; do
+  if latent-jax fetch "$asset"; then
+    fetched="$fetched | $asset: yes"
+  else
+    fetched="$fetched | $asset: no"
+    echo "==> $asset could not be fetched: the tests that need it will be skipped" >&2
+  fi
+done
 
 echo "==> ruff check"
 lint=ok
@@ -27,5 +32,5 @@ python -m pytest -q -m "${MARK-not slow}" --durations=5 "$@" 2>&1 | tee "$log"
 tests=${PIPESTATUS[0]}
 
 summary="$(grep -E '[0-9]+ (passed|failed|error|skipped|deselected)' "$log" | tail -n 1 | tr -d '=')"
-echo "==> lint: $lint | tests: ${summary:-none ran} | smollm2: $model | $((SECONDS - began)) s"
+echo "==> lint: $lint | tests: ${summary:-none ran}$fetched | $((SECONDS - began)) s"
 [ "$lint" = ok ] && [ "$tests" -eq 0 ]

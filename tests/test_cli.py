@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,8 +134,52 @@ def test_ask_and_diagnose(at_work, capsys):
     code, out, _ = call(capsys, "ask", "runs/toy", "--text", "text.txt", "--question", "How long?")
     assert (code, out) == (0, "How long? 3\n")
     code, out, _ = call(capsys, "diagnose", "runs/toy", "--out", "d.json")
-    assert code == 0 and "healthy" in out
+    assert code == 0 and "healthy" in out and "findings:\n  seed 0\n  none\n" in out
     assert json.loads(Path("d.json").read_text())["telemetry.norm"] == 1.0
+
+
+@pytest.fixture
+def three_runs(at_work):
+    """Copies of the run whose diagnosis depends on their seed: 0, 1 and 5."""
+    for seed in (0, 1, 5):
+        folder = Path(f"many/run{seed}")
+        if not folder.exists():
+            shutil.copytree("runs/toy", folder)
+            (folder / "config.yaml").write_text(dump_yaml({**TOY, "seed": seed}))
+    Path("many/run9_notes.txt").touch()  # matches the glob, but is no run
+
+
+def test_diagnose_of_several_runs_is_mean_and_std(three_runs, capsys):
+    # The glob names run1 a second time: it counts once.
+    names = ["many/run1", "many/run*"]
+    code, out, _ = call(capsys, "diagnose", *names, "--out", "all.json")
+    assert code == 0 and "many/run5: seed 5" in out
+    found = json.loads(Path("all.json").read_text())
+    assert found["runs"] == 3
+    assert found["telemetry.norm"] == pytest.approx(3.0)  # of 1, 2 and 6
+    assert found["telemetry.norm.std"] == pytest.approx(7**0.5)
+    said = ["run1: seed 1", "run0: seed 0", "run0: none", "run5: seed 5"]
+    assert found["findings"] == [f"many/{line}" for line in said]
+    assert not [name for name in found if name.startswith("only") or name.endswith(".std.std")]
+
+
+def test_diagnose_of_a_glob_with_one_run_is_that_of_the_run(three_runs, capsys):
+    assert call(capsys, "diagnose", "many/run[5]", "--out", "one.json")[0] == 0
+    found = json.loads(Path("one.json").read_text())
+    assert found["telemetry.norm"] == 6.0 and "runs" not in found
+
+
+@pytest.mark.parametrize("name", ["many/run1", "many/run*"])
+def test_diagnose_writes_into_a_folder(three_runs, capsys, name, tmp_path):
+    assert call(capsys, "diagnose", name, "--out", str(tmp_path))[0] == 0
+    assert json.loads((tmp_path / "diagnose.json").read_text())["telemetry.norm"] > 0
+    assert call(capsys, "diagnose", name, "--out", str(tmp_path / "new" / "d.json"))[0] == 0
+    assert (tmp_path / "new" / "d.json").is_file()
+
+
+def test_a_glob_without_a_run_is_one_line(three_runs, capsys):
+    code, _, err = call(capsys, "diagnose", "many/run1", "nothing*")
+    assert code == 2 and one_line(err) and "nothing*: no run matches" in err
 
 
 def test_bench_and_config_list_what_there_is(at_work, capsys):

@@ -53,9 +53,12 @@ def test_every_module_says_what_it_is_for() -> None:
     assert not bare
 
 
-def test_examples_in_core_run() -> None:
+def test_examples_run() -> None:
+    from latent_jax.backbones import padding
     from latent_jax.core import rng, trees, types, yamlio
+    from latent_jax.data import text
+    from latent_jax.ops import spectrum
 
-    for module in (rng, trees, types, yamlio):
+    for module in (padding, rng, spectrum, text, trees, types, yamlio):
         failed, tried = doctest.testmod(module)
         assert tried and not failed, module.__name__

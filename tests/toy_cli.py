@@ -71,7 +71,12 @@ class Toy(ToySystem):
         return {"rebuilt": prompt[::-1], "n": len(prompt)}
 
     def diagnose(self, variables: Any, frozen: Any) -> dict[str, Any]:
-        return {"finding": "healthy", "telemetry.norm": 1.0}
+        seed = self.config.seed
+        return {
+            "finding": "healthy", "telemetry.norm": 1.0 + seed, "telemetry.norm.std": 9.0,
+            f"only.{seed}": 1.0, # one finding as text, several as a list
+            "findings": f"seed {seed}" if seed else ["seed 0", "none"],
+        }  # fmt: skip
 
 
 class Mute(Toy):

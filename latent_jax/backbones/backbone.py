@@ -71,8 +71,8 @@ class Backbone:
         max_new_tokens: int = 64,
         **options: Any,
     ) -> Any:
-        """Continues prompts; options and result are `generate.generate_text`'s."""
-        from latent_jax.backbones.generate import generate_text  # it needs Backbone's type
+        """Continues prompts; options and result are `generate_text.generate_text`'s."""
+        from latent_jax.backbones.generate_text import generate_text  # it needs Backbone's type
 
         return generate_text(self, prompts, max_new_tokens=max_new_tokens, **options)
 

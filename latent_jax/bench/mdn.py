@@ -72,7 +72,7 @@ def torch_twin(model: SpacingModel, params: Any, threads: int) -> Any:
         )
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    frequencies = torch.tensor(model._frequencies())
+    frequencies = torch.tensor(model.frequencies())
 
     def linear(x: Any, name: str) -> Any:
         y = x @ tree[f"{name}/kernel"]

@@ -6,6 +6,7 @@ A system may define any of these; their keyword arguments are the options of the
     generate(variables, frozen, prompt=None, max_new_tokens=None) -> str or mapping
     export(variables, frozen, to) -> what was written
     diagnose(variables, frozen) -> mapping: flat numbers as in results.json, and findings as text
+        (one, or a list)
     show(results) -> anything rich can print, or a mapping, at the end of `run` and `eval`
 """
 
@@ -90,11 +91,17 @@ def call(
         given["run"] = path
     system, variables = runs.load(path, config, checkpoint)
     value = getattr(system, hook)(variables, system.frozen, **given)
-    if out is not None:
-        target = Path(out)
-        files.make_dir(target.parent)
-        files.write_json(target / f"{hook}.json" if target.is_dir() else target, value)
+    _write(hook, value, out)
     return value
+
+
+def _write(hook: str, value: Any, out: str | None) -> None:
+    """What a hook returned as JSON: into a file, or a folder as ``<hook>.json``."""
+    if out is None:
+        return
+    target = Path(out)
+    files.make_dir(target.parent)
+    files.write_json(target / f"{hook}.json" if target.is_dir() else target, value)
 
 
 def call_each(
@@ -109,17 +116,20 @@ def call_each(
 
     Returns:
       What the hook returns for a single run. For several: every number that all have as its mean,
-      with ``<name>.std`` (of a sample); ``runs``; and each run's findings after its name.
+      with ``<name>.std`` (of a sample: between runs, in place of one between a run's seeds);
+      ``runs``; and each run's findings after its name. A run named twice counts once.
 
     Raises:
       RunError: a glob that matches no run; else as `call`.
     """
-    found = [run for name in names for run in _expand(name)]
+    found = list(dict.fromkeys(run for name in names for run in _expand(name)))
     if len(found) == 1:
         return call(hook, found[0], options, overrides, checkpoint, out)
     parts = [call(hook, run, options, overrides, checkpoint) for run in found]
     joined: dict[str, Any] = {"runs": len(found)}
     for name in parts[0]:
+        if name.endswith(".std") and name.removesuffix(".std") in parts[0]:
+            continue
         values = [part.get(name) for part in parts]
         if all(is_number(value) for value in values):
             joined[name] = statistics.fmean(values)
@@ -127,12 +137,14 @@ def call_each(
     joined["findings"] = [
         f"{run}: {text}"
         for run, part in zip(found, parts, strict=True)
-        for text in part.get("findings", ())
+        for text in _lines(part.get("findings", ()))
     ]
-    if out is not None:
-        files.make_dir(Path(out).parent)
-        files.write_json(Path(out), joined)
+    _write(hook, joined, out)
     return joined
+
+
+def _lines(findings: str | Iterable[str]) -> Iterable[str]:
+    return (findings,) if isinstance(findings, str) else findings
 
 
 def _expand(name: str) -> list[str]:

@@ -98,11 +98,20 @@ def present(value: Any, where: Console | None = None) -> None:
     if isinstance(value, str):
         where.print(value, markup=False)
     elif isinstance(value, Mapping):
-        numbers = {k: v for k, v in value.items() if isinstance(v, (int, float, list))}
+        lines = {k: v for k, v in value.items() if _is_lines(v)}
+        numbers = {
+            k: v
+            for k, v in value.items()
+            if isinstance(v, (int, float, list)) and k not in lines
+        }
         for table in results_table(numbers):
             where.print(table)
         for key, entry in value.items():
-            if key not in numbers:
+            if key in lines:
+                where.print(f"[bold]{escape(str(key))}[/bold]:")
+                for line in entry:
+                    where.print(f"  {line}", markup=False)
+            elif key not in numbers:
                 where.print(f"[bold]{escape(str(key))}[/bold]", end=": ")
                 where.print(str(entry), markup=False)
     elif isinstance(value, (list, tuple)):
@@ -110,6 +119,10 @@ def present(value: Any, where: Console | None = None) -> None:
             present(entry, where)
     else:
         where.print(value)
+
+
+def _is_lines(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
 def settings(rows: list[tuple[str, str, Any, str]]) -> None:

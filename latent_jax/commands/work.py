@@ -11,6 +11,7 @@ from latent_jax import run as runs
 from latent_jax.commands.plan import plan
 from latent_jax.commands.show import EvalProgress, console, present, results_table
 from latent_jax.report import record
+from latent_jax.report.directory import out_dir
 from latent_jax.sharding import initialize_distributed
 from latent_jax.train.checkpoints import resume_hash
 from latent_jax.train.preemption import Preempted
@@ -72,7 +73,7 @@ def dry_run(config: Any) -> None:
     """Builds the system, prints the memory plan, and writes nothing."""
     system = runs.system_class(config.system)(config)
     console().print(plan(config, system).table())
-    print(f"configuration {resume_hash(config)} is valid; it would write {runs.out_dir(config)}")
+    print(f"configuration {resume_hash(config)} is valid; it would write {out_dir(config)}")
 
 
 def show(results: runs.Results) -> None:

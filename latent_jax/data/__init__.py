@@ -7,7 +7,7 @@ from latent_jax.data.mixture import Mixture, mix
 from latent_jax.data.packing import pack
 from latent_jax.data.pipeline import BatchIterator, collate, pipeline
 from latent_jax.data.squad import QAExample, load_squad
-from latent_jax.data.text import load_texts, segments
+from latent_jax.data.text import load_segments, load_texts, segments
 from latent_jax.data.zeros import Spacings, load_spacings
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "QAExample",
     "Spacings",
     "collate",
+    "load_segments",
     "load_spacings",
     "load_squad",
     "load_texts",

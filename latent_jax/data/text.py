@@ -3,12 +3,13 @@
 Sources: ``novels``, ``wikitext``, ``factbook``, ``state_union``, ``shakespeare``, ``code`` (in
 the data root), ``pydoc`` (Python's own help topics), ``embedded`` and ``squad`` (the passages of
 those questions), a local file, folder or glob of ``.txt``, and ``auto`` (``novels`` when the data
-root holds it, else ``pydoc``).
+root holds it, else ``pydoc``). `load_segments` takes several in equal shares: ``novels+pydoc``.
 """
 
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,10 @@ def _by_name(documents: dict[str, str], split: str, source: str) -> list[str]:
 
 
 def _local(source: str, split: str) -> list[str]:
+    if not source.strip():
+        raise DataError(
+            f"text source '{source}' is empty: name a path or one of {', '.join(SOURCES)}"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         found = sorted(p for p in path.rglob("*") if ".txt" in p.suffixes and p.is_file())
@@ -196,6 +201,74 @@ def segments(
         )
     result = np.asarray(windows, np.int32)
     return result[rng.permutation(len(result))[:max_segments]]
+
+
+def split_sources(source: str) -> list[str]:
+    """The parts of ``a+b+c``; a path or glob that matches something is one part, with any ``+``.
+
+    Raises:
+        DataError: an empty part, or one named twice (its windows would be there twice).
+
+    Example:
+        >>> split_sources("novels + pydoc")
+        ['novels', 'pydoc']
+    """
+    path = Path(source).expanduser()
+    if not source.strip() or path.exists() or glob.glob(str(path), recursive=True):
+        return [source]
+    parts = [part.strip() for part in source.split("+")]
+    if not all(parts):
+        raise DataError(
+            f"text source '{source}': nothing on one side of a '+': write a+b, "
+            "or a path that exists"
+        )
+    if len(set(parts)) < len(parts):
+        raise DataError(f"text source '{source}': a source is named twice; shares are equal")
+    return parts
+
+
+def load_segments(
+    tokenizer: Encoder,
+    source: str,
+    split: str,
+    length: int,
+    max_segments: int,
+    seed: int = 0,
+    continuation: int = 0,
+    root: str | os.PathLike | None = None,
+) -> Int32[np.ndarray, "n w"]:
+    """`segments` of one source, or of several in equal shares (``novels+pydoc``), mixed.
+
+    Args:
+        tokenizer: anything with ``encode(text) -> list[int]``.
+        source: what `load_texts` takes, or several of them joined by ``+``.
+        split: ``train``, ``validation`` or ``all``, of each source.
+        length: tokens to compress.
+        max_segments: number of windows wanted. A source that does not hold its share gives what it
+            has, and the others no more than theirs.
+        seed: order and places of the windows.
+        continuation: further tokens after `length`.
+        root: data folder; default the environment variable ``LATENT_JAX_DATA``.
+
+    Returns:
+        Token windows in random order.
+
+    Raises:
+        DataError: an empty part, or as `load_texts` and `segments`.
+    """
+    sources = split_sources(source)
+    share = math.ceil(max_segments / len(sources))
+    parts = [
+        segments(
+            tokenizer, load_texts(part, split, root), length, share,
+            seed=seed, continuation=continuation,
+        )
+        for part in sources
+    ]  # fmt: skip
+    if len(parts) == 1:
+        return parts[0]
+    windows = np.concatenate(parts)
+    return np.random.default_rng([seed, 3]).permutation(windows)[:max_segments]
 
 
 def _blocks(texts: Sequence[str], size: int) -> list[tuple[int, int, int]]:

@@ -41,9 +41,17 @@ def _figures(indices: Array, codes: int, error: Mean) -> dict[str, Any]:
 
 
 class _Projected(nn.Module):
-    """Projection to the quantiser's few dimensions and back; none where they are ``dim``."""
+    """Projection to the quantiser's few dimensions and back; none where they are ``dim``.
+
+    A quantiser adds its own fields, ``stages`` among them.
+    """
 
     dim: int
+
+    @property
+    def digits(self) -> int:
+        """Indices per vector."""
+        return self.stages
 
     def _project(self, inner: int) -> None:
         if inner != self.dim:
@@ -84,11 +92,6 @@ class FSQ(_Projected):
     def codes(self) -> int:
         """Codes per stage."""
         return math.prod(self.levels)
-
-    @property
-    def digits(self) -> int:
-        """Indices per vector."""
-        return self.stages
 
     def decode(self, indices: Int[Array, "*b s"]) -> Float[Array, "*b d"]:
         """Vectors of digits."""
@@ -144,11 +147,6 @@ class LFQ(_Projected):
     def codes(self) -> int:
         """Codes per stage."""
         return 2**self.bits
-
-    @property
-    def digits(self) -> int:
-        """Indices per vector."""
-        return self.stages
 
     def decode(self, indices: Int[Array, "*b s"]) -> Float[Array, "*b d"]:
         """Vectors of digits."""

@@ -12,7 +12,9 @@ import pytest
 
 from latent_jax.backbones import decode_cpu, generate, sampling
 from latent_jax.backbones.decoder import KV, Decoder
-from latent_jax.backbones.generate import bucket, generate_ids, generate_text, left_pad
+from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.generate_text import generate_text
+from latent_jax.backbones.padding import bucket, left_pad
 from latent_jax.backbones.sampling import Sampling
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import BackboneError, ConfigError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from latent_jax.core.errors import DataError
-from latent_jax.data import load_squad, load_texts, segments
+from latent_jax.data import load_segments, load_squad, load_texts, segments
+from latent_jax.data.text import split_sources
 
 
 def test_pydoc_holds_out_whole_topics():
@@ -125,6 +126,66 @@ def test_segments_when_there_are_fewer_than_asked(tokenizer):
 def test_segments_refuse(tokenizer, texts, options, says):
     with pytest.raises(DataError, match=says):
         segments(tokenizer, texts, **({"length": 16} | options))
+
+
+def _letters(folder, name):
+    """A file of one letter, so that a window tells its source."""
+    path = folder / f"{name}.txt"
+    path.write_text(f"{name * 7} " * 4000)
+    return str(path)
+
+
+def test_several_sources_have_equal_shares(tokenizer, tmp_path):
+    source = " + ".join(_letters(tmp_path, name) for name in "abc")
+    got = load_segments(tokenizer, source, "train", 16, 30, seed=5, continuation=8)
+    assert got.shape == (30, 24)
+    sources = [set(bytes(row.tolist()).decode()) - {" "} for row in got]
+    assert [sources.count({name}) for name in "abc"] == [10, 10, 10]
+    assert len({tuple(s) for s in sources[:10]}) > 1, "sources are mixed, not one after another"
+    again = load_segments(tokenizer, source, "train", 16, 30, seed=5, continuation=8)
+    np.testing.assert_array_equal(got, again)
+
+
+def test_shares_that_do_not_come_out_even_differ_by_one_at_most(tokenizer, tmp_path):
+    source = "+".join(_letters(tmp_path, name) for name in "ab")
+    got = load_segments(tokenizer, source, "train", 16, 7)
+    a = sum(ord("a") in row for row in got)
+    assert len(got) == 7 and a in (3, 4)
+
+
+def test_one_source_is_segments_of_its_texts(tokenizer, tmp_path):
+    source = _letters(tmp_path, "a")
+    got = load_segments(tokenizer, source, "train", 16, 5, seed=2)
+    np.testing.assert_array_equal(
+        got, segments(tokenizer, load_texts(source, "train"), 16, 5, seed=2)
+    )
+
+
+def test_a_path_with_a_plus_is_one_source(tmp_path):
+    path = tmp_path / "c++ notes.txt"
+    path.write_text("x")
+    assert split_sources(str(path)) == [str(path)]
+    assert split_sources(str(tmp_path / "c++*.txt")) == [str(tmp_path / "c++*.txt")]
+    assert load_texts(*split_sources(str(path)), "all") == ["x"]
+
+
+@pytest.mark.parametrize("source", ["novels+", "+novels", "pydoc+ +novels", "", " ", "+"])
+def test_an_empty_part_is_refused(source, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _letters(tmp_path, "a")  # must not be taken for what was meant
+    if source.strip():
+        with pytest.raises(DataError, match="text source .*nothing on one side"):
+            load_segments(tokenizer, source, "train", 16, 5)
+    else:
+        with pytest.raises(DataError, match="empty"):
+            load_segments(tokenizer, source, "train", 16, 5)
+        with pytest.raises(DataError, match="text source .* is empty"):
+            load_texts(source, "train")
+
+
+def test_a_source_named_twice_is_refused(tokenizer):
+    with pytest.raises(DataError, match="named twice"):
+        load_segments(tokenizer, "pydoc+pydoc", "train", 16, 5)
 
 
 @pytest.mark.usefixtures("data_root")

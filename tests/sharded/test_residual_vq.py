@@ -29,6 +29,7 @@ def test_one_device_equals_eight(devices, beam):
         grad, rest = jax.grad(loss, has_aux=True)(x)
         return grad, *rest
 
+    start = jax.jit(module.init)(jax.random.key(1), x[0])
     results = {}
     for name, mesh in (
         ("one", make_mesh(MeshConfig(data=1), devices[:1])),
@@ -39,7 +40,7 @@ def test_one_device_equals_eight(devices, beam):
             run = jax.jit(
                 step, in_shardings=(whole, rows, rows), out_shardings=(rows, rows, whole, whole)
             )
-            variables = jax.device_put(module.init(jax.random.key(1), x[0]), whole)
+            variables = jax.device_put(start, whole)
             for part in x:
                 grad, indices, variables, usage = run(
                     variables, jax.device_put(part, rows), jax.device_put(mask, rows)

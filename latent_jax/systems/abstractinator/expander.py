@@ -6,11 +6,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.nn.transformer import Block
 from latent_jax.ops.attention import MASKED
-from latent_jax.ops.rope import inverse_frequencies
 from latent_jax.systems.abstractinator.config import LevelConfig
-from latent_jax.systems.abstractinator.layers import ROPE_THETA, CrossAttention
+from latent_jax.systems.abstractinator.layers import Stack
 from latent_jax.systems.abstractinator.tokenizer import BOS, EOP, SPOKEN, VOCAB
 
 
@@ -34,6 +32,12 @@ class Expander(nn.Module):
 
     config: LevelConfig
     longest: int
+
+    def setup(self) -> None:
+        c = self.config
+        self.stack = Stack(c.expander_layers, c.width, c.heads, c.ff)
+        # its blocks are named beside the expander's own parts, as in trained files
+        nn.share_scope(self, self.stack)
 
     @nn.compact
     def __call__(
@@ -62,14 +66,8 @@ class Expander(nn.Module):
         memory = memory + nn.Embed(c.lookback + 1, c.width, name="back")(jnp.arange(c.lookback + 1))
         memory, seen = memory.reshape(b * s, -1, c.width), seen.reshape(b * s, -1)
         x = x.reshape(b * s, size, c.width)
-        at = jnp.broadcast_to(jnp.arange(size), x.shape[:2])
         causal = jnp.tril(jnp.ones((size, size), bool))[None]
-        waves = jnp.asarray(inverse_frequencies(c.width // c.heads, ROPE_THETA))
-        scale = (2 * max(c.expander_layers, 1)) ** -0.5
-        for i in range(c.expander_layers):
-            x = CrossAttention(c.width, c.heads, name=f"cross{i}")(x, memory, seen)
-            x = Block(c.width, c.heads, c.ff, scale, name=f"block{i}")(x, at, causal, waves)
-        logits = nn.Dense(SPOKEN, name="head")(nn.LayerNorm(name="final_norm")(x))
+        logits = nn.Dense(SPOKEN, name="head")(self.stack(x, causal, memory, seen))
         # BOS and EOS lie between the bytes and EOP in the table; no segment says them, and none is
         # over before it has a byte.
         token, place = jnp.arange(SPOKEN), jnp.arange(size)[:, None]

@@ -14,7 +14,7 @@ ROPE_THETA = 10_000.0
 
 
 class Stack(nn.Module):
-    """Pre-norm blocks and a final norm.
+    """Pre-norm blocks and a final norm, each block after a look at a memory where there is one.
 
     Attributes:
       layers: blocks.
@@ -30,13 +30,26 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t c"], mask: Bool[Array, "#b t t"]
+        self,
+        x: Float[Array, "b t c"],
+        mask: Bool[Array, "#b t t"],
+        memory: Float[Array, "b m c"] | None = None,
+        seen: Bool[Array, "b m"] | None = None,
     ) -> Float[Array, "b t c"]:
-        """Applies the blocks; positions are places along ``t``."""
+        """Applies the blocks; positions are places along ``t``.
+
+        Args:
+          x: residual stream.
+          mask: what each place may see.
+          memory: what every place reads besides.
+          seen: which of its entries are there; given with it.
+        """
         at = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         waves = jnp.asarray(inverse_frequencies(self.width // self.heads, ROPE_THETA))
         scale = (2 * max(self.layers, 1)) ** -0.5
         for i in range(self.layers):
+            if memory is not None:
+                x = CrossAttention(self.width, self.heads, name=f"cross{i}")(x, memory, seen)
             block = Block(self.width, self.heads, self.ff, scale, name=f"block{i}")
             x = block(x, at, mask, waves)
         return nn.LayerNorm(name="final_norm")(x)

@@ -18,6 +18,7 @@ from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig, PromptConfig
+from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
@@ -140,7 +141,7 @@ class LatentWire:
         latents, reader = self.latents, self.backbone
         given = _given(reader.decoder, latents, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
-        return decode(reader, given, *prompt, lead, max_new_tokens, stop_ids)
+        return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)
 
 
 @jax.jit

@@ -100,8 +100,16 @@ def training_record(run: str | Path) -> dict[str, Any]:
       ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows
       of the evaluation while training), ``results``, and ``before``: the same, less ``results``,
       of each compressor that it started from, oldest first.
+
+    Raises:
+      CheckpointError: neither this nor what it started from is a run or a compressor.
     """
     path = Path(run)
+    if not (path / "config.yaml").is_file():
+        raise CheckpointError(
+            f"{run}: the record of how a compressor came to be needs this run or compressor, and "
+            "it is not there"
+        )
     config = read_yaml(path / "config.yaml")
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     rows = [json.loads(x) for x in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
@@ -115,7 +123,9 @@ def training_record(run: str | Path) -> dict[str, Any]:
     start = (config.get("model") or {}).get("start")
     before = []
     if start is not None:
-        earlier = dict(read_compressor(start).record)
+        # a run keeps no record of itself: it is made of the run's files, as this one is
+        found = _directory(start)
+        earlier = training_record(start) if found is None else dict(_read_file(found).record)
         before = earlier.pop("before", []) + [earlier | {"name": str(start)}]
         before[-1].pop("results", None)
     return {
@@ -151,16 +161,21 @@ def _read_file(directory: Path) -> Stored:
     )
 
 
+def _directory(name: str | Path) -> Path | None:
+    """Where a packaged or exported compressor is; None for a run's."""
+    shipped = resources.files("latent_jax.assets") / "compressors" / str(name)
+    candidates = (Path(str(shipped)), Path(name))
+    return next((p for p in candidates if (p / WEIGHTS).is_file()), None)
+
+
 def read_compressor(name: str | Path) -> Stored:
     """Loads a compressor by packaged name, exported directory or run directory.
 
     Raises:
       CheckpointError: nothing of that name, or a damaged or foreign file.
     """
-    shipped = resources.files("latent_jax.assets") / "compressors" / str(name)
-    for directory in (Path(str(shipped)), Path(name)):
-        if (directory / WEIGHTS).is_file():
-            return _read_file(directory)
+    if (directory := _directory(name)) is not None:
+        return _read_file(directory)
     if (Path(name) / "checkpoints").is_dir():
         from latent_jax.train.checkpoints import load_variables
 

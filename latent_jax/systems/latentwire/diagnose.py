@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from latent_jax.ops.spectrum import effective_rank
 from latent_jax.systems.latentwire.metrics import normalise
 
 COLLAPSED_COSINE = 0.9
@@ -85,17 +86,13 @@ def norm_ratio(vectors: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "
 
 
 def spectrum(vectors: Float[np.ndarray, "n d"]) -> dict[str, Any]:
-    """Eigenvalues of the covariance (descending shares) and the effective rank.
-
-    Effective rank is the exponential of the shares' entropy (Roy & Vetterli 2007).
-    """
+    """Eigenvalues of the covariance (descending shares) and the effective rank."""
     x = np.asarray(vectors, np.float32)
     x = x - x.mean(0)
     energy = np.square(np.linalg.svd(x, compute_uv=False)).astype(np.float64)
     share = energy / max(energy.sum(), 1e-30)
-    positive = share[share > 0]
     return {
-        "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())),
+        "effective_rank": effective_rank(energy),
         "first_share": float(share[0]) if len(share) else 0.0,
         "dims_for_90": int(np.searchsorted(np.cumsum(share), 0.9) + 1) if len(share) else 0,
         "shares": share.tolist(),

@@ -12,17 +12,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from latent_jax.backbones.backbone import Backbone
-from latent_jax.backbones.generate import bucket
+from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.ops.bootstrap import (
-    difference_interval,
-    mean_interval,
-    ratio_interval,
-)
-from latent_jax.systems.latentwire import baselines, metrics
+from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.baselines import Compressed
-from latent_jax.systems.latentwire.given import prefill, widen
+from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
 from latent_jax.systems.latentwire.scoring import (
@@ -34,15 +29,11 @@ from latent_jax.systems.latentwire.scoring import (
     score_answers,
     task_embedding,
 )
+from latent_jax.systems.latentwire.tally import TUNED, ArmScores, compare
 
 __all__ = [
     "Progress", "check_arms", "check_examples", "evaluate_ae", "evaluate_qa", "partners", "prepare",
 ]  # fmt: skip
-
-TUNED = "_tuned"
-#: Arms that ought to be beaten by a margin rather than matched by a share.
-CONTROLS = ("no_context", "shuffled", "scrambled", "zero")
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -188,7 +179,7 @@ def evaluate_qa(
         bucket(max(len(r.prompt) for r in rows), 8),
         bucket(max(len(r.gold) for r in rows), 4),
     )
-    table = {arm: _Scores(len(rows)) for arm in arms}
+    table = {arm: ArmScores(len(rows)) for arm in arms}
     anchor = jnp.asarray(builder.replay_anchor_ids, jnp.int32)
     first = None if sink is None else jnp.int32(sink)
     plan = list(batches([len(r.context) for r in rows], batch_size))
@@ -237,15 +228,11 @@ def evaluate_qa(
                 given = widen(reader.decoder, reader.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))
-            lead, lead_mask = common_lead(lead, lead_width, len(at), size)
-            ids, lengths = decode(
-                reader, given, *prompt, lead, max_new_tokens, builder.stop_ids, lead_mask
-            )
+            asked = Asked(given, *prompt, *common_lead(lead, lead_width, len(at), size))
+            ids, lengths = decode(reader, asked, max_new_tokens, builder.stop_ids)
             forced = {}
             if score:
-                forced = score_answers(
-                    reader.decoder, reader.params, given, *prompt, *gold, lead, lead_mask
-                )
+                forced = score_answers(reader.decoder, reader.params, asked, *gold)
                 forced = {k: np.asarray(v) for k, v in forced.items()}
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])
@@ -258,57 +245,11 @@ def evaluate_qa(
         out[f"{name}.ratio"] = tokens / slots
     for arm, scores in table.items():
         scores.report(out, name, arm, seed)
-    _compare(out, name, table, seed)
+    compare(out, name, table, seed)
     return out, [_sample(r, i, table) for i, r in enumerate(rows)]
 
 
-class _Scores:
-    """Per-example scores of one arm."""
-
-    def __init__(self, n: int):
-        self.said = [""] * n
-        self.values = {
-            k: np.zeros(n) for k in ("f1", "em", "nll", "count", "top1", "top5", "empty")
-        }
-
-    def add(self, i: int, said: str, answers: Sequence[str], forced: Mapping[str, Any], j: int):
-        self.said[i] = said
-        v = self.values
-        v["f1"][i] = metrics.f1(said, answers)
-        v["em"][i] = metrics.exact_match(said, answers)
-        v["empty"][i] = not said
-        for key in ("nll", "count", "top1", "top5"):
-            if key in forced:
-                v[key][i] = forced[key][j]
-
-    def report(self, out: dict[str, Any], name: str, arm: str, seed: int) -> None:
-        v = self.values
-        for key in ("f1", "em"):
-            out[f"{name}.{key}.{arm}"] = float(v[key].mean())
-            out[f"{name}.{key}.{arm}.ci95"] = list(mean_interval(v[key], seed=seed))
-        out[f"{name}.empty.{arm}"] = float(v["empty"].mean())
-        if v["count"].any():
-            out[f"{name}.nll.{arm}"] = float(v["nll"].sum() / v["count"].sum())
-            out[f"{name}.first_top1.{arm}"] = float(v["top1"].mean())
-            out[f"{name}.first_top5.{arm}"] = float(v["top5"].mean())
-
-
-def _compare(out: dict[str, Any], name: str, table: Mapping[str, _Scores], seed: int) -> None:
-    """The latent arm against the others, paired: gain over controls, share of everything else."""
-    if "latent" not in table:
-        return
-    ours = table["latent"].values["f1"]
-    for arm, scores in table.items():
-        theirs = scores.values["f1"]
-        if arm.removesuffix(TUNED) in CONTROLS:
-            out[f"{name}.f1_gain.{arm}"] = float(ours.mean() - theirs.mean())
-            out[f"{name}.f1_gain.{arm}.ci95"] = list(difference_interval(ours, theirs, seed=seed))
-        elif arm != "latent" and theirs.any():
-            out[f"{name}.f1_share.{arm}"] = float(ours.mean() / theirs.mean())
-            out[f"{name}.f1_share.{arm}.ci95"] = list(ratio_interval(ours, theirs, seed=seed))
-
-
-def _sample(row: Row, i: int, table: Mapping[str, _Scores]) -> dict[str, Any]:
+def _sample(row: Row, i: int, table: Mapping[str, ArmScores]) -> dict[str, Any]:
     e = row.example
     return {
         "kind": "answer", "id": e.id, "title": e.title, "context": e.context,

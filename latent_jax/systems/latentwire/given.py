@@ -30,6 +30,24 @@ class Given(NamedTuple):
     start: Int[Array, " b"]
 
 
+class Asked(NamedTuple):
+    """All that the reader reads before it writes.
+
+    Attributes:
+      given: what stands for the text.
+      prompt_ids: left-padded token ids, after the learned embeddings.
+      prompt_mask: which of them are real.
+      lead: learned embeddings between ``given`` and the prompt, or None.
+      lead_mask: which of them are real; None: all.
+    """
+
+    given: Given
+    prompt_ids: Int[Array, "b p"]
+    prompt_mask: Bool[Array, "b p"]
+    lead: Float[Array, "b n d"] | None = None
+    lead_mask: Bool[Array, "b n"] | None = None
+
+
 def embed(decoder: Decoder, params: Any, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
     """Input embeddings of token ids."""
     return decoder.apply({"params": params}, ids, method="embed")
@@ -89,20 +107,15 @@ def widen(decoder: Decoder, params: Any, given: Given, width: int) -> Given:
 
 
 def join(
-    decoder: Decoder,
-    params: Any,
-    given: Given,
-    prompt_ids: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
-    lead: Float[Array, "b n d"] | None = None,
-    lead_mask: Bool[Array, "b n"] | None = None,
+    decoder: Decoder, params: Any, asked: Asked
 ) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
     """Embeddings and mask after ``given.kv``: its own embeddings, learned ones, the prompt."""
-    prompt = embed(decoder, params, prompt_ids)
+    given, lead, lead_mask = asked.given, asked.lead, asked.lead_mask
+    prompt = embed(decoder, params, asked.prompt_ids)
     parts = [] if given.embeds is None else [(given.embeds, given.mask)]
     if lead is not None:
         parts.append((lead, jnp.ones(lead.shape[:2], bool) if lead_mask is None else lead_mask))
-    parts.append((prompt, prompt_mask))
+    parts.append((prompt, asked.prompt_mask))
     return (
         jnp.concatenate([x.astype(prompt.dtype) for x, _ in parts], axis=1),
         jnp.concatenate([m for _, m in parts], axis=1),
@@ -112,23 +125,19 @@ def join(
 def answer_hidden(
     decoder: Decoder,
     params: Any,
-    given: Given,
-    prompt_ids: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
+    asked: Asked,
     answer_ids: Int[Array, "b a"],
     answer_mask: Bool[Array, "b a"],
-    lead: Float[Array, "b n d"] | None = None,
-    lead_mask: Bool[Array, "b n"] | None = None,
 ) -> Float[Array, "b a d"]:
     """Hidden states that predict each answer token, teacher-forced (prompts left-padded).
 
     The one teacher-forced path of training and evaluation; generation (`generate_ids`) sees the
     same sequence.
     """
-    x, mask = join(decoder, params, given, prompt_ids, prompt_mask, lead, lead_mask)
+    x, mask = join(decoder, params, asked)
     gold = embed(decoder, params, answer_ids[:, :-1])
     x = jnp.concatenate([x, gold.astype(x.dtype)], axis=1)
     mask = jnp.concatenate([mask, answer_mask[:, :-1]], axis=1)
-    positions = given.start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    out = decoder.apply({"params": params}, x, positions, mask, prefix=given.kv)
+    positions = asked.given.start[:, None] + jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    out = decoder.apply({"params": params}, x, positions, mask, prefix=asked.given.kv)
     return out.hidden[:, -answer_ids.shape[1] :]

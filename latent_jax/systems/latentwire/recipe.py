@@ -22,27 +22,17 @@ from latent_jax.systems.latentwire.prompts import PromptBuilder
 
 
 def text_segments(config: LatentWireRun, tokenizer, split: str, limit: int, continuation: int = 0):
-    """Token windows of the text sources, in equal shares: ``[n, length + continuation]``."""
+    """Token windows of ``data.text``, held-out ones of ``eval.text`` if that is given:
+    ``[n, length + continuation]``.
+    """
     d, e = config.data, config.eval
     length, text = d.length, d.text
     if split != "train":
         length, text = e.length or length, e.text or text
-    sources = text.split("+")
-    parts = [
-        data.segments(
-            tokenizer,
-            data.load_texts(source.strip(), split, d.root),
-            length,
-            math.ceil(limit / len(sources)),
-            seed=config.seed,
-            continuation=continuation,
-        )
-        for source in sources
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    windows = np.concatenate(parts)
-    return np.random.default_rng([config.seed, 3]).permutation(windows)[:limit]
+    return data.load_segments(
+        tokenizer, text, split, length, limit,
+        seed=config.seed, continuation=continuation, root=d.root,
+    )  # fmt: skip
 
 
 def questions(

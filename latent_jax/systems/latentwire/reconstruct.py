@@ -14,6 +14,7 @@ from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.scoring import (
     Progress,
@@ -88,8 +89,9 @@ def evaluate_ae(
                 latents=latents, wire=sent, key=jax.random.key(seed),
             )  # fmt: skip
             lead = task_embedding(latents, arm, task, len(at))
-            guess, _ = decode(reader, given, *empty, lead, length, ())
-            forced = score_answers(reader.decoder, reader.params, given, *empty, *gold, lead)
+            asked = Asked(given, *empty, lead)
+            guess, _ = decode(reader, asked, length, ())
+            forced = score_answers(reader.decoder, reader.params, asked, *gold)
             row = metrics.agreement(guess, *gold)
             row |= {k: np.asarray(forced[k]) for k in ("nll", "hit")}
             row["bleu"] = np.array(

@@ -13,10 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.decoder import Decoder
-from latent_jax.backbones.generate import bucket, generate_ids
+from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.padding import bucket
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
-from latent_jax.systems.latentwire.given import Given, answer_hidden, join
+from latent_jax.systems.latentwire.given import Asked, answer_hidden, join
 
 #: Called as ``progress(what, done, total)``.
 Progress = Callable[[str, int, int], None]
@@ -74,18 +75,12 @@ def batches(lengths: Sequence[int], size: int) -> Iterator[np.ndarray]:
 def score_answers(
     decoder: Decoder,
     params: Any,
-    given: Given,
-    prompt_ids: Int[Array, "b p"],
-    prompt_mask: Bool[Array, "b p"],
+    asked: Asked,
     answer_ids: Int[Array, "b a"],
     answer_mask: Bool[Array, "b a"],
-    lead: Float[Array, "b n d"] | None = None,
-    lead_mask: Bool[Array, "b n"] | None = None,
 ) -> dict[str, Float[Array, " b"]]:
     """Teacher-forced scores per row: summed NLL, tokens, greedy hits, rank of the first token."""
-    hidden = answer_hidden(
-        decoder, params, given, prompt_ids, prompt_mask, answer_ids, answer_mask, lead, lead_mask
-    )
+    hidden = answer_hidden(decoder, params, asked, answer_ids, answer_mask)
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     nll = metrics.token_nll(logits, answer_ids)
     hit = (jnp.argmax(logits, -1) == answer_ids) & answer_mask
@@ -101,26 +96,17 @@ _join = jax.jit(join, static_argnums=0)
 
 
 def decode(
-    reader: Backbone,
-    given: Given,
-    prompt_ids: Any,
-    prompt_mask: Any,
-    lead: Any,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    lead_mask: Any = None,
+    reader: Backbone, asked: Asked, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Greedy tokens of each row and how many they are."""
-    embeds, mask = _join(
-        reader.decoder, reader.params, given, prompt_ids, prompt_mask, lead, lead_mask
-    )
+    embeds, mask = _join(reader.decoder, reader.params, asked)
     out = generate_ids(
         reader.decoder,
         reader.params,
         embeds,
         mask,
-        start=given.start,
-        prefix=given.kv,
+        start=asked.given.start,
+        prefix=asked.given.kv,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
     )

@@ -159,6 +159,8 @@ class LatentWireSystem:
                 self.builder, self.held_out_questions(), self.config.data.max_context,
                 self.config.eval.arms,
             )  # fmt: skip
+        if self.config.eval.segments:
+            self.eval_data()
         stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder)
         if start_state is not None:
             stream.set_state(start_state)

@@ -26,7 +26,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import baselines, recipe
 from latent_jax.systems.latentwire.config import LatentWireRun
-from latent_jax.systems.latentwire.given import answer_hidden
+from latent_jax.systems.latentwire.given import Asked, answer_hidden
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
 
@@ -80,9 +80,8 @@ def tuned_loss(
         sink=None if sink is None else jnp.int32(sink),
     )  # fmt: skip
     lead = jnp.broadcast_to(params["prompt"], (b, *params["prompt"].shape))
-    hidden = answer_hidden(
-        decoder, reader, jax.lax.stop_gradient(given), *none, inputs, batch["inputs_mask"], lead
-    )
+    asked = Asked(jax.lax.stop_gradient(given), *none, lead)
+    hidden = answer_hidden(decoder, reader, asked, inputs, batch["inputs_mask"])
     nll, hit = token_cross_entropy(decoder, reader, hidden, inputs, chunk)
     mask = batch["supervised"].astype(jnp.float32)
     return Mean(jnp.sum(nll * mask), mask.sum()), Mean(jnp.sum(hit * mask), mask.sum())

@@ -14,6 +14,8 @@ from latent_jax.train.curriculum import ScheduleConfig
 AUXILIARY = (
     "mean", "entropy", "max_step", "low_quantile", "curvature", "halves", "energy", "roughness",
 )  # fmt: skip
+# Gaps that those statistics are of.
+AUXILIARY_SPAN = 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class MemoryConfig:
             )
         if self.identity == "anonymous" and self.kind == "prefix":
             raise ConfigError("model.memory.identity=anonymous needs model.memory.kind=postfix")
+        if self.norm_cap is not None and self.kind == "prefix":
+            raise ConfigError(
+                f"model.memory.norm_cap={self.norm_cap} needs model.memory.kind=postfix: "
+                "nothing is read out of a prefix"
+            )
 
 
 @dataclass(frozen=True)
@@ -208,16 +215,16 @@ class SpacingRun(RunBase):
     losses: SpacingLossConfig = field(default_factory=SpacingLossConfig, help="loss weights")
     eval: SpacingEvalConfig = field(default_factory=SpacingEvalConfig, help="final evaluation")
     clip_norm: float | None = field(
-        default=1.0, gt=0, help="longest gradient of each seed (train.clip_norm would mix them)"
+        default=1.0, gt=0,
+        help="longest gradient of each seed (train.optimizer.clip_norm would mix them)",
     )
 
     def validate(self) -> None:
-        """Refuses batches that the seeds cannot share and cuts that a window has not."""
-        if self.train.batch_size % self.seeds:
-            raise ConfigError(
-                f"seeds={self.seeds} must divide train.batch_size={self.train.batch_size}: each "
-                "has its own windows"
-            )
+        """Refuses batches that the seeds cannot share, clipping across what it has to keep apart,
+        losses on slots that are not there, and more gaps than a window has.
+        """
+        self._validate_batches()
+        self._validate_slot_losses()
         if self.model.memory.kind == "postfix" and self.model.memory.cuts >= self.data.window:
             raise ConfigError(
                 f"model.memory.cuts={self.model.memory.cuts} needs a longer window than "
@@ -227,4 +234,36 @@ class SpacingRun(RunBase):
             raise ConfigError(
                 f"model.embed.near={self.model.embed.near} gaps do not fit "
                 f"data.window={self.data.window}"
+            )
+
+    def _validate_batches(self) -> None:
+        t = self.train
+        if t.batch_size // t.accumulate % self.seeds:
+            parts = f"seeds={self.seeds} must divide train.batch_size={t.batch_size}"
+            if t.accumulate > 1:
+                parts += f" / train.accumulate={t.accumulate}"
+            raise ConfigError(f"{parts}: each has its own windows")
+        if self.seeds > 1 and t.optimizer.clip_norm is not None:
+            raise ConfigError(
+                f"train.optimizer.clip_norm={t.optimizer.clip_norm} with seeds={self.seeds} would "
+                "clip them together: set it to null, clip_norm clips each by itself"
+            )
+        if t.accumulate > 1 and self.clip_norm is not None:
+            hint = "" if self.seeds > 1 else " and use train.optimizer.clip_norm"
+            raise ConfigError(
+                f"clip_norm={self.clip_norm} with train.accumulate={t.accumulate} would clip every "
+                f"micro-batch by itself: set clip_norm to null{hint}"
+            )
+
+    def _validate_slot_losses(self) -> None:
+        for name in ("auxiliary", "orthogonality"):
+            if self.model.memory.kind == "none" and getattr(self.losses, name) != 0:
+                raise ConfigError(
+                    f"losses.{name} is about slots: set it to 0, or model.memory.kind to prefix or "
+                    "postfix"
+                )
+        if self.losses.auxiliary != 0 and self.data.window <= AUXILIARY_SPAN:
+            raise ConfigError(
+                f"losses.auxiliary is about {AUXILIARY_SPAN} gaps that the model has seen: "
+                f"data.window={self.data.window} must be above that"
             )

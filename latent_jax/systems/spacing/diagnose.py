@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from latent_jax.core.types import PyTree
 from latent_jax.ops import mdn
+from latent_jax.ops.spectrum import effective_rank
 from latent_jax.systems.spacing import ablation, losses, predict
 from latent_jax.systems.spacing.model import Ablation
 
@@ -162,11 +163,14 @@ def _contents(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[
 def _forward(
     system: Any, params: PyTree, rows: dict[str, np.ndarray], change: Ablation | None, **extra: Any
 ) -> Any:
-    return system.model.apply(
-        {"params": params["model"]},
-        jnp.asarray(rows["gaps"][:, :-1]), jnp.asarray(rows["log_height"]),
-        ablation=change, rngs={"sample": jax.random.key(0)}, **extra,
-    )  # fmt: skip
+    def apply(params: PyTree, gaps: Array, log_height: Array, change: Ablation | None) -> Any:
+        return system.model.apply(
+            {"params": params}, gaps, log_height,
+            ablation=change, rngs={"sample": jax.random.key(0)}, **extra,
+        )  # fmt: skip
+
+    gaps, log_height = jnp.asarray(rows["gaps"][:, :-1]), jnp.asarray(rows["log_height"])
+    return jax.jit(apply)(params["model"], gaps, log_height, change)
 
 
 def entropy_share(weights: Float[np.ndarray, " m"]) -> float:
@@ -199,20 +203,14 @@ def _gradients(
 
 
 def gradient_geometry(flat: Float[np.ndarray, "m n"]) -> dict[str, float]:
-    """Mean absolute cosine between slots' gradients, and their effective rank ÷ slots (at most 1).
-
-    Effective rank: exponential of the entropy of the spectrum (Roy & Vetterli 2007).
-    """
+    """Mean absolute cosine of slots' gradients, and their effective rank ÷ slots (at most 1)."""
     m = len(flat)
     unit = flat / np.maximum(np.linalg.norm(flat, axis=1, keepdims=True), 1e-20)
     gram = unit @ unit.T
     off = ~np.eye(m, dtype=bool)
-    p = np.maximum(np.linalg.eigvalsh(gram), 0)
-    p = p / max(p.sum(), 1e-20)
-    rank = float(np.exp(-(p * np.log(np.maximum(p, 1e-20))).sum()))
     return {
         "slots.gradient_correlation": float(np.abs(gram[off]).mean()) if m > 1 else 0.0,
-        "slots.gradient_rank_ratio": rank / m,
+        "slots.gradient_rank_ratio": effective_rank(np.linalg.eigvalsh(gram)) / m,
     }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from latent_jax.core.types import Mean, PyTree
 from latent_jax.ops import mdn
 from latent_jax.systems.spacing import auxiliary
-from latent_jax.systems.spacing.config import MemoryConfig, SpacingRun
+from latent_jax.systems.spacing.config import AUXILIARY_SPAN, MemoryConfig, SpacingRun
 from latent_jax.systems.spacing.model import Output, SpacingModel
 
 
@@ -24,9 +24,8 @@ def clip_gradient(tree: PyTree, longest: float) -> PyTree:
 
 
 def _clip(longest: float, _: None, gradient: PyTree) -> tuple[PyTree]:
-    norm = optax.global_norm(gradient)
-    scale = jnp.minimum(1.0, longest / jnp.maximum(norm, 1e-12))
-    return (jax.tree.map(lambda g: g * scale, gradient),)
+    clipped, _ = optax.clip_by_global_norm(longest).update(gradient, optax.EmptyState())
+    return (clipped,)
 
 
 clip_gradient.defvjp(lambda tree, longest: (tree, None), _clip)
@@ -120,6 +119,6 @@ def terms(
             mean, std = statistics
             wanted = (auxiliary.targets(gaps[:, :-1], cuts) - mean) / std
             error = auxiliary_errors(out.slots, wanted, params["auxiliary"], memory)
-            whole = jnp.broadcast_to(cuts >= auxiliary.SPAN - 1, error.shape)
+            whole = jnp.broadcast_to(cuts >= AUXILIARY_SPAN - 1, error.shape)
             found["auxiliary"] = Mean.of(error, whole)
     return found, {"nll_last": Mean.of(nll[:, -1])}

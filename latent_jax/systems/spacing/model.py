@@ -179,7 +179,7 @@ class SpacingModel(nn.Module):
         unit = 2 * jnp.pi / log_height[:, None]
         return unit * (jnp.arange(t) if kind == "warped" else jnp.cumsum(gaps, axis=1))
 
-    def _frequencies(self) -> np.ndarray:
+    def frequencies(self) -> np.ndarray:
         """Radians per unit of coordinate of every rotary plane: shared, or per head."""
         c = self.config
         planes = c.width // c.heads // 2
@@ -192,7 +192,7 @@ class SpacingModel(nn.Module):
 
     def _blocks(self, x: Array, at: Array, mask: Array, first: int, slots: int | None) -> Array:
         c = self.config
-        frequencies = jnp.asarray(self._frequencies())
+        frequencies = jnp.asarray(self.frequencies())
         attending = c.layers if c.attention_layers is None else c.attention_layers
         for layer in range(c.layers):
             attends = layer >= c.layers - attending

@@ -68,7 +68,7 @@ class SpacingSystem:
                 params["auxiliary"] = {"kernel": kernel, "bias": jnp.zeros(len(AUXILIARY))}
             return params
 
-        params = jax.vmap(one)(jax.random.split(rngs["params"], c.seeds))
+        params = jax.jit(jax.vmap(one))(jax.random.split(rngs["params"], c.seeds))
         start = self._kernel_start()
         if start is not None:
             tree = params["model"]["gaps"]

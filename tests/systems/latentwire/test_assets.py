@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from latent_jax.systems.latentwire.assets import (
     load_compressor,
     read_compressor,
     save_compressor,
+    training_record,
 )
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.model import Compressor
@@ -77,6 +80,36 @@ def test_damaged_file_is_one_line(directory, damage):
 def test_unknown_name_lists_what_there_is():
     with pytest.raises(CheckpointError, match="no packaged compressor"):
         read_compressor("nothing-of-that-name")
+
+
+def _run(path, start, *steps):
+    """The files of a run that trained to ``steps``, 100 tokens in each row of its log."""
+    path.mkdir()
+    (path / "config.yaml").write_text(f"name: {path.name}\nmodel: {{start: {start}}}\n")
+    (path / "environment.json").write_text('{"jax": "1.0"}')
+    rows = [{"step": step, "units.tokens": 100, "eval.loss": 1 / step} for step in steps]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "results.json").write_text('{"ae.nll": 2.0}')
+    return path
+
+
+def test_record_of_a_run_that_started_from_runs_and_a_compressor(tmp_path, params, directory):
+    first = _run(tmp_path / "first", directory, 10)
+    second = _run(tmp_path / "second", first, 10, 20)
+    record = training_record(_run(tmp_path / "third", second, 5))
+    assert (record["steps"], record["tokens"], record["results"]) == (5, 100, {"ae.nll": 2.0})
+    assert [b["name"] for b in record["before"]] == [str(directory), str(first), str(second)]
+    assert record["before"][0] == {"seed": 3, "name": str(directory)}
+    assert [b["steps"] for b in record["before"][1:]] == [10, 20]
+    assert record["before"][2]["tokens"] == 200
+    assert record["before"][2]["config"]["name"] == "second"
+    assert not any("results" in b or "before" in b for b in record["before"])
+
+
+def test_record_whose_start_is_gone_is_one_line(tmp_path):
+    run = _run(tmp_path / "run", tmp_path / "gone", 10)
+    with pytest.raises(CheckpointError, match="gone: .*not there"):
+        training_record(run)
 
 
 def test_start_with_other_shapes_is_refused(params):

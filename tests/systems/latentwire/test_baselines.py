@@ -52,7 +52,7 @@ def logits(arm, data, family="llama", **kwargs):
 def _read(decoder, params, given, ids, mask):
     answers = jnp.full((len(ids), 2), 7, jnp.int32)
     hidden = given_.answer_hidden(
-        decoder, params, given, ids, mask, answers, jnp.ones(answers.shape, bool)
+        decoder, params, given_.Asked(given, ids, mask), answers, jnp.ones(answers.shape, bool)
     )
     return decoder.apply({"params": params}, hidden, method="unembed")
 

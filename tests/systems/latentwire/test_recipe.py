@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -61,6 +63,21 @@ def test_a_continuation_follows_its_context():
     joined = np.concatenate([record["context"], record["inputs"]])
     np.testing.assert_array_equal(joined, windows[3][: len(joined)])
     assert len(record["inputs"]) == 8
+
+
+def test_evaluation_reads_its_own_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("aaaaaaa " * 2000)
+    (tmp_path / "b.txt").write_text("bbbbbbb " * 2000)
+    cfg = config(text=str(tmp_path / "a.txt"))
+    cfg = dataclasses.replace(
+        cfg, eval=dataclasses.replace(cfg.eval, text=str(tmp_path / "b.txt"), length=16)
+    )
+    tokenizer = ByteTokenizer()
+    train = recipe.text_segments(cfg, tokenizer, "train", 4)
+    held = recipe.text_segments(cfg, tokenizer, "validation", 4)
+    assert train.shape == (4, 32) and held.shape == (4, 16)
+    assert set(tokenizer.decode(train[0].tolist())) == {"a", " "}
+    assert set(tokenizer.decode(held[0].tolist())) == {"b", " "}
 
 
 def test_lengths_must_divide_the_longest():

@@ -15,6 +15,7 @@ from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import baselines, tuned
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import score_answers
 
@@ -72,7 +73,7 @@ def test_training_and_evaluation_see_the_same_sequence(reader, run):
         ratio=2.0,
     )
     lead = jnp.broadcast_to(prompt["prompt"], (2, *prompt["prompt"].shape))
-    scores = score_answers(reader.decoder, reader.params, given, *asked, *gold, lead)
+    scores = score_answers(reader.decoder, reader.params, Asked(given, *asked, lead), *gold)
     assert float(loss.count) == float(scores["count"].sum())
     np.testing.assert_allclose(loss.sum, scores["nll"].sum(), rtol=1e-4)
 

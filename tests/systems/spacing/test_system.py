@@ -10,10 +10,13 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.train.checkpoints import load_variables
 
 TINY = {
     "system": "spacing", "name": "t",
     "data": {"source": "ar:count=6000,seed=0", "window": 24},
+    # one device: eight virtual ones only share these cores, and compile for longer
+    "mesh": {"data": 1},
     "model": {
         "layers": 1, "heads": 2, "width": 16, "ff": 32,
         "embed": {"near": 6, "kernels": 4, "knots": 24},
@@ -46,16 +49,15 @@ def test_it_reaches_the_known_optimum(done):
 
 
 def test_seeds_differ(done):
-    params = runs.load(done.out)[1]["params"]
+    params = load_variables(done.out)[0]["params"]
     kernel = params["model"]["head"]["kernel"]
     assert kernel.shape[0] == 2
     assert float(jnp.abs(kernel[0] - kernel[1]).max()) > 1e-3
 
 
-def test_seeds_do_not_touch_each_other():
-    system = runs.system_class("spacing")(runs.resolve(TINY | {"seeds": 2}))
+def test_seeds_do_not_touch_each_other(done):
+    system, (variables, _) = done.system, load_variables(done.out)
     batch = {k: jnp.asarray(v) for k, v in next(iter(system.train_data("main", None))).items()}
-    variables = system.init({"params": jax.random.key(0)}, batch)
 
     def loss(params, batch):
         terms, _, _ = system.loss_terms(
@@ -103,5 +105,40 @@ def test_bad_input():
         runs.resolve(TINY | {"seeds": 3})
     with pytest.raises(ConfigError, match="near=6"):
         runs.resolve(TINY, {"data.window": 6})
+    many = {"seeds": 2, "train.accumulate": 2, "clip_norm": None}
+    with pytest.raises(ConfigError, match="seeds=2 must divide .*=6 / train.accumulate=2"):
+        runs.resolve(TINY, many | {"train.batch_size": 6})
+    assert runs.resolve(TINY, many).train.accumulate == 2
+    with pytest.raises(ConfigError, match="clip_norm=1.0 with train.accumulate=2 would clip"):
+        runs.resolve(TINY, {"train.accumulate": 2})
+    with pytest.raises(ConfigError, match="train.optimizer.clip_norm=0.5 with seeds=2 would"):
+        runs.resolve(TINY, {"train.optimizer.clip_norm": 0.5, "seeds": 2})
+    assert runs.resolve(TINY, {"train.optimizer.clip_norm": 0.5}).seeds == 1
     with pytest.raises(DataError, match="source 'nowhere'"):
         runs.system_class("spacing")(runs.resolve(TINY, {"data.source": "nowhere"}))
+
+
+SLOTS = {"kind": "prefix", "slots": 2}
+STAGED = {"kind": "staged", "stages": [{"begin": 0, "value": 0.1}]}
+
+
+@pytest.mark.parametrize(
+    ("window", "memory", "losses", "says"),
+    [
+        (80, {}, {"auxiliary": 0.1}, "losses.auxiliary is about slots"),
+        (80, {}, {"auxiliary": STAGED}, "losses.auxiliary is about slots"),
+        (80, {}, {"orthogonality": 0.1}, "losses.orthogonality is about slots"),
+        (64, SLOTS, {"auxiliary": 0.1}, "data.window=64 must be above"),
+        (80, SLOTS | {"norm_cap": 1.0}, {}, "norm_cap=1.0 needs .*postfix"),
+    ],
+)
+def test_losses_and_options_of_slots_that_are_not_there(window, memory, losses, says):
+    tree = TINY | {"losses": losses, "model": TINY["model"] | {"memory": memory}}
+    with pytest.raises(ConfigError, match=says):
+        runs.resolve(tree, {"data.window": window})
+
+
+def test_losses_of_slots_that_are_there():
+    model = TINY["model"] | {"memory": SLOTS}
+    tree = TINY | {"losses": {"auxiliary": STAGED, "orthogonality": 0.1}, "model": model}
+    assert runs.resolve(tree, {"data.window": 65}).losses.orthogonality == 0.1
