@@ -4,6 +4,7 @@
 #   bash launch/test.sh                     everything but the slow tests
 #   bash launch/test.sh -k report           arguments go to pytest
 #   MARK="" bash launch/test.sh             the slow tests too
+#   WORKERS=1 bash launch/test.sh           one process (two by default: compiling uses one core)
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh
@@ -28,7 +29,7 @@ ruff check . || lint=FAILED
 echo "==> pytest"
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
-python -m pytest -q -m "${MARK-not slow}" --durations=5 "$@" 2>&1 | tee "$log"
+python -m pytest -q -m "${MARK-not slow}" -n "${WORKERS:-2}" --dist loadfile --durations=5 "$@" 2>&1 | tee "$log"
 tests=${PIPESTATUS[0]}
 
 summary="$(grep -E '[0-9]+ (passed|failed|error|skipped|deselected)' "$log" | tail -n 1 | tr -d '=')"
