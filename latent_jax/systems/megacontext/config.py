@@ -97,6 +97,9 @@ class LossConfig:
 ARMS = (
     "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
 )  # fmt: skip
+# Policies that need no measured utilities, and what else a long history is read through.
+POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25")
+ENDS = ("full", "windowed", "dropped")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,15 @@ class EvalConfig:
     horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
     batch_size: int = field(default=8, ge=2, help="rows at once")
     quick_rows: int = field(default=16, ge=2, help="rows of the evaluation while training")
+    budgets: tuple[int, ...] = field(
+        default=(), ge=1, help="sizes W at which policies are compared on a long history; (): none"
+    )
+    policies: tuple[str, ...] = field(
+        default=("full", "windowed", "uniform", "recency", "bm25", "random", "dropped"),
+        help="what is compared: policies, the whole text (full, windowed), the tail only (dropped)",
+    )
+    long: int = field(default=128, ge=4, help="blocks of that history")
+    places: int = field(default=8, ge=1, help="places of it at which the horizon is predicted")
     threshold: float = field(
         default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
     )
@@ -127,6 +139,11 @@ class EvalConfig:
             raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
         if not {"full", "dropped"} <= set(self.arms):
             raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
+        unknown = [p for p in self.policies if p not in (*POLICIES, *ENDS)]
+        if unknown:
+            raise ConfigError(
+                f"eval.policies: unknown {unknown}; allowed: {', '.join((*POLICIES, *ENDS))}"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import policies, telemetry
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
+from latent_jax.systems.megacontext.config import ENDS
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.memory import Memory, Node
 from latent_jax.systems.megacontext.reading import place
@@ -26,8 +27,6 @@ from latent_jax.systems.megacontext.tiling import Tiling
 
 # Prompts are padded to multiples of this, so that few lengths are compiled.
 _PROMPT = 64
-# Arms of `nll_at_h` that are no policies.
-ENDS = ("full", "windowed", "dropped")
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def nll_at_h(
     names: Sequence[str],
     cursors: Sequence[int],
     horizon: int,
-    focus: FocusConfig,
+    focus: FocusConfig | None = None,
     iterations: int = 64,
     progress: Any = None,
 ) -> dict[str, Float[np.ndarray, " n"]]:
@@ -192,6 +191,7 @@ def nll_at_h(
       ``{"<policy>.w<W>": losses}``, one per cursor; the three ends have no W.
     """
     layout, size = memory.model.layout, memory.model.layout.block
+    focus = RuntimeConfig().focus if focus is None else focus
     runtimes = {
         (name, w): Runtime(memory, RuntimeConfig(w, name, iterations, focus))
         for w in budgets for name in names if name not in ENDS

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +18,7 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
+from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import recipe, telemetry
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
@@ -23,7 +26,7 @@ from latent_jax.systems.megacontext.losses import substitution
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
-from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig, nll_at_h
 
 _LABELS = (
     (r"^gist/level_1/(query|bias)$", "queries"),
@@ -207,7 +210,35 @@ class MegaContextSystem:
             found = measure.losses(params, base, rows, e.arms, progress)
             metrics |= measure.summary(found)
             artefacts[f"histories.lod{level}"] = found
+        if e.budgets:
+            found = self._long_history(variables, frozen, progress)
+            artefacts["places"] = found
+            for name, x in found.items():
+                metrics[f"nll_at_h.{name}"] = float(x.mean())
+                if "full" in found and name != "full":
+                    # Places differ far more than contexts do, so only pairs can be compared.
+                    lost = f"nll_at_h.{name}.minus_full"
+                    metrics[lost] = float((x - found["full"]).mean())
+                    metrics[f"{lost}.ci95"] = list(
+                        bootstrap.difference_interval(x, found["full"])
+                    )
         return metrics, artefacts
+
+    def _long_history(self, variables, frozen, progress) -> dict[str, np.ndarray]:
+        """Losses at places of one long held-out text, by policy and size of the context."""
+        e, layout = self.config.eval, self.config.model.layout
+        horizon = e.horizon * layout.block
+        tokens = e.long * layout.block + horizon
+        ids = recipe.histories(self.config, self.backbone.tokenizer, "validation", tokens, 1)[0]
+        places = np.linspace(e.long // 2, e.long, e.places).astype(int)
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            with self.memory(variables, frozen, store, writable=True) as memory:
+                memory.tree.append(ids)
+                memory.build()
+                return nll_at_h(
+                    memory, e.budgets, e.policies, places.tolist(), horizon, progress=progress
+                )
 
     def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
         """A store as this run's base and GistNet see it.

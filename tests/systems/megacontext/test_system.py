@@ -13,6 +13,8 @@ from latent_jax.core.errors import ConfigError
 SMALL = {
     "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
     "eval.arms": ["full", "gist", "mean_pool", "dropped"], "data.rows": 400,
+    "eval.budgets": [80], "eval.policies": ["full", "uniform", "bm25"], "eval.long": 24,
+    "eval.places": 2,
     "train.phases": [
         {"name": "near", "steps": 10, "data": "near", "train": ["queries", "maps"]},
         {"name": "level 1", "steps": 10, "train": ["queries", "maps"]},
@@ -37,6 +39,15 @@ def test_trained_gists_are_better_than_means(results):
     assert low < results["recovery.lod1.slots2"] < high
 
 
+def test_policies_on_a_long_history(results):
+    names = {n for n in results if n.startswith("nll_at_h.") and ".lod" not in n}
+    lost = {f"nll_at_h.{p}.w80.minus_full" for p in ("uniform", "bm25")}
+    wanted = {"nll_at_h.full", "nll_at_h.uniform.w80", "nll_at_h.bm25.w80", *lost}
+    assert names == wanted | {f"{n}.ci95" for n in lost}
+    low, high = results["nll_at_h.bm25.w80.minus_full.ci95"]
+    assert low <= results["nll_at_h.bm25.w80.minus_full"] <= high
+
+
 def test_both_phases_were_trained(results):
     rows = [json.loads(x) for x in (results.out / "metrics.jsonl").read_text().splitlines()]
     terms = {name for row in rows for name in row if name.startswith("term.")}
@@ -50,6 +61,8 @@ def test_both_phases_were_trained(results):
         ({"data.blocks": 4, "data.chunk": 4}, "two whole"),
         ({"data.beyond": 2, "model.layout.protected": 2}, "leaves nothing to predict"),
         ({"model.layout.slots": [8]}, "less than that"),
+        ({"eval.arms": ["gist", "full"]}, "add both"),
+        ({"eval.policies": ["nearest"]}, "eval.policies: unknown"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, said):
