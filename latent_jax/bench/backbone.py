@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax.bench import timing
+from latent_jax.core import trees
 from latent_jax.core.errors import BackboneError, ConfigError
 
 
@@ -184,9 +185,31 @@ def main(options: Options) -> dict[str, Any]:
     for part, pair in (("prefill", prefill), ("decode", decode)):
         for name, value in pair.summary(work[part]).items():
             results[f"throughput.{part}.{name}"] = float(value)
+    results["matmul_per_second"] = product_rate()
+    per_token = 2 * trees.count_params(params["layers"])
+    for side in ("ours", "peer"):
+        rate = results[f"throughput.prefill.{side}_per_second"] * per_token
+        results[f"prefill.{side}_share_of_matmul"] = rate / results["matmul_per_second"]
     results["memory.peak_bytes"] = timing.peak_rss_bytes()
     show(results, options, console)
     return results
+
+
+def product_rate(size: int = 2048, rounds: int = 7) -> float:
+    """Operations per second of one large fp32 matrix product, the better of both libraries.
+
+    Prefill is made of such products: no program can be faster than this rate over the operations
+    of its layers.
+    """
+    import torch
+
+    x = np.random.default_rng(0).standard_normal((size, size), np.float32)
+    ours, theirs = jnp.asarray(x), torch.tensor(x)
+    product = jax.jit(jnp.matmul)
+    pair = timing.alternate(
+        lambda: product(ours, ours), lambda: torch.mm(theirs, theirs), pairs=rounds
+    )
+    return 2 * size**3 / min(*pair.ours, *pair.peer)
 
 
 def peer_generate(model: Any, ids: Any, new: int) -> Any:
@@ -257,6 +280,11 @@ def show(results: dict[str, Any], options: Options, console: Any) -> None:
             f"{r['ratio_of_best']:.2f}x",
         )
     console.print(table)
+    console.print(
+        f"one 2048-wide matrix product: {results['matmul_per_second'] / 1e9:.0f} GFLOP/s; prefill "
+        f"reaches {results['prefill.ours_share_of_matmul']:.2f} of it, the peer "
+        f"{results['prefill.peer_share_of_matmul']:.2f}"
+    )
     console.print(
         f"memory: ours {results['memory.ours_bytes'] / 2**20:.0f} MiB, "
         f"peer {results['memory.peer_bytes'] / 2**20:.0f} MiB, "
