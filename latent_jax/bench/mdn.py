@@ -95,14 +95,17 @@ def torch_twin(model: SpacingModel, params: Any, threads: int) -> Any:
         distance = 2 * math.pi * j / log_height[:, None]
         knots = c.embed.knots
         hats = (distance[..., None] * ((knots - 1) / model.reach) - torch.arange(knots)).abs()
-        kernels = (1 - hats).clamp(min=0) @ tree["gaps/kernels"]
+        kernels = (1 - hats).clamp(min=0) @ tree["gaps/kernels"][0]
+        summaries = past @ kernels + tree["gaps/offset"]
+        gate = tree["gaps/gate"]
+        line = (summaries[..., : gate.shape[1]] * gate).sum(-1) + tree["gaps/level"] + 1
         level = (log_height - model.heights[0]) / model.heights[1]
         extra = torch.stack([(j / t).expand(b, t), level[:, None].expand(b, t)], -1)
-        parts = [past[..., : c.embed.near], past @ kernels, extra]
-        return linear(torch.cat(parts, -1), "gaps/embed")
+        parts = [past[..., : c.embed.near], summaries, extra]
+        return linear(torch.cat(parts, -1), "gaps/embed"), line[..., None]
 
     def loss(gaps: Any, log_height: Any) -> Any:
-        x = embed(gaps[:, :-1], log_height)
+        x, line = embed(gaps[:, :-1], log_height)
         b, t, _ = x.shape
         at = 2 * math.pi / log_height[:, None] * torch.arange(t)
         for i in range(c.layers):
@@ -116,7 +119,9 @@ def torch_twin(model: SpacingModel, params: Any, threads: int) -> Any:
             y = linear(norm(x, f"{name}/mlp_norm"), f"{name}/up")
             x = x + linear(functional.gelu(y, approximate="tanh"), f"{name}/down")
         logits, mean, scale = linear(x, "head").chunk(3, -1)
-        scale = functional.softplus(scale) + c.head.floor
+        spread = tree["gaps/spread"][:, None]
+        mean = line + spread.exp() * mean
+        scale = functional.softplus(scale + spread) + c.head.floor
         z = (gaps[:, 1:, None] - mean) / scale
         parts = logits.log_softmax(-1) - z**2 / 2 - scale.log() - 0.5 * math.log(2 * math.pi)
         return -parts.logsumexp(-1).mean()
@@ -130,7 +135,7 @@ def main(options: Options) -> dict[str, Any]:
 
     console = Console()
     c = model_config(options)
-    model = SpacingModel(c, _REACH, _HEIGHTS)
+    model = SpacingModel(c, _REACH, _HEIGHTS, options.window - 1)
     rng = np.random.default_rng(0)
     gaps = rng.gamma(6, 1 / 6, (options.batch, options.window)).astype(np.float32)
     height = rng.uniform(11, 12, options.batch).astype(np.float32)

@@ -22,18 +22,13 @@ from scipy.interpolate import BSpline
 from scipy.linalg import cho_factor, cho_solve
 
 from latent_jax.core.errors import DataError
-from latent_jax.data.windows import Split
 from latent_jax.data.zeros import Spacings
-from latent_jax.systems.spacing.limits import floor_scores
-from latent_jax.systems.spacing.predictions import Prediction, Scores, score
+from latent_jax.systems.spacing.predictions import Prediction
 
 # Positions whose L differs by at most this share one set of coefficients: at 255 gaps the phase
 # error is then below 0.003, where 0.02 in L would already ruin the fit.
 _HEIGHT_STEP = 1e-3
 _LONGEST = 4096
-# Training targets, the nearest to the held-out heights, that `baseline_scores` fits to: fewer and
-# the longest orders overfit, more and coefficients that drift with height are a compromise.
-RECENT, RECENT_WARPED = 400_000, 200_000
 _RIDGE = 1e-10
 
 
@@ -282,37 +277,3 @@ def _check_order(order: int, window: int) -> None:
 def _check_count(count: int, size: int) -> None:
     if count <= 2 * size:
         raise DataError(f"autoregression: {count} targets are too few for {size} coefficients")
-
-
-def baseline_scores(
-    spacings: Spacings,
-    split: Split,
-    window: int = 256,
-    linear: tuple[int, ...] = (8, 32, 128),
-    warped: tuple[int, ...] = (64, 128, 255),
-) -> tuple[Int64[np.ndarray, " n"], dict[str, Scores]]:
-    """Fits all baselines to the training part and scores them on the other.
-
-    Args:
-      spacings: the whole sequence.
-      split: its parts.
-      window: gaps in a window; targets are the last positions of all validation windows.
-      linear: orders of the linear autoregressions; those that the window cannot hold are left out.
-      warped: orders of the height-warped ones; none for sequences without heights.
-
-    Returns:
-      The targets' positions, and scores by name: ``gaudin``, ``ar<p>``, ``warped_ar<p>``.
-    """
-    at = targets(split.validation, window, spacings.run)
-    if not len(at):
-        raise DataError(f"baselines: no window of {window} gaps fits into the validation part")
-    observed = spacings.values[at]
-    scores = {"gaudin": floor_scores(spacings.values, at, 0)[0]}
-    for order in (p for p in linear if p < window):
-        model = fit_linear(spacings, split.train, order, window, RECENT)
-        scores[f"ar{order}"] = score(model.predict(spacings, at), observed)
-    heights = spacings.log_height.min() > 0
-    for order in (p for p in warped if p < window and heights):
-        fitted = fit_warped(spacings, split.train, order, window, RECENT_WARPED)
-        scores[f"warped_ar{order}"] = score(fitted.predict(spacings, at), observed)
-    return at, scores

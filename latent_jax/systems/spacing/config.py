@@ -18,6 +18,16 @@ AUXILIARY = (
 AUXILIARY_SPAN = 64
 
 
+def lengths(context: int) -> list[int]:
+    """Lengths of the past that get a linear prediction: all, 3/4, 1/2, 3/8, ... down to 2 gaps."""
+    found = [context]
+    size = 1 << max(context.bit_length(), 1)
+    while size >= 2:
+        found += [n for n in (size * 3 // 4, size // 2) if 2 <= n < found[-1]]
+        size //= 2
+    return found
+
+
 @dataclass(frozen=True)
 class EmbedConfig:
     """What a position knows of the gaps up to it, before any attention."""
@@ -27,10 +37,16 @@ class EmbedConfig:
         default=48, ge=0, help="learned linear summaries of all past gaps in the window; 0: none"
     )
     knots: int = field(default=256, ge=4, help="spline coefficients of each summary's kernel")
+    products: int = field(
+        default=0,
+        ge=0,
+        help="second-order terms: kernels also weigh products of the displacements of zeros 0, 1, "
+        "... products - 1 apart",
+    )
     start: Literal["autoregression", "primes", "random"] = field(
         default="autoregression",
-        help="kernels at the start: least-squares predictors 1, 2, ... gaps ahead, waves at the "
-        "logarithms of prime powers, or noise",
+        help="kernels at the start: least-squares predictors of the next gap from pasts of several "
+        "lengths, waves at the logarithms of prime powers, or noise",
     )
     height: bool = field(
         default=True, help="give ln(t / 2 pi), and measure distances with it; false: neither"
@@ -109,6 +125,11 @@ class HeadConfig:
     floor: float = field(default=0.005, gt=0, help="smallest scale, mean spacings")
     positive_mean: bool = field(default=False, help="locations pass a softplus")
 
+    @property
+    def plain(self) -> bool:
+        """Whether locations are gaps themselves, so that a prediction can be added to them."""
+        return self.family != "lognormal" and not self.positive_mean
+
 
 @dataclass(frozen=True)
 class SpacingModelConfig:
@@ -155,6 +176,11 @@ class SpacingDataConfig:
         "poisson:…, picket:…, ar:…",
     )
     window: int = field(default=256, ge=2, help="gaps in a window; the last is only predicted")
+    train_window: int | None = field(
+        default=None,
+        ge=2,
+        help="gaps in a training window, if longer: more targets see window - 1 gaps, none more",
+    )
     split: Literal["tail", "interleaved"] = field(
         default="tail", help="hold out the greatest heights, or whole blocks of all heights"
     )
@@ -177,7 +203,7 @@ class SpacingLossConfig:
 
     nll: float | ScheduleConfig = field(default=1.0, help="all scored positions (nats)")
     last: float | ScheduleConfig = field(
-        default=0.0, help="extra weight on the last quarter of the window (nats)"
+        default=0.0, help="extra weight on pasts of at least 3/4 of the window (nats)"
     )
     entropy: float | ScheduleConfig = field(
         default=0.0, help="minus the entropy of the mixture weights: positive keeps them spread"
@@ -229,6 +255,17 @@ class SpacingRun(RunBase):
             raise ConfigError(
                 f"model.memory.cuts={self.model.memory.cuts} needs a longer window than "
                 f"data.window={self.data.window}"
+            )
+        longer = self.data.train_window
+        if longer is not None and longer < self.data.window:
+            raise ConfigError(
+                f"data.train_window={longer} is below data.window={self.data.window}"
+            )
+        attends = self.model.attention_layers != 0 and self.model.layers > 0
+        if longer is not None and longer > self.data.window and attends:
+            raise ConfigError(
+                f"data.train_window={longer} needs model.attention_layers=0: a block that attends "
+                f"would see more than the {self.data.window - 1} gaps of an evaluation"
             )
         if self.model.embed.near >= self.data.window:
             raise ConfigError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from latent_jax.core.types import PyTree
 from latent_jax.ops.bootstrap import difference_interval, mean_interval
-from latent_jax.systems.spacing import autoregression, limits, predict, rollout, scores
+from latent_jax.systems.spacing import baselines, limits, predict, rollout, scores
 from latent_jax.systems.spacing.predict import Predicted
 from latent_jax.systems.spacing.recipe import Gaps
 
@@ -42,7 +42,7 @@ def evaluate(
     metrics |= random_matrix(c.data.source, gaps, starts, c.data.window, found.nll[0], c.eval)
     progress("floors", 1, 1)
     if c.eval.baselines:
-        metrics |= baselines(gaps, starts, c.data.window)
+        metrics |= linear(gaps, starts, c.data.window)
         progress("baselines", 1, 1)
     if c.eval.rollouts:
         metrics |= _rollouts(system, params)
@@ -87,15 +87,22 @@ def random_matrix(
     return metrics
 
 
-def baselines(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:
-    """Autoregressions and Gaudin's law, fitted on the training part, on the same last positions."""
-    at, found = autoregression.baseline_scores(gaps.source, gaps.split, window)
+def linear(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:
+    """Autoregressions and Gaudin's law, fitted on the training part, on the same windows.
+
+    ``baseline.<name>.*`` are of last positions; ``baseline.position_averaged.nll`` is linear
+    prediction at every position, to be compared with ``nll.position_averaged``.
+    """
+    at, found = baselines.baseline_scores(gaps.source, gaps.split, window)
     picked = np.searchsorted(at, starts + window - 1)
     metrics: dict[str, Any] = {}
     for name, got in found.items():
         metrics[f"baseline.{name}.nll"] = float(got.nll[picked].mean())
         metrics[f"baseline.{name}.crps"] = float(got.crps[picked].mean())
         metrics[f"baseline.{name}.rmse"] = float(np.sqrt(got.squared_error[picked].mean()))
+    everywhere = baselines.position_averaged(gaps.source, gaps.split, starts, window)
+    metrics["baseline.position_averaged.nll"] = float(everywhere.mean())
+    metrics["baseline.position_averaged.nll.ci95"] = mean_interval(everywhere)
     return metrics
 
 

@@ -1,9 +1,13 @@
-"""Linear summaries of past gaps with kernels of *physical* distance.
+"""Summaries of past gaps with kernels of *physical* distance, linear and of second order.
 
 The fluctuations of zeta zeros at height ``t`` have spectral lines at ``ln p`` per unit of ``t``,
 and neighbours lie ``2 pi / L`` apart, ``L = ln(t / 2 pi)`` (Berry & Keating 1999, section 4). A
 filter that is a function of ``2 pi j / L`` therefore serves every height, one of the index ``j``
 only its own.
+
+The lines are those of a function of *true* distance, sampled at zeros that have moved off their
+even places. To first order in these displacements a prediction is linear in the gaps; the second
+order is a sum over products of displacements, of which `channels` gives those of near neighbours.
 """
 
 from __future__ import annotations
@@ -37,6 +41,52 @@ def lagged(values: Float[Array, "b t"], lags: int) -> Float[Array, "b t lags"]:
     return jnp.where(jnp.asarray(index >= 0), picked, 0.0)
 
 
+def centring(lags: int) -> Float[np.ndarray, "seen lags"]:
+    """Weights of past gaps in the mean displacement of the zeros among the last ``seen`` gaps.
+
+    The mean over zeros is by Hann weights; a zero's displacement is a cumulative sum of gaps, so
+    that each gap has the weights of all zeros behind it. Rows are for 0 to ``lags`` gaps seen.
+    """
+    taper = np.zeros((lags + 1, lags + 1))
+    for n in range(1, lags + 1):
+        hann = np.hanning(n + 3)[1:-1]
+        taper[n, : n + 1] = hann / hann.sum()
+    return np.cumsum(taper[:, ::-1], axis=1)[:, ::-1][:, 1:].astype(np.float32)
+
+
+def pairs(displacement: Array, count: int) -> list[Array]:
+    """Products ``d_j d_{j+k}`` of displacements along the last axis, for ``k < count``."""
+    lags = displacement.shape[-1]
+    padded = jnp.pad(displacement, [(0, 0)] * (displacement.ndim - 1) + [(0, max(count - 1, 0))])
+    return [displacement * padded[..., k : k + lags] for k in range(count)]
+
+
+def channels(
+    deviation: Float[Array, "b t"], lags: int, products: int
+) -> list[Float[Array, "b t lags"]]:
+    """What kernels are applied to: past deviations, and products of displacements.
+
+    Args:
+      deviation: gaps minus 1.
+      lags: gaps looked at.
+      products: number of second-order channels; the ``k``-th holds ``d_j d_{j+k}``, ``k`` from 0.
+
+    Returns:
+      ``1 + products`` arrays; position ``t`` looks at its last ``min(t + 1, lags)`` gaps, the
+      latest first. ``d_j`` is how far the ``j``-th zero back lies off its even place, relative to
+      the mean of all zeros that the position sees (see `centring`).
+    """
+    past = lagged(deviation, lags)
+    if not products:
+        return [past]
+    seen = np.minimum(np.arange(1, deviation.shape[1] + 1), lags)
+    centre = jnp.einsum("btj,tj->bt", past, jnp.asarray(centring(lags)[seen]))
+    place = jnp.cumsum(jnp.pad(deviation, ((0, 0), (1, 0))), axis=1)
+    off = place[:, 1:, None] - lagged(place[:, :-1], lags) - centre[..., None]
+    off = jnp.where(jnp.asarray(np.arange(lags) < seen[:, None]), off, 0.0)
+    return [past, *pairs(off, products)]
+
+
 def summarise(
     past: Float[Array, "b t lags"],
     coefficients: Float[Array, "knots k"],
@@ -46,42 +96,6 @@ def summarise(
     """``sum_j h_k(2 pi j / L) past[j]`` for kernels ``h_k`` given by their spline coefficients."""
     hats = basis(distances(past.shape[-1], log_height), coefficients.shape[0], reach)
     return jnp.einsum("btj,bjk->btk", past, hats @ coefficients)
-
-
-def least_squares(
-    gaps: Float[np.ndarray, "n t"],
-    log_height: Float[np.ndarray, " n"],
-    knots: int,
-    reach: float,
-    horizons: int,
-    ridge: float = 1e-4,
-) -> Float[np.ndarray, "knots h"]:
-    """Kernels that best predict, linearly, each of the gaps ``1 .. horizons`` ahead.
-
-    A good start for learned kernels: the first is the height-warped autoregression, the others
-    extrapolate the same field further.
-
-    Args:
-      gaps: windows of ``lags + horizons`` gaps, mean 1.
-      log_height: ``ln(t / 2 pi)`` of each window.
-      knots: spline coefficients per kernel.
-      reach: physical distance of the last knot.
-      horizons: number of kernels.
-      ridge: added to the diagonal, relative to its mean.
-    """
-    lags = gaps.shape[1] - horizons
-    past = gaps[:, lags - 1 :: -1][:, :lags] - 1.0
-    ahead = gaps[:, lags:] - 1.0
-    gram = np.zeros((knots, knots))
-    cross = np.zeros((knots, horizons))
-    for at in range(0, len(gaps), 512):
-        rows = slice(at, at + 512)
-        hats = np.asarray(basis(distances(lags, jnp.asarray(log_height[rows])), knots, reach))
-        x = np.einsum("bj,bjk->bk", past[rows], hats).astype(np.float64)
-        gram += x.T @ x
-        cross += x.T @ ahead[rows]
-    gram[np.diag_indices(knots)] += ridge * np.trace(gram) / knots
-    return np.linalg.solve(gram, cross).astype(np.float32)
 
 
 def prime_lines(count: int, knots: int, reach: float) -> Float[np.ndarray, "knots 2*count"]:

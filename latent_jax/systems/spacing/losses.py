@@ -105,7 +105,7 @@ def terms(
     density = mixture(config, out.raw)
     truth = gaps[:, at + 1]
     nll = -mdn.log_prob(density, truth, config.model.head.family)
-    late = jnp.broadcast_to(at >= inputs * 3 // 4, nll.shape)
+    late = jnp.broadcast_to(at >= (config.data.window - 1) * 3 // 4, nll.shape)
     weight = jnp.exp(density.log_weight)
     found = {
         "nll": Mean.of(nll),

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.transformer import Block
 from latent_jax.systems.spacing import kernels
-from latent_jax.systems.spacing.config import SpacingModelConfig
+from latent_jax.systems.spacing.config import SpacingModelConfig, lengths
 
 
 class Ablation(NamedTuple):
@@ -55,29 +55,52 @@ class Output(NamedTuple):
 
 
 class GapEmbedding(nn.Module):
-    """Near gaps as they are, far ones through learned kernels of physical distance."""
+    """Near gaps as they are, far ones through learned kernels of physical distance.
+
+    Returns the embedding and, with kernels, a linear prediction of the next gap at each position
+    and its log scale: from summaries that least squares has found (see `start.embedding`), with
+    weights for each length of the past; 1 and 0 before that.
+    """
 
     config: SpacingModelConfig
     reach: float
     heights: tuple[float, float]  # mean and standard deviation of ln(t / 2 pi)
+    context: int
 
     @nn.compact
-    def __call__(self, gaps: Float[Array, "b t"], log_height: Float[Array, " b"]) -> Array:
+    def __call__(
+        self, gaps: Float[Array, "b t"], log_height: Float[Array, " b"]
+    ) -> tuple[Array, Array | None, Array | None]:
         c = self.config.embed
         deviation = gaps - 1.0
         b, t = gaps.shape
+        seen = np.minimum(np.arange(1, t + 1), self.context)
         parts = [kernels.lagged(deviation, c.near)]
+        line = spread = None
         if c.kernels:
-            init = nn.initializers.normal(c.knots**-0.5)
-            h = self.param("kernels", init, (c.knots, c.kernels))
-            parts.append(kernels.summarise(kernels.lagged(deviation, t), h, log_height, self.reach))
+            init, zeros = nn.initializers.normal(c.knots**-0.5), nn.initializers.zeros
+            h = self.param("kernels", init, (1 + c.products, c.knots, c.kernels))
+            offset = self.param("offset", zeros, (c.kernels,))
+            past = kernels.channels(deviation, self.context, c.products)
+            summaries = offset + sum(
+                kernels.summarise(x, h[i], log_height, self.reach) for i, x in enumerate(past)
+            )
+            parts.append(summaries)
+            fitted = len(lengths(self.context)[: c.kernels])
+            gate = self.param("gate", zeros, (self.context, fitted))
+            level = self.param("level", zeros, (self.context,))
+            line = jnp.einsum("btr,tr->bt", summaries[..., :fitted], gate[seen - 1])
+            line = line + 1.0 + level[seen - 1]
+            spread = self.param("spread", zeros, (self.context,))[seen - 1]
+            spread = jnp.broadcast_to(spread, (b, t))
         # How much past there is: summaries of a short one are small for want of terms.
-        parts.append(jnp.broadcast_to(jnp.arange(1, t + 1) / t, (b, t))[..., None])
+        parts.append(jnp.broadcast_to(jnp.asarray(seen / self.context), (b, t))[..., None])
         if c.height:
             mean, std = self.heights
-            level = (log_height - mean) / std
-            parts.append(jnp.broadcast_to(level[:, None, None], (b, t, 1)))
-        return nn.Dense(self.config.width, name="embed")(jnp.concatenate(parts, axis=-1))
+            height = (log_height - mean) / std
+            parts.append(jnp.broadcast_to(height[:, None, None], (b, t, 1)))
+        x = nn.Dense(self.config.width, name="embed")(jnp.concatenate(parts, axis=-1))
+        return x, line, spread
 
 
 class SpacingModel(nn.Module):
@@ -87,6 +110,7 @@ class SpacingModel(nn.Module):
       config: the architecture.
       reach: physical distance that the kernels cover.
       heights: mean and standard deviation of ``ln(t / 2 pi)`` in training.
+      context: past gaps that the embedding of a position sees.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,6 +126,7 @@ class SpacingModel(nn.Module):
     config: SpacingModelConfig
     reach: float = 160.0
     heights: tuple[float, float] = (11.5, 1.0)
+    context: int = 255
 
     @nn.compact
     def __call__(
@@ -126,12 +151,13 @@ class SpacingModel(nn.Module):
         b, t = gaps.shape
         if not c.embed.height:
             log_height = jnp.full_like(log_height, 2 * np.pi)  # distance 1 per gap
-        x = GapEmbedding(c, self.reach, self.heights, name="gaps")(gaps, log_height)
+        embedding = GapEmbedding(c, self.reach, self.heights, self.context, name="gaps")
+        x, *line = embedding(gaps, log_height)
         at = self._coordinates(gaps, log_height)
         causal = jnp.tril(jnp.ones((t, t), bool))
         if memory.kind == "none":
             x = self._blocks(x, at, causal[None], 0, None)
-            return Output(self._head(x))
+            return Output(self._head(x, *line))
         m = memory.slots
         cuts = jnp.asarray([t - 1]) if cuts is None or memory.kind == "prefix" else cuts
         groups = cuts.shape[0]
@@ -148,7 +174,7 @@ class SpacingModel(nn.Module):
             # A hidden slot still sees itself, so that its row has something to average.
             mask = mask & (~hidden[:, None, :] | jnp.eye(m + t, dtype=bool)[None])
             x = self._blocks(x, at, mask, 0, m)
-            return Output(self._head(x[:, m:]), x[:, None, :m])
+            return Output(self._head(x[:, m:], *line), x[:, None, :m])
         x = jnp.concatenate([x, slots.reshape(b, groups * m, -1)], axis=1)
         at = jnp.concatenate([at, at[:, cuts[group]]], axis=1)
         data = jnp.arange(t)[None] <= cuts[group][:, None]  # [g*m, t]
@@ -243,14 +269,25 @@ class SpacingModel(nn.Module):
             visible = jnp.where(kept.any(1, keepdims=True), kept, visible)
         return visible
 
-    def _head(self, x: Array) -> Array:
+    def _head(self, x: Array, line: Array | None = None, spread: Array | None = None) -> Array:
+        """Mixture parameters; with a linear prediction, locations and scales are relative to it."""
         c = self.config.head
-        means = np.linspace(-0.6, 0.6, c.components) + (0.0 if c.family == "lognormal" else 1.0)
-        start = np.concatenate([np.zeros(c.components), means, np.full(c.components, -1.0)])
+        relative = line is not None and c.plain
+        wide, scale = (1.0, -0.3) if relative else (0.6, -1.0)
+        means = np.linspace(-wide, wide, c.components)
+        if c.family != "lognormal" and not relative:
+            means = means + 1.0
+        start = np.concatenate([np.zeros(c.components), means, np.full(c.components, scale)])
         init = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
-        return nn.Dense(
+        raw = nn.Dense(
             3 * c.components,
             kernel_init=init,
             bias_init=lambda *_: jnp.asarray(start, jnp.float32),
             name="head",
         )(x)
+        if not relative:
+            return raw
+        weight, mean, scale = jnp.split(raw, 3, axis=-1)
+        # Far below 1, a softplus is an exponential: adding a logarithm scales it.
+        mean = line[..., None] + jnp.exp(spread)[..., None] * mean
+        return jnp.concatenate([weight, mean, scale + spread[..., None]], axis=-1)

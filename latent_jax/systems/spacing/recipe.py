@@ -60,8 +60,14 @@ class Gaps:
         return float(h.mean()), float(max(h.std(), 1e-3))
 
     def reach(self, window: int) -> float:
-        """Physical length of the longest window, with a little room."""
-        return float(2 * np.pi * (window + 1) / self.log_height.min())
+        """Physical length of the longest window in use, with a little room.
+
+        At most 5/4 of the middle one's: the first zeros' windows are ten times as long, and
+        kernels that reached over them would resolve nothing.
+        """
+        used = self.log_height[np.concatenate([self.train, self.validation])]
+        lowest = max(float(used.min()), 0.8 * float(np.median(used)))
+        return 2 * np.pi * (window + 1) / lowest
 
 
 def load(config: SpacingDataConfig) -> Gaps:
@@ -78,13 +84,15 @@ def load(config: SpacingDataConfig) -> Gaps:
         split = split_tail(n, config.held_out, unit)
     else:
         split = split_interleaved(n, fraction=config.held_out)
+    longer = config.train_window or config.window
     starts = {
-        name: window_starts(ranges, config.window, run=found.run)
-        for name, ranges in (("train", split.train), ("validation", split.validation))
+        "train": window_starts(split.train, longer, run=found.run),
+        "validation": window_starts(split.validation, config.window, run=found.run),
     }
     if config.recent is not None:
         starts["train"] = starts["train"][-config.recent :]
-    check_disjoint(starts["train"], starts["validation"], config.window)
+    for part in {*range(0, longer - config.window, config.window), longer - config.window}:
+        check_disjoint(starts["train"] + part, starts["validation"], config.window)
     height = np.where(found.log_height > 0, found.log_height, 2 * np.pi)
     if not np.isfinite(height).all():
         raise DataError(f"data.source={config.source}: heights are not finite")
@@ -96,7 +104,8 @@ def train_stream(config: SpacingRun, gaps: Gaps):
     """Endless shuffled windows; row ``i`` of a batch belongs to seed ``i // (rows / seeds)``."""
 
     def get(i: int):
-        row = gaps.windows(gaps.train[i : i + 1], config.data.window)
+        length = config.data.train_window or config.data.window
+        row = gaps.windows(gaps.train[i : i + 1], length)
         return {"gaps": row["gaps"][0], "log_height": row["log_height"][0]}
 
     return data.pipeline(

@@ -10,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax.core.types import Mean, PyTree
-from latent_jax.systems.spacing import auxiliary, kernels, losses, recipe
+from latent_jax.systems.spacing import auxiliary, losses, recipe, start
 from latent_jax.systems.spacing.config import AUXILIARY, SpacingRun
 from latent_jax.systems.spacing.model import SpacingModel
-
-# Least squares: windows, and gaps ahead per summary.
-_FIT_WINDOWS = 20_000
 
 
 class SpacingSystem:
@@ -33,7 +30,9 @@ class SpacingSystem:
         self.config = config
         self.gaps = recipe.load(config.data)
         window = config.data.window
-        self.model = SpacingModel(config.model, self.gaps.reach(window), self.gaps.heights)
+        self.model = SpacingModel(
+            config.model, self.gaps.reach(window), self.gaps.heights, window - 1
+        )
         weights = config.losses
         self.weights = {
             "nll": weights.nll, "last": weights.last, "entropy": weights.entropy,
@@ -69,10 +68,11 @@ class SpacingSystem:
             return params
 
         params = jax.jit(jax.vmap(one))(jax.random.split(rngs["params"], c.seeds))
-        start = self._kernel_start()
-        if start is not None:
-            tree = params["model"]["gaps"]
-            tree["kernels"] = jnp.broadcast_to(start, tree["kernels"].shape)
+        tree = params["model"]["gaps"]
+        embed = c.model.embed
+        if embed.kernels:
+            seeds = range(c.seed, c.seed + c.seeds)
+            tree |= start.embedding(self.gaps, c.data.window, self.model.reach, embed, seeds)
         return {"params": params}
 
     @property
@@ -80,35 +80,9 @@ class SpacingSystem:
         weight = self.config.losses.auxiliary
         return self.config.model.memory.kind != "none" and weight != 0.0
 
-    def _kernel_start(self) -> np.ndarray | None:
-        """Kernels of unit output variance, as ``model.embed.start`` says."""
-        e = self.config.model.embed
-        if not e.kernels or e.start == "random":
-            return None
-        window, reach = self.config.data.window, self.model.reach
-        starts = self.gaps.spread(_FIT_WINDOWS, held_out=False)
-        if e.start == "primes":
-            h = kernels.prime_lines(-(-e.kernels // 2), e.knots, reach)[:, : e.kernels]
-        else:
-            rows = self.gaps.windows(starts, window)
-            horizons = min(e.kernels, window // 4)
-            height = self._height(rows["log_height"])
-            h = kernels.least_squares(rows["gaps"], height, e.knots, reach, horizons)
-            fill = np.random.default_rng(self.config.seed).normal(size=(e.knots, e.kernels))
-            h = np.concatenate([h, 0.05 * fill[:, horizons:]], axis=1)
-        rows = self.gaps.windows(starts[:: max(1, len(starts) // 512)], window)
-        past = rows["gaps"][:, None, ::-1] - 1
-        out = kernels.summarise(
-            jnp.asarray(past), jnp.asarray(h, jnp.float32),
-            jnp.asarray(self._height(rows["log_height"])), reach,
-        )  # fmt: skip
-        return (h / np.maximum(np.asarray(out).std((0, 1)), 1e-6)).astype(np.float32)
-
-    def _height(self, log_height: np.ndarray) -> np.ndarray:
-        return log_height if self.config.model.embed.height else np.full_like(log_height, 2 * np.pi)
-
     def param_labels(self, params: PyTree) -> PyTree:
-        """``kernels``, ``memory`` (slots and their read-out), ``auxiliary``, ``model``."""
+        """``kernels``, ``line`` (the linear prediction), ``memory`` (slots and their read-out),
+        ``auxiliary``, ``model``."""
 
         def label(path: Any, _: Any) -> str:
             name = "/".join(str(getattr(p, "key", p)) for p in path)
@@ -116,6 +90,8 @@ class SpacingSystem:
                 return "auxiliary"
             if "kernels" in name:
                 return "kernels"
+            if name.endswith(("gate", "level", "spread", "offset")):
+                return "line"
             return "memory" if "slot_" in name or "read_out" in name else "model"
 
         return jax.tree_util.tree_map_with_path(label, params)

@@ -15,6 +15,7 @@ from latent_jax.data.synthetic import optimum
 from latent_jax.data.windows import split_interleaved, split_tail, window_starts
 from latent_jax.ops import mdn
 from latent_jax.systems.spacing import autoregression as ar
+from latent_jax.systems.spacing import baselines
 from latent_jax.systems.spacing.predictions import Prediction, score
 
 
@@ -144,6 +145,19 @@ def test_refusals(warped, work, says):
         work(warped)
 
 
+def test_every_position_is_predicted_from_the_past_that_it_has():
+    spacings = load_spacings("ar:count=6000,seed=0")
+    split = split_tail(6000, 0.1, 4)
+    starts = window_starts(split.validation, 4, 4)
+    got = baselines.position_averaged(spacings, split, starts, window=4)
+    expected = np.zeros(len(starts))
+    for position, order in ((1, 1), (2, 2), (3, 2)):
+        at = starts + position
+        model = ar.fit_linear(spacings, split.train, order, 4, baselines.RECENT)
+        expected += score(model.predict(spacings, at), spacings.values[at]).nll / 3
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
 @pytest.mark.slow
 def test_scores_on_the_zeros():
     """The validation tail, last position: the specification's table."""
@@ -151,7 +165,7 @@ def test_scores_on_the_zeros():
         pytest.skip("the table is not in the cache: latent-jax fetch zeros")
     spacings = load_spacings("zeta", window=256)
     split = split_tail(len(spacings.values), 0.1, unit=256)
-    at, scores = ar.baseline_scores(spacings, split)
+    at, scores = baselines.baseline_scores(spacings, split)
     assert len(at) == 2_001_051 - 7035 * 256 - 255
     nll = {name: s.nll.mean() for name, s in scores.items()}
     rmse = {name: np.sqrt(s.squared_error.mean()) for name, s in scores.items()}

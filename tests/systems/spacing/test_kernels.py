@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.systems.spacing import kernels
+from latent_jax.systems.spacing import kernels, start
 
 
 def test_hats_sum_to_one_inside_their_reach():
@@ -51,9 +51,43 @@ def test_least_squares_finds_the_autoregression():
     for t in range(2, 60):
         s[:, t] = 0.5 * s[:, t - 1] - 0.3 * s[:, t - 2] + e[:, t]
     height = np.full(16000, 2 * np.pi)  # distance = lag
-    h = kernels.least_squares(1 + s[:, 40:], height, 20, 19.0, 1, ridge=1e-7)
-    at = np.asarray(kernels.basis(jnp.arange(1.0, 6.0), 20, 19.0)) @ h
-    np.testing.assert_allclose(at[:, 0], [0.5, -0.3, 0, 0, 0], atol=0.03)
+    fit = start.least_squares(1 + s[:, 40:], height, 20, 19.0, ridge=1e-7)
+    at = np.asarray(kernels.basis(jnp.arange(1.0, 6.0), 20, 19.0)) @ fit.kernels[0]
+    np.testing.assert_allclose(at, [0.5, -0.3, 0, 0, 0], atol=0.03)
+    assert fit.sigma == pytest.approx(0.1, rel=0.03)
+
+
+def test_channels_are_products_of_centred_displacements():
+    rng = np.random.default_rng(0)
+    lags, x = 5, rng.normal(size=(2, 9)).astype(np.float32)
+    past, *second = (np.asarray(c) for c in kernels.channels(jnp.asarray(x), lags, 3))
+    for t in range(9):
+        seen = min(t + 1, lags)
+        back = x[:, t::-1][:, :seen]
+        np.testing.assert_allclose(past[:, t, :seen], back, rtol=1e-6)
+        # Zero j back lies cumsum(back)[j] off the grid that starts at the present zero.
+        off = np.concatenate([np.zeros((2, 1)), np.cumsum(back, 1)], axis=1)
+        hann = np.hanning(seen + 3)[1:-1]
+        off = (off - (off @ hann / hann.sum())[:, None])[:, 1:]
+        for k, got in enumerate(second):
+            want = np.zeros((2, lags))
+            want[:, : max(seen - k, 0)] = off[:, : max(seen - k, 0)] * off[:, k:]
+            np.testing.assert_allclose(got[:, t], want, atol=2e-5)
+
+
+def test_least_squares_finds_a_second_order_term():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(8000, 7)).astype(np.float32) * 0.3
+    channels = kernels.channels(jnp.asarray(x[:, :6]), 6, 2)
+    last = [np.asarray(c)[:, -1] for c in channels]
+    x[:, 6] = 0.4 * last[0][:, 0] - 0.8 * last[2][:, 1] + 0.01 * x[:, 6]
+    height = np.full(8000, 2 * np.pi)
+    linear = start.least_squares(1 + x, height, 8, 7.0)
+    fit = start.least_squares(1 + x, height, 8, 7.0, products=2)
+    at = np.asarray(kernels.basis(jnp.arange(1.0, 7.0), 8, 7.0)) @ fit.kernels.T
+    np.testing.assert_allclose(at[:, 0], [0.4, 0, 0, 0, 0, 0], atol=0.01)
+    np.testing.assert_allclose(at[:, 2], [0, -0.8, 0, 0, 0, 0], atol=0.02)
+    assert fit.sigma < 0.01 < linear.sigma
 
 
 def test_prime_powers():

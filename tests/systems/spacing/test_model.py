@@ -128,6 +128,23 @@ def test_switches():
         parse(SpacingModelConfig, {"width": 30, "heads": 4})
 
 
+def test_a_longer_window_shows_no_longer_past():
+    config = parse(SpacingModelConfig, {
+        "layers": 1, "attention_layers": 0, "heads": 2, "width": 8, "ff": 8,
+        "embed": {"near": 2, "kernels": 4, "knots": 16, "products": 2},
+    })  # fmt: skip
+    model = SpacingModel(config, reach=12.0, context=10)
+    gaps = 1 + 0.3 * jax.random.normal(jax.random.key(0), (1, T))
+    height = jnp.full(1, 2 * np.pi)
+    params = model.init(jax.random.key(1), gaps, height)["params"]
+    params["gaps"]["spread"] = jnp.linspace(-1.0, 0.0, 10)
+    run = jax.jit(lambda gaps: model.apply({"params": params}, gaps, height).raw)
+    own = run(gaps[:, 10:20])[:, -1]
+    chex.assert_trees_all_close(run(gaps)[:, 19], own, atol=1e-5)
+    chex.assert_trees_all_close(run(gaps.at[:, 9].add(1.0))[:, 19], own, atol=1e-5)
+    assert float(jnp.abs(run(gaps.at[:, 10].add(1.0))[:, 19] - own).max()) > 1e-4
+
+
 def test_only_the_last_blocks_attend():
     config = parse(SpacingModelConfig, {
         "layers": 3, "attention_layers": 1, "heads": 2, "width": 8, "ff": 8,

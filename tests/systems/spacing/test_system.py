@@ -10,6 +10,7 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.systems.spacing import recipe
 from latent_jax.train.checkpoints import load_variables
 
 TINY = {
@@ -46,6 +47,49 @@ def test_it_reaches_the_known_optimum(done):
     assert done["nll.position_averaged"] < 0.2
     assert 0 < done["rollout.error.h10"] < 2
     assert not [k for k in done if "warped" in k], "there are no heights"
+
+
+def test_it_starts_at_the_autoregression():
+    # As many kernels as there are lengths of the past to fit.
+    config = runs.resolve(TINY, {"seeds": 2, "model.embed.kernels": 10})
+    system = runs.system_class("spacing")(config)
+    params = system.init({"params": jax.random.key(0)}, {})["params"]
+    forward = jax.jit(lambda tree, *inputs: system.model.apply({"params": tree}, *inputs).raw)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], params)["model"]
+        one["head"] = jax.tree.map(jnp.zeros_like, one["head"])
+        rows = system.gaps.windows(system.gaps.spread(400), 24)
+        raw = forward(one, jnp.asarray(rows["gaps"][:, :-1]), jnp.asarray(rows["log_height"]))
+        error = np.asarray(raw[:, 2:, 8]) - rows["gaps"][:, 3:]
+        # phi = 0.5, -0.3 with innovations of 0.2, from two gaps on.
+        assert error.std() == pytest.approx(0.2, rel=0.06)
+        scale = np.exp(np.asarray(one["gaps"]["spread"]))
+        np.testing.assert_allclose(scale[2:], 0.2, rtol=0.05)
+        assert scale[0] > 0.21
+
+
+def test_the_first_zeros_do_not_stretch_the_kernels():
+    # ln(t / 2 pi) is 1 at the first zero: its window is twelve times as long as the others.
+    height = np.linspace(1.0, 12.0, 500).astype(np.float32) ** 0.1 * 12 ** 0.9
+    starts = np.arange(480)
+    held = dict(values=height, source=None, split=None, train=starts, validation=starts)
+    near = recipe.Gaps(log_height=height, **held)
+    assert near.reach(20) == pytest.approx(2 * np.pi * 21 / height[0])
+    far = recipe.Gaps(log_height=np.concatenate([[1.0], height[1:]]), **held)
+    usual = np.median(height[:480])
+    assert far.reach(20) == pytest.approx(2 * np.pi * 21 / (0.8 * usual), rel=1e-3)
+
+
+def test_training_windows_can_be_longer(tmp_path):
+    tree = {**TINY, "data": {**TINY["data"], "train_window": 40}}
+    with pytest.raises(ConfigError, match="attention_layers=0"):
+        runs.resolve(tree)
+    with pytest.raises(ConfigError, match="train_window=20 is below"):
+        runs.resolve(TINY, {"data.train_window": 20})
+    config = runs.resolve(tree, {"model.attention_layers": 0})
+    system = runs.system_class("spacing")(config)
+    assert next(iter(system.train_data("main", None)))["gaps"].shape == (32, 40)
+    assert system.gaps.train.max() + 40 <= system.gaps.validation.min()
 
 
 def test_seeds_differ(done):
