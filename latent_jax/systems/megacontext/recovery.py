@@ -45,6 +45,7 @@ class Recovery:
         self.level, self.slots = level, layout.slots[level - 1]
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
+        self._encode = jax.jit(self._raw)
 
     @property
     def length(self) -> int:
@@ -52,8 +53,14 @@ class Recovery:
         layout = self.config.model.layout
         return self.past + (layout.protected + self.config.eval.horizon) * layout.block
 
+    def _raw(self, base: Any, ids: Int[Array, "b t"]) -> Gists:
+        """Raw entries of the history, which most arms begin with."""
+        model = self.config.model
+        block, window = model.layout.block, model.gist.window
+        return encode(self.decoder, base, self.sink, ids[:, : self.past], block, window)[0]
+
     def _losses(
-        self, params: Any, base: Any, ids: Int[Array, "b t"], arm: str
+        self, params: Any, base: Any, raw: Gists, ids: Int[Array, "b t"], arm: str
     ) -> Float[Array, " b"]:
         """Mean loss over the horizon of each row, nats per token."""
         c = self.config
@@ -64,20 +71,19 @@ class Recovery:
             hidden = read_on(self.decoder, base, self.sink, None, ids, where)
         else:
             where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
-            entries = self._entries(params, base, ids[:, :past], arm)
+            entries = self._entries(params, raw, b, arm)
             hidden = read_on(self.decoder, base, self.sink, entries, ids[:, past:], where)
         nll, _ = token_cross_entropy(
             self.decoder, base, hidden[:, -horizon - 1 : -1], ids[:, -horizon:], c.losses.chunk
         )
         return nll.mean(-1)
 
-    def _entries(self, params: Any, base: Any, ids: Int[Array, "b t"], arm: str) -> KV | None:
+    def _entries(self, params: Any, raw: Gists, b: int, arm: str) -> KV | None:
         """What stands for the history."""
         if arm == "dropped":
             return None
         model, slots, level = self.config.model, self.slots, self.level
-        block, (b, t) = model.layout.block, ids.shape
-        raw, _ = encode(self.decoder, base, self.sink, ids, block, model.gist.window)
+        t = self.past
         at = slot_positions(model, level, jnp.arange(self.nodes))
         flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
         if arm == "windowed":
@@ -115,9 +121,10 @@ class Recovery:
         size, found = self.config.eval.batch_size, {arm: [] for arm in arms}
         starts = range(0, len(rows), size)
         for number, start in enumerate(starts):
-            index = np.arange(start, start + size) % len(rows)
+            ids = rows[np.arange(start, start + size) % len(rows)]
+            raw = self._encode(base, ids)
             for arm in arms:
-                found[arm].append(np.asarray(self._arm(params, base, rows[index], arm)))
+                found[arm].append(np.asarray(self._arm(params, base, raw, ids, arm)))
             if progress is not None:
                 progress("recovery", number + 1, len(starts))
         return {arm: np.concatenate(x)[: len(rows)] for arm, x in found.items()}
