@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from latent_jax.commands import inspect
 from latent_jax.commands.show import console, present
 from latent_jax.core.errors import ConfigError, StoreError
 
@@ -93,6 +92,8 @@ def ingest(
         markup=False,
     )
     if run is not None:
+        from latent_jax.commands import inspect
+
         made = inspect.call("build_gists", run, {"store": store, "progress": _gist_progress(quiet)})
         out.print(made, markup=False)
 
@@ -108,6 +109,8 @@ def ask(
     trace: Annotated[str | None, typer.Option(help="Keep the focus here (.npz).")] = None,
 ) -> None:
     """Continue a prompt behind a working context that was focused for it."""
+    from latent_jax.commands import inspect
+
     options = {
         "store": store, "prompt": prompt, "budget": budget, "policy": policy,
         "max_new_tokens": max_new_tokens, "trace": trace,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import latent_jax
 from latent_jax import run
 from latent_jax.core.errors import ConfigError
+from latent_jax.train.load import load_variables
 
 SMALL = {
     "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
-    "eval.arms": ["full", "gist", "mean_pool", "dropped"], "data.rows": 400,
+    "eval.arms": ["full", "gist", "dropped"], "data.rows": 400,
     "eval.budgets": [80], "eval.policies": ["full", "uniform", "bm25"], "eval.long": 24,
     "eval.places": 2,
     "train.phases": [
-        {"name": "near", "steps": 10, "data": "near", "train": ["queries", "maps"]},
-        {"name": "level 1", "steps": 10, "train": ["queries", "maps"]},
+        {"name": "near", "steps": 20, "data": "near", "train": ["queries", "maps"]},
         {"name": "level 2", "data": "upper2", "train": ["upper_queries", "upper_maps"]},
     ],
 }  # fmt: skip
@@ -29,12 +31,23 @@ def results(tmp_path_factory):
     return latent_jax.run("megacontext/tiny", **SMALL, out=str(out))
 
 
-def test_trained_gists_are_better_than_means(results):
-    """A fresh slot is nearly the mean of its stretch. (The tiny reader makes so little of a long
-    history that its loss on the full text is no bound.)
+def test_trained_gists_stand_in_for_the_text(results):
+    """The divergence from the base on the text falls, on held-out text. (The tiny reader makes so
+    little of a history that its losses say nothing.)
     """
-    losses = {a: results[f"nll_at_h.lod1.{a}"] for a in ("gist", "mean_pool", "dropped")}
-    assert losses["gist"] < losses["mean_pool"] < losses["dropped"]
+    system = results.system
+    batch = {"ids": jnp.asarray(system.eval_data()[:, :64]), "near": True}
+
+    @jax.jit
+    def divergence(variables):
+        return system.loss_terms(variables, system.frozen, batch, {}, False)[0]["substitute"].value
+
+    trained = load_variables(results.out)[0]
+    fresh = system.init({"params": jax.random.key(0)}, batch)
+    assert divergence(trained) < 0.8 * divergence(fresh)
+
+
+def test_recovery_has_an_interval(results):
     low, high = results["recovery.lod1.slots2.ci95"]
     assert low < results["recovery.lod1.slots2"] < high
 
