@@ -19,7 +19,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import policies, telemetry
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import ENDS
+from latent_jax.systems.megacontext.config import ENDS, POLICIES
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.memory import Memory, Node
 from latent_jax.systems.megacontext.reading import place
@@ -73,6 +73,10 @@ class Runtime:
     def __init__(self, memory: Memory, config: RuntimeConfig | None = None):
         self.memory, self.config = memory, config or RuntimeConfig()
         self.layout = memory.model.layout
+        if self.config.policy not in POLICIES:
+            raise ConfigError(
+                f"policy {self.config.policy!r}: a runtime can use {', '.join(POLICIES)}"
+            )
         self.policy = policies.make(self.config.policy, self.layout, self.config.budget)
         self._score = jax.jit(self.policy)
         self.history: telemetry.History | None = None

@@ -144,9 +144,11 @@ def test_another_gistnet_is_refused(store, base, params):
         Memory.open(store, base, other, params, "one")
 
 
-def test_an_empty_prompt_is_refused(memory):
+def test_what_cannot_be_asked_is_refused(memory):
     with pytest.raises(ConfigError, match="prompt is empty"):
         Runtime(memory, RuntimeConfig(budget=48)).answer("")
+    with pytest.raises(ConfigError, match="a runtime can use recency"):
+        Runtime(memory, RuntimeConfig(budget=48, policy="oracle"))
 
 
 def test_from_files_to_an_answer(tmp_path):
