@@ -7,7 +7,7 @@ from typing import Literal
 
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.layout import Layout, cover_cost
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
@@ -168,4 +168,12 @@ class MegaRun(RunBase):
             raise ConfigError(
                 f"data.beyond={d.beyond} leaves nothing to predict behind the protected tail "
                 f"(model.layout.protected={protected})"
+            )
+        layout, e = self.model.layout, self.eval
+        least = cover_cost(layout, e.long, layout.levels)
+        small = [w for w in e.budgets if w < least]
+        if small:
+            raise ConfigError(
+                f"eval.budgets: {small} cannot hold eval.long={e.long} blocks, which cost {least} "
+                "entries at their coarsest: raise W, or add a level to model.layout.slots"
             )

@@ -70,7 +70,8 @@ class Memory:
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
-        self._kept: OrderedDict[int, Gists] = OrderedDict()
+        # By window and where the history ended in it: a window that has grown is another.
+        self._kept: OrderedDict[tuple[int, int], Gists] = OrderedDict()
         self._windows = windows
         self._encode = jax.jit(self._encode_window)
         self._make = jax.jit(self._gists, static_argnames=("level",))
@@ -165,20 +166,16 @@ class Memory:
         """
         window, size = self.model.gist.window, self.model.layout.block
         number, inside = divmod(block, window)
-        if number not in self._kept:
-            start = number * window * size
-            ids = self.tree.tokens(start, min(start + window * size, len(self.tree)))
+        start = number * window * size
+        stop = min(start + window * size, len(self.tree))
+        if (number, stop) not in self._kept:
             row = np.zeros((1, window * size), np.int32)
-            row[0, : len(ids)] = ids
-            self._kept[number] = jax.tree.map(np.asarray, self._encode(self.base, row))
+            row[0, : stop - start] = self.tree.tokens(start, stop)
+            self._kept[number, stop] = jax.tree.map(np.asarray, self._encode(self.base, row))
             while len(self._kept) > self._windows:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end(number)
-        return Gists(*(x[:, inside : inside + 1] for x in self._kept[number]))
-
-    def forget(self) -> None:
-        """Drops encoded windows; call it when the tree has grown."""
-        self._kept.clear()
+        self._kept.move_to_end((number, stop))
+        return Gists(*(x[:, inside : inside + 1] for x in self._kept[number, stop]))
 
     def gather(self, nodes: Sequence[Node], cursor: int) -> Entries:
         """Entries of nodes, in their order.

@@ -172,7 +172,15 @@ class MegaContextSystem:
         return jax.random.uniform(draw, (b, n)) < share
 
     def train_data(self, phase: str, start_state: Any):
-        """Rows of histories; see `recipe.train_stream` for what the phases read."""
+        """Rows of histories; see `recipe.train_stream` for what the phases read.
+
+        Raises:
+          DataError: training or evaluation text that is missing or too short: better said now than
+            when training is over.
+        """
+        self.eval_data()
+        if self.config.eval.budgets:
+            self.long_history()
         stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
         if start_state is not None:
             stream.set_state(start_state)
@@ -211,7 +219,7 @@ class MegaContextSystem:
             metrics |= measure.summary(found)
             artefacts[f"histories.lod{level}"] = found
         if e.budgets:
-            found = self._long_history(variables, frozen, progress)
+            found = self._policies(variables, frozen, progress)
             artefacts["places"] = found
             for name, x in found.items():
                 metrics[f"nll_at_h.{name}"] = float(x.mean())
@@ -224,12 +232,16 @@ class MegaContextSystem:
                     )
         return metrics, artefacts
 
-    def _long_history(self, variables, frozen, progress) -> dict[str, np.ndarray]:
+    def long_history(self) -> np.ndarray:
+        """The text on which policies are compared, with its last horizon."""
+        e = self.config.eval
+        tokens = (e.long + e.horizon) * self.config.model.layout.block
+        return recipe.histories(self.config, self.backbone.tokenizer, "validation", tokens, 1)[0]
+
+    def _policies(self, variables, frozen, progress) -> dict[str, np.ndarray]:
         """Losses at places of one long held-out text, by policy and size of the context."""
-        e, layout = self.config.eval, self.config.model.layout
-        horizon = e.horizon * layout.block
-        tokens = e.long * layout.block + horizon
-        ids = recipe.histories(self.config, self.backbone.tokenizer, "validation", tokens, 1)[0]
+        e = self.config.eval
+        horizon, ids = e.horizon * self.config.model.layout.block, self.long_history()
         places = np.linspace(e.long // 2, e.long, e.places).astype(int)
         with tempfile.TemporaryDirectory() as folder:
             store = str(Path(folder) / "store")

@@ -81,6 +81,17 @@ def test_streamed_gists_equal_those_built_at_once(store, base, params, ids, tmp_
                 )
 
 
+def test_a_window_that_has_grown_is_encoded_again(base, params, ids, tmp_path):
+    with Memory.open(tmp_path / "s", base, MODEL, params, "one", writable=True) as memory:
+        memory.tree.append(ids[:16])
+        first = np.asarray(memory.raw(1).v)
+        memory.tree.append(ids[16:24])
+        np.testing.assert_allclose(memory.raw(1).v, first, atol=1e-5)
+        grown = np.asarray(memory.raw(2).v)
+    with Memory.open(tmp_path / "s", base, MODEL, params, "one") as memory:
+        np.testing.assert_array_equal(memory.raw(2).v, grown)
+
+
 def test_gathered_entries_stand_where_their_text_stood(memory):
     found = memory.gather([(2, 0), (1, 4), (0, 5)], 48)
     assert found.positions.tolist() == [3, 11, 19, 27, 33, 37, *range(40, 48)]

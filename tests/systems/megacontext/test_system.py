@@ -10,7 +10,8 @@ import pytest
 
 import latent_jax
 from latent_jax import run
-from latent_jax.core.errors import ConfigError
+from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.systems.megacontext.system import MegaContextSystem
 from latent_jax.train.load import load_variables
 
 SMALL = {
@@ -76,6 +77,7 @@ def test_both_phases_were_trained(results):
         ({"model.layout.slots": [8]}, "less than that"),
         ({"eval.arms": ["gist", "full"]}, "add both"),
         ({"eval.policies": ["nearest"]}, "eval.policies: unknown"),
+        ({"eval.budgets": [16], "eval.long": 64}, "at their coarsest"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, said):
@@ -87,3 +89,11 @@ def test_a_phase_of_a_missing_level_is_refused(tmp_path):
     phases = [{"name": "level 3", "data": "upper3"}]
     with pytest.raises(ConfigError, match="upper3.*there are: main, near, upper2"):
         latent_jax.run("megacontext/tiny", out=str(tmp_path / "run"), **{"train.phases": phases})
+
+
+def test_too_little_text_is_said_before_training(tmp_path):
+    (tmp_path / "short.txt").write_text("A mill burned down. " * 40)
+    overrides = {"eval.text": str(tmp_path / "short.txt"), "out": str(tmp_path / "run")}
+    system = MegaContextSystem(run.resolve("megacontext/tiny", overrides))
+    with pytest.raises(DataError, match="tokens are needed"):
+        system.train_data("main", None)
