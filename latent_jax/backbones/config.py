@@ -1,8 +1,13 @@
-"""Architecture of a frozen decoder, independent of where its weights come from."""
+"""Architecture of a frozen decoder, independent of where its weights come from, and which one a
+run reads with.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
+
+from latent_jax.core.config import field
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -63,3 +68,15 @@ class DecoderConfig:
         layer += 2 * self.head_dim if self.qk_norm else 0
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2) if embedding else 0
         return self.num_layers * layer + d + tables
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """The frozen LLM of a run: it reads, and its own layers encode."""
+
+    name: str = field(
+        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32", help="dtype of the frozen weights and of the computation"
+    )

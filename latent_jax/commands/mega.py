@@ -22,14 +22,16 @@ _LISTED = 20  # skipped files that are named
 _INTERVAL = 10.0  # seconds between lines of progress in a pipe
 
 Store = Annotated[str, typer.Argument(help="Directory of a store.")]
-Backbone = Annotated[str, typer.Option(help="Model whose tokens these are; only named or read.")]
+Backbone = Annotated[
+    str | None, typer.Option(help="Model whose tokens these are, without its weights; smollm2.")
+]
 
 
 @app.command()
 def ingest(
     directory: Annotated[str, typer.Argument(help="Directory of text files, or one file.")],
     store: Annotated[str, typer.Option(help="Directory of the store; made if need be.")],
-    backbone: Backbone = "smollm2",
+    backbone: Backbone = None,
     slots: Annotated[
         str | None, typer.Option(help="New store: vectors per gist at level 1,2,…: 1 or 4,16.")
     ] = None,
@@ -55,29 +57,18 @@ def ingest(
     from latent_jax.systems.megacontext.store.ingest import ingest as append
 
     find_files(directory)  # says what is wrong before a store is made
-    layout = {"slots": _slots(slots), "width": width, "dtype": dtype}
+    layout = {"slots": _slots(slots), "width": width, "dtype": dtype, "backbone": backbone}
     layout = {name: value for name, value in layout.items() if value is not None}
-    if run is not None:
-        if layout:
-            raise ConfigError(f"--{next(iter(layout))}: a run brings its own layout; leave it out")
-        layout, backbone = _layout(run)
-
-    from latent_jax.backbones import outline
-
-    model = outline(backbone)
-    identity = {
-        "tokenizer": model.tokenizer.sha256,
-        "base": model.sha256,
-        "vocab_size": model.config.vocab_size,
-    }
+    if run is not None and layout:
+        raise ConfigError(f"--{next(iter(layout))}: a run brings its own; leave it out")
+    spec, tokenizer = _spec(layout) if run is None else _spec_of(run)
     if GistTree.exists(store):
-        tree = GistTree.open(store, writable=True, **identity, **layout)
+        tree = GistTree.open(store, writable=True, **spec)
     else:
-        layout = {"width": model.config.hidden_size} | layout
-        tree = GistTree.create(store, TreeSpec(**identity, **layout))
+        tree = GistTree.create(store, TreeSpec(**spec))
     started = time.monotonic()
     with tree, _progress(quiet) as progress:
-        done = append(tree, model.tokenizer, directory, progress)
+        done = append(tree, tokenizer, directory, progress)
         total = len(tree)
     seconds = time.monotonic() - started
     out = console()
@@ -155,21 +146,30 @@ def info(
         out.print(f"verified: {report.blocks:,} blocks and {report.gists:,} gists, no damage")
 
 
-def _layout(run: str) -> tuple[dict[str, Any], str]:
-    """Fields of a run's stores, and the model it reads with."""
+def _spec(layout: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Fields of a store for tokens alone, and the tokenizer."""
+    from latent_jax.backbones import outline
+
+    model = outline(layout.pop("backbone", "smollm2"))
+    spec = {
+        "tokenizer": model.tokenizer.sha256, "base": model.sha256,
+        "vocab_size": model.config.vocab_size, "width": model.config.hidden_size,
+    }  # fmt: skip
+    return spec | layout, model.tokenizer
+
+
+def _spec_of(run: str) -> tuple[dict[str, Any], Any]:
+    """Fields of the stores of a run's GistNet, and the tokenizer."""
     from latent_jax import run as runs
     from latent_jax.backbones import outline
     from latent_jax.systems.megacontext.config import MegaRun
+    from latent_jax.systems.megacontext.memory import spec_fields
 
     path, config = runs.open_run(run)
     if not isinstance(config, MegaRun):
         raise ConfigError(f"--run {path}: a {config.system} run has no GistNet")
-    layout, base = config.model.layout, outline(config.backbone.name).config
-    fields = {
-        "slots": layout.slots, "block": layout.block, "branch": layout.branching,
-        "width": base.kv_floats_per_token,
-    }  # fmt: skip
-    return fields, config.backbone.name
+    model = outline(config.backbone.name)
+    return spec_fields(model, config.model), model.tokenizer
 
 
 def _slots(text: str | None) -> tuple[int, ...] | None:

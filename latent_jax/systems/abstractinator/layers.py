@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from latent_jax.nn.cross_attention import CrossAttention
 from latent_jax.nn.transformer import Block
 from latent_jax.ops.attention import attend
 from latent_jax.ops.rope import inverse_frequencies
@@ -53,36 +54,6 @@ class Stack(nn.Module):
             block = Block(self.width, self.heads, self.ff, scale, name=f"block{i}")
             x = block(x, at, mask, waves)
         return nn.LayerNorm(name="final_norm")(x)
-
-
-class CrossAttention(nn.Module):
-    """Residual attention on a memory.
-
-    Attributes:
-      width: residual stream.
-      heads: attention heads.
-    """
-
-    width: int
-    heads: int
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "b t c"],
-        memory: Float[Array, "b m c"],
-        mask: Bool[Array, "b m"],
-    ) -> Float[Array, "b t c"]:
-        """Adds what ``x`` reads of the memory's valid entries."""
-        b, t, _ = x.shape
-        shape = (self.heads, self.width // self.heads)
-        q = nn.Dense(self.width, use_bias=False, name="q")(nn.LayerNorm(name="query_norm")(x))
-        k, v = jnp.split(nn.Dense(2 * self.width, use_bias=False, name="kv")(memory), 2, -1)
-        seen = attend(
-            q.reshape(b, t, *shape), k.reshape(b, -1, *shape), v.reshape(b, -1, *shape),
-            jnp.broadcast_to(mask[:, None], (b, t, mask.shape[-1])),
-        )  # fmt: skip
-        return x + nn.Dense(self.width, use_bias=False, name="out")(seen.reshape(b, t, -1))
 
 
 class QueryPool(nn.Module):

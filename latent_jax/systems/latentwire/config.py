@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_jax.backbones.config import PROJECTIONS
+from latent_jax.backbones.config import PROJECTIONS, BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire.prompts import PromptConfig
@@ -121,18 +121,6 @@ class ModelConfig:
                 f"model.ratio={self.ratio} leaves less than one latent per "
                 f"model.segment={self.segment}"
             )
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """The frozen LLM that reads, and whose layers encode."""
-
-    name: str = field(
-        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", help="dtype of the frozen weights and of the computation"
-    )
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from latent_jax.backbones.config import BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """The frozen base that reads gists and raw tokens, and whose layers make the gists."""
-
-    name: str = field(
-        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", help="dtype of the frozen weights and of the computation"
-    )
 
 
 @dataclass(frozen=True)

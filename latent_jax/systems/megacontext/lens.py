@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.ops.attention import attend
+from latent_jax.nn.cross_attention import CrossAttention
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.tiling import Tiling
@@ -101,16 +101,7 @@ class Read(nn.Module):
         sees: Bool[Array, "b t m"],
     ) -> Float[Array, "b t c"]:
         """Adds to ``x`` what it reads."""
-        b, t, _ = x.shape
-        shape = (self.heads, self.width // self.heads)
-        q = nn.Dense(self.width, use_bias=False, name="q")(nn.LayerNorm(name="query_norm")(x))
-        kv = nn.Dense(2 * self.width, use_bias=False, name="kv")
-        k, v = jnp.split(kv(nn.LayerNorm(name="memory_norm")(memory)), 2, -1)
-        seen = attend(
-            q.reshape(b, t, *shape), k.reshape(b, -1, *shape), v.reshape(b, -1, *shape), sees
-        )
-        seen = jnp.where(sees.any(-1)[..., None], seen.reshape(b, t, -1), 0.0)
-        x = x + nn.Dense(self.width, use_bias=False, name="out")(seen)
+        x = CrossAttention(self.width, self.heads, True, name="read")(x, memory, sees)
         y = jax.nn.gelu(nn.Dense(2 * self.width, name="up")(nn.LayerNorm(name="mlp_norm")(x)))
         return x + nn.Dense(self.width, name="down")(y)
 

@@ -7,7 +7,6 @@ so that exchanging one costs its own encoding and nothing else.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from latent_jax.backbones import Backbone
+from latent_jax.backbones import Backbone, Outline
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
@@ -97,15 +96,17 @@ class Memory:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
             gists were made by another GistNet and it is not open for writing.
         """
-        spec = tree_spec(backbone, model)
+        spec = spec_fields(backbone, model)
         if writable and not GistTree.exists(path):
-            tree = GistTree.create(path, spec)
+            tree = GistTree.create(path, TreeSpec(**spec))
         else:
-            wanted = dataclasses.asdict(spec)
-            del wanted["dtype"]
-            tree = GistTree.open(path, writable, **wanted)
+            tree = GistTree.open(path, writable, **spec)
         if writable:
-            tree.set_version(version)
+            try:
+                tree.set_version(version)
+            except StoreError:
+                tree.close(discard=True)
+                raise
         elif tree.version != version:
             tree.close()
             raise StoreError(
@@ -261,19 +262,18 @@ class Memory:
         return nll
 
 
-def tree_spec(backbone: Backbone, model: ModelConfig, dtype: str = "float16") -> TreeSpec:
-    """What a store for this base and layout is created with."""
-    layout = model.layout
-    return TreeSpec(
-        vocab_size=backbone.config.vocab_size,
-        width=record_width(backbone.config),
-        slots=layout.slots,
-        dtype=dtype,
-        tokenizer=backbone.tokenizer.sha256,
-        base=backbone.sha256,
-        block=layout.block,
-        branch=layout.branching,
-    )
+def spec_fields(model: Backbone | Outline, config: ModelConfig) -> dict[str, Any]:
+    """What the stores of a base and layout are, but for the dtype: fields of `TreeSpec`."""
+    layout = config.layout
+    return {
+        "vocab_size": model.config.vocab_size,
+        "width": record_width(model.config),
+        "slots": layout.slots,
+        "tokenizer": model.tokenizer.sha256,
+        "base": model.sha256,
+        "block": layout.block,
+        "branch": layout.branching,
+    }
 
 
 def digest(params: Any) -> str:

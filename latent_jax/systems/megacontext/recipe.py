@@ -46,7 +46,7 @@ def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
                 "model.layout.slots)"
             )
         blocks = int(layout.widths[int(phase.removeprefix("upper"))]) + config.data.beyond
-        mark = {"level": np.int32(phase.removeprefix("upper"))}
+        mark = {"upper": np.True_}
     rows = histories(config, tokenizer, "train", blocks * layout.block, config.data.rows)
     return data.pipeline(
         lambda i: {"ids": rows[i], **mark},

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.core.errors import DataError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, slot_positions
@@ -115,10 +116,18 @@ class Recovery:
     ) -> dict[str, Float[np.ndarray, " n"]]:
         """Loss of every arm on every history.
 
-        The last batch is filled up with the first rows, and no batch has one row only: ``shuffled``
-        needs another history in the batch.
+        The last batch is filled up with the first rows. A batch is never longer than the rows, or
+        a history could follow itself round and be ``shuffled`` with its own gists.
+
+        Raises:
+          DataError: fewer than two histories.
         """
-        size, found = self.config.eval.batch_size, {arm: [] for arm in arms}
+        if len(rows) < 2:
+            raise DataError(
+                f"eval.text: {len(rows)} history of {self.length} tokens; recovery needs two, for "
+                "one is read with the gists of another"
+            )
+        size, found = min(self.config.eval.batch_size, len(rows)), {arm: [] for arm in arms}
         starts = range(0, len(rows), size)
         for number, start in enumerate(starts):
             ids = rows[np.arange(start, start + size) % len(rows)]
@@ -137,6 +146,7 @@ class Recovery:
         hurt = dropped - full > self.config.eval.threshold
         lod = f"lod{self.level}"
         found: dict[str, Any] = {f"nll_at_h.{lod}.{a}": float(x.mean()) for a, x in losses.items()}
+        found[f"recovery.{lod}.histories"] = len(full)
         found[f"recovery.{lod}.share_hurt"] = float(hurt.mean())
         if not hurt.any():
             return found

@@ -88,7 +88,7 @@ class MegaContextSystem:
     def loss_terms(self, variables, frozen, batch, rngs, train):
         """KL to the base that saw the raw text, behind gists of level 1 or of one above."""
         base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
-        if "level" in batch:
+        if "upper" in batch:
             # The level is in the shape: rows of a level are longer than those of the one below.
             kl, nll, best = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
             terms = {"upper": Mean.of(kl)}

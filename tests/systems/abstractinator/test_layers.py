@@ -10,11 +10,12 @@ import pytest
 
 from latent_jax.core import trees
 from latent_jax.core.config import parse
+from latent_jax.nn.cross_attention import CrossAttention
 from latent_jax.nn.transformer import Block
 from latent_jax.ops.rope import inverse_frequencies
 from latent_jax.systems.abstractinator.config import LevelConfig
 from latent_jax.systems.abstractinator.expander import Expander
-from latent_jax.systems.abstractinator.layers import ROPE_THETA, CrossAttention, Stack
+from latent_jax.systems.abstractinator.layers import ROPE_THETA, Stack
 
 LAYERS, WIDTH, HEADS, FF = 2, 8, 2, 12
 

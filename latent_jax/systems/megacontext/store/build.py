@@ -122,7 +122,7 @@ class _Work:
             if level == 1 and self.neighbours:
                 wanted = np.arange(group[0] // self.batch * self.batch, group[-1] + 1)
             children, filled = self._children(level, wanted)
-            filled = [node for node in filled if node in set(group.tolist())]
+            filled = np.intersect1d(filled, group).tolist()
             if not filled:
                 continue
             gists = np.asarray(self.gist_fn(level, children))
