@@ -78,10 +78,11 @@ class Latents:
 
     def task(self, name, batch):
         """See `Compressed.task`."""
-        return self._run(jnp.full((batch,), TASKS.index(name), jnp.int32), method="task_embedding")
+        number = jnp.full((batch,), TASKS.index(name), jnp.int32)
+        return self._run(number, asked=name == "answer", method="lead")
 
-    def _run(self, *args, method):
-        return self.module.apply({"params": self.params}, *args, method=method)
+    def _run(self, *args, method, **options):
+        return self.module.apply({"params": self.params}, *args, method=method, **options)
 
 
 def budget(mask: Bool[Array, "b t"], ratio: float) -> Int[Array, " b"]:

@@ -13,6 +13,8 @@ from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
 TASKS = ("reconstruct", "continue", "answer")
+# What a phase's `data` may be: the mixture, or questions on raw texts (for the prompt).
+PHASES = ("main", "prompt")
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class ModelConfig:
         default=True,
         help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
     )
+    prompt_tokens: int = field(
+        default=0, ge=0,
+        help="learned soft tokens between a text, or its latents, and a question about it; 0: the "
+        "one vector that names the task",
+    )  # fmt: skip
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
         default=None,
@@ -147,6 +154,9 @@ class DataConfig:
     continuation: int = field(default=32, ge=1, help="tokens to continue with")
     max_context: int = field(default=256, ge=1, help="longest passage of a question, tokens")
     max_prompt: int = field(default=64, ge=1, help="longest question with its answer, tokens")
+    max_answer: int = field(
+        default=24, ge=2, help="longest answer in training, tokens with the stop"
+    )
     questions: int = field(default=20_000, ge=1, help="most training questions")
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruct": 1.0},
@@ -175,12 +185,25 @@ class LossConfig:
     first_token: float | ScheduleConfig = field(
         default=0.0, help="extra weight on the first supervised token of each example"
     )
+    distil_logits: float | ScheduleConfig = field(
+        default=0.0, help="KL from the reader on the text to the reader on its latents, nats per "
+        "answer token",
+    )  # fmt: skip
+    distil_states: float | ScheduleConfig = field(
+        default=0.0, help="share of the variance of the reader's keys and values, in every layer, "
+        "on question and answer, that its latents leave unexplained",
+    )  # fmt: skip
     corrupt: float = field(
         default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
     )
     chunk: int | None = field(
         default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
     )
+
+    @property
+    def distils(self) -> bool:
+        """Whether the reader on the text itself is a teacher."""
+        return any(w != 0 for w in (self.distil_logits, self.distil_states))
 
 
 @dataclass(frozen=True)
@@ -220,6 +243,21 @@ class LatentWireRun(RunBase):
 
     def validate(self) -> None:
         """Refuses losses without data and texts that do not fit the segments."""
+        for phase in self.train.phases:
+            if phase.data not in PHASES:
+                raise ConfigError(
+                    f"train.phases {phase.name!r}: data={phase.data!r}; allowed: "
+                    f"{', '.join(PHASES)}"
+                )
+            if phase.data == "prompt" and not self.model.prompt_tokens:
+                raise ConfigError(
+                    f"train.phases {phase.name!r}: data=prompt needs model.prompt_tokens"
+                )
+        if self.losses.distils and not self.data.mix.get("answer"):
+            raise ConfigError(
+                "losses.distil_*: the reader is distilled on questions: give data.mix a share of "
+                "answer"
+            )
         segment = self.model.segment
         for name in ("length", "max_context"):
             value = getattr(self.data, name)

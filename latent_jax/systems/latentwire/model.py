@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
-from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
@@ -105,6 +105,8 @@ class Compressor(nn.Module):
         if c.encoder.slots != "pooled":
             self.memory = self.param("memory", scale, (r.hidden_size,))
         self.tasks = self.param("tasks", scale, (len(TASKS), r.hidden_size))
+        if c.prompt_tokens:
+            self.prompt = self.param("prompt", scale, (c.prompt_tokens, r.hidden_size))
         width = r.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
         if c.wire.d_z is not None:
             self.down = self.param("down", nn.initializers.orthogonal(), (width, c.wire.d_z))
@@ -250,8 +252,15 @@ class Compressor(nn.Module):
         shape = (r.num_layers, 2, r.num_kv_heads * r.head_dim)
         return wire.z.reshape(*wire.z.shape[:2], *shape)[:, :, :, 1].reshape(*wire.z.shape[:2], -1)
 
-    def task_embedding(self, task: Int[Array, " b"]) -> Float[Array, "b 1 d"]:
-        """The learned vector that tells the reader what to do with the latents."""
+    def lead(self, task: Int[Array, " b"], asked: bool = False) -> Float[Array, "b n d"]:
+        """The learned vectors that tell the reader what to do with the latents.
+
+        Args:
+          task: number of `TASKS`, each with a vector of its own.
+          asked: all are questions; those may have a longer prompt (``prompt_tokens``).
+        """
+        if asked and self.config.prompt_tokens:
+            return jnp.broadcast_to(self.prompt, (len(task), *self.prompt.shape))
         return self.tasks[task][:, None]
 
     def encoder_output(self, frozen, ids, mask):
@@ -261,7 +270,7 @@ class Compressor(nn.Module):
 
     def __call__(self, frozen, ids, mask) -> Prefix:
         """Touches every parameter; used for initialisation."""
-        self.task_embedding(jnp.zeros((ids.shape[0],), jnp.int32))
+        self.lead(jnp.zeros((ids.shape[0],), jnp.int32))
         return self.prefix(self.compress(frozen, ids, mask))
 
 
@@ -271,14 +280,14 @@ def read(
     prefix: Prefix,
     embeds: Float[Array, "b t d"],
     mask: Bool[Array, "b t"],
-) -> Float[Array, "b t d"]:
-    """Hidden states of a right-padded prompt that follows the latents (teacher-forced path)."""
+) -> DecoderOutput:
+    """The reader on a right-padded prompt that follows the latents (teacher-forced path)."""
     b, t, _ = embeds.shape
     positions = prefix.start[:, None] + jnp.arange(t)
     sink = None if prefix.sink is None else sink_kv(body, frozen, prefix.sink, b)
     if prefix.kv is not None:
         kv = behind(sink, prefix.kv)
-        return body.apply({"params": frozen}, embeds, positions, mask, prefix=kv).hidden
+        return body.apply({"params": frozen}, embeds, positions, mask, prefix=kv)
     m = prefix.embeds.shape[1]
     out = body.apply(
         {"params": frozen},
@@ -287,4 +296,5 @@ def read(
         jnp.concatenate([prefix.mask, mask], axis=1),
         prefix=sink,
     )
-    return out.hidden[:, m:]
+    own = KV(out.kv.k[:, :, m:], out.kv.v[:, :, m:], mask)
+    return DecoderOutput(out.hidden[:, m:], own)

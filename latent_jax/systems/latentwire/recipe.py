@@ -97,14 +97,14 @@ def _answer_records(config: LatentWireRun, builder: PromptBuilder):
     rows = []
     for example, context in zip(examples, contexts, strict=True):
         prompt, gold = builder.supervised(example.question, example.answers[0])
-        if len(prompt) + len(gold) <= d.max_prompt:
+        if len(prompt) + len(gold) <= d.max_prompt and len(gold) <= d.max_answer:
             rows.append((context, prompt + gold, len(gold)))
     if not rows:
         raise DataError(
-            f"data.qa={d.qa}: no question with its answer fits data.max_prompt="
-            f"{d.max_prompt} tokens"
+            f"data.qa={d.qa}: no question with its answer fits data.max_prompt={d.max_prompt} and "
+            f"data.max_answer={d.max_answer} tokens"
         )
-    return (lambda i: _record(*rows[i])), len(rows)
+    return (lambda i: {**_record(*rows[i]), "asked": np.True_}), len(rows)
 
 
 def _bucket(n: int, segment: int) -> int:
@@ -112,13 +112,17 @@ def _bucket(n: int, segment: int) -> int:
     return n if n <= segment else -(-n // segment) * segment
 
 
-def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
+def train_stream(
+    config: LatentWireRun, tokenizer, builder: PromptBuilder, phase: str = "main"
+):
     """The endless, resumable mixture of the tasks with a positive share.
 
     A task on texts has one stream per length of ``data.lengths``, of equal share; its batches have
-    equally many tokens, not rows.
+    equally many tokens, not rows. Batches of questions carry ``asked``. In the phase ``prompt``
+    there are only those, and they carry ``raw`` as well: they are about the text, not its latents.
     """
     d, rows = config.data, config.train.batch_size
+    mix, marks = (d.mix, {}) if phase == "main" else ({"answer": 1.0}, {"raw": np.True_})
     streams, shares = {}, {}
 
     def add(name, share, task, records, rows, context, inputs):
@@ -128,7 +132,7 @@ def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
         buckets = {**sizes, **{f"{k}_mask": n for k, n in sizes.items()}, "supervised": inputs}
         shares[name] = share
         streams[name] = data.pipeline(
-            _with_task(get, TASKS.index(task)),
+            _with(get, {"task": np.int32(TASKS.index(task)), **marks}),
             rows,
             size=size,
             buckets=buckets,
@@ -139,7 +143,7 @@ def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
         )
 
     for task in TASKS:
-        share = d.mix.get(task)
+        share = mix.get(task)
         if not share:
             continue
         if task == "answer":
@@ -156,5 +160,5 @@ def train_stream(config: LatentWireRun, tokenizer, builder: PromptBuilder):
     return data.mix(streams, shares, seed=config.seed, task_field=None)
 
 
-def _with_task(get, number: int):
-    return lambda i: {**get(i), "task": np.int32(number)}
+def _with(get, fields):
+    return lambda i: {**get(i), **fields}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,6 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
-from latent_jax.core.types import Mean
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
@@ -25,12 +25,12 @@ from latent_jax.systems.latentwire.assets import (
     trained_tasks,
     training_record,
 )
-from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
-from latent_jax.systems.latentwire.corrupt import corrupt_tokens
+from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
-from latent_jax.systems.latentwire.model import Compressor, read
+from latent_jax.systems.latentwire.losses import batch_terms, forced, neighbour_cosine
+from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
-from latent_jax.systems.latentwire.tuned import train_controls
+from latent_jax.systems.latentwire.tuned import init_prompt, instruction_ids, train_controls
 
 _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
@@ -38,6 +38,7 @@ _LABELS = (
     (r"^pool/[kv]$", "pool"),
     (r"^gate$", "gate"),
     (r"^(memory|tasks)$", "memory"),
+    (r"^prompt$", "prompt"),
     (r"^(in_mean|in_scale)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
@@ -80,6 +81,8 @@ class LatentWireSystem:
             "continue": losses.proceed,
             "answer": losses.answer,
             "first_token": losses.first_token,
+            "distil_logits": losses.distil_logits,
+            "distil_states": losses.distil_states,
         }
         self._held_out: np.ndarray | None = None
         self._questions: list[QAExample] | None = None
@@ -93,6 +96,9 @@ class LatentWireSystem:
         ids = jnp.zeros(batch["context"].shape, jnp.int32)
         params = make(reader, ids, jnp.ones(ids.shape, bool))
         model = self.config.model
+        if model.prompt_tokens:
+            ids = instruction_ids(self.backbone.tokenizer)
+            params |= init_prompt(reader["embed"], ids, model.prompt_tokens)
         start = {}
         if model.start is not None:
             start = load_compressor(model.start, self.backbone).params
@@ -102,8 +108,8 @@ class LatentWireSystem:
         return {"params": params}
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``bottleneck``; a
-        bottleneck's input statistics are frozen.
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt`` and
+        ``bottleneck``; a bottleneck's input statistics are frozen.
         """
         return trees.match_tree(_LABELS, params)
 
@@ -112,43 +118,14 @@ class LatentWireSystem:
         return {"tokens": int(np.sum(batch["context_mask"]))}
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
-        """Cross-entropy of the supervised tokens per task, and what the guards watch."""
-        params, reader = variables["params"], frozen["reader"]
-
-        def apply(*args, method):
-            return self.model.apply({"params": params}, *args, method=method)
-
-        task, targets, inputs = batch["task"], batch["inputs"], batch["inputs"]
-        wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
-        if train and self.config.losses.corrupt:
-            noisy = corrupt_tokens(
-                rngs["corrupt"], inputs, self.config.losses.corrupt, self.backbone.config.vocab_size
-            )
-            inputs = jnp.where((task == TASKS.index("reconstruct"))[:, None], noisy, inputs)
-        text = self.body.apply({"params": reader}, inputs[:, :-1], method="embed")
-        lead = apply(task, method="task_embedding").astype(text.dtype)
-        hidden = read(
-            self.body,
-            reader,
-            apply(wire, text.dtype, method="prefix"),
-            jnp.concatenate([lead, text], axis=1),
-            batch["inputs_mask"],
-        )
-        nll, hit = token_cross_entropy(self.body, reader, hidden, targets, self.config.losses.chunk)
-        supervised = batch["supervised"].astype(jnp.float32)
-        first = supervised * (jnp.cumsum(supervised, axis=1) == 1)
-        terms = {"first_token": Mean(jnp.sum(nll * first), jnp.sum(first))}
-        aux = {}
-        for number, name in enumerate(TASKS):
-            if self.config.data.mix.get(name):
-                mask = supervised * (task == number)[:, None]
-                terms[name] = Mean(jnp.sum(nll * mask), jnp.sum(mask))
-                aux[f"{name}_accuracy"] = Mean(jnp.sum(hit * mask), jnp.sum(mask))
-        aux["latent_cosine"] = self._neighbour_cosine(wire)
-        return terms, {}, aux
+        """See `batch_terms`."""
+        return batch_terms(
+            self.model, self.config, variables["params"], frozen["reader"], batch,
+            rngs["corrupt"] if train else None,
+        )  # fmt: skip
 
     def train_data(self, phase: str, start_state: Any):
-        """The mixture of tasks; every phase reads the same one.
+        """The mixture of tasks, or of the phase ``prompt`` questions on raw texts.
 
         Raises:
           DataError: training or evaluation data that is missing or cannot serve: better said now
@@ -161,7 +138,7 @@ class LatentWireSystem:
             )  # fmt: skip
         if self.config.eval.segments:
             self.eval_data()
-        stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder)
+        stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder, phase)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
@@ -192,29 +169,18 @@ class LatentWireSystem:
             "supervised": jnp.ones(ids.shape, bool),
             "task": jnp.zeros(ids.shape[:1], jnp.int32),
         }
-        shown = self.model.apply(
-            {"params": params}, reader, ids, batch["context_mask"], method="compress"
-        )
-        text = self.body.apply({"params": reader}, ids[:, :-1], method="embed")
-        lead = self.model.apply({"params": params}, batch["task"], method="task_embedding")
-        embeds = jnp.concatenate([lead.astype(text.dtype), text], axis=1)
+        apply = functools.partial(self.model.apply, {"params": params})
+        shown = apply(reader, ids, batch["context_mask"], method="compress")
+        lead = apply(batch["task"], method="lead")
 
         def score(wire):
-            prefix = self.model.apply({"params": params}, wire, text.dtype, method="prefix")
-            hidden = read(self.body, reader, prefix, embeds, batch["inputs_mask"])
+            prefix = apply(wire, reader["embed"].dtype, method="prefix")
+            hidden = forced(self.body, reader, prefix, lead, ids, batch["inputs_mask"]).hidden
             nll, hit = token_cross_entropy(self.body, reader, hidden, ids, self.config.losses.chunk)
             return nll.mean(), hit.mean()
 
         other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
-        return score(shown), score(other), self._neighbour_cosine(shown)
-
-    def _neighbour_cosine(self, wire) -> jax.Array:
-        """Mean cosine between the mean latents of neighbouring texts; near 1 they look alike."""
-        z = self.model.informative(wire)
-        weight = wire.mask[..., None].astype(jnp.float32)
-        mean = jnp.sum(z * weight, 1) / jnp.maximum(weight.sum(1), 1)
-        mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
-        return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))
+        return score(shown), score(other), neighbour_cosine(self.model, shown)
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's

@@ -36,6 +36,11 @@ TUNABLE = (*baselines.TEXT_ARMS, *baselines.FROZEN_ARMS)
 INSTRUCTION = "\nAnswer the question briefly with words from the text above."
 
 
+def instruction_ids(tokenizer: Any) -> list[int]:
+    """Tokens of `INSTRUCTION`."""
+    return tokenizer.encode(INSTRUCTION)
+
+
 def init_prompt(
     table: Float[Array, "v d"], ids: Sequence[int], tokens: int
 ) -> dict[str, Float[Array, "n d"]]:
@@ -110,7 +115,7 @@ class SoftPromptSystem:
 
     def init(self, rngs: Any, batch: Any) -> dict[str, Any]:
         """Soft tokens at their start."""
-        ids = self.backbone.tokenizer.encode(INSTRUCTION)
+        ids = instruction_ids(self.backbone.tokenizer)
         tokens = self.config.eval.tuned_tokens
         return {"params": init_prompt(self.backbone.params["embed"], ids, tokens)}
 

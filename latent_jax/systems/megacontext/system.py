@@ -16,13 +16,13 @@ import numpy as np
 from latent_jax import backbones
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
+from latent_jax.backbones.substitution import substitution
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import recipe, telemetry
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
-from latent_jax.systems.megacontext.losses import substitution
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
@@ -90,14 +90,14 @@ class MegaContextSystem:
         base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
         if "upper" in batch:
             # The level is in the shape: rows of a level are longer than those of the one below.
-            kl, nll, best = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
-            terms = {"upper": Mean.of(kl)}
+            found = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
+            terms = {"upper": Mean.of(found.kl)}
         else:
             key = rngs["lod"] if train else None
             chunk = 1 if "near" in batch else self.config.data.chunk
-            kl, nll, best = self._behind_all(gist, base, ids, key, chunk)
-            terms = {"substitute": Mean.of(kl), "next_token": Mean.of(nll)}
-        return terms, {}, {"lost": Mean.of(nll - best)}
+            found = self._behind_all(gist, base, ids, key, chunk)
+            terms = {"substitute": Mean.of(found.kl), "next_token": Mean.of(found.nll)}
+        return terms, {}, {"lost": Mean.of(found.nll - found.full_nll)}
 
     def _behind_all(self, gist, base, ids, key, chunk):
         """Every chunk of a row reads on behind the gists of what came before it."""

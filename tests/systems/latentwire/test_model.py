@@ -126,7 +126,7 @@ def test_gradient_reaches_every_trainable_part_and_no_frozen_one(compressor, rea
 
     def loss(params):
         _, shown = prefix(params, *texts)
-        lead = model.apply({"params": params}, jnp.arange(3), method="task_embedding")
+        lead = model.apply({"params": params}, jnp.arange(3), method="lead")
         hidden = read(body, reader, shown, lead, jnp.ones((3, 1), bool))
         nll, _ = token_cross_entropy(body, reader, hidden, texts[0][:, :1])
         return nll.sum()

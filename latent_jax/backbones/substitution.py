@@ -1,15 +1,33 @@
-"""How far the base on gists is from the base on the text itself."""
+"""How far a frozen decoder on a substitute for a text is from the decoder on the text itself."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import Decoder
+
+
+class Substituted(NamedTuple):
+    """Per token, nats.
+
+    Attributes:
+      kl: ``KL(full || given)``.
+      nll: cross-entropy behind the substitute.
+      full_nll: cross-entropy behind the text itself.
+      hit: whether the greedy choice behind the substitute is the target.
+      full_hit: the same behind the text itself.
+    """
+
+    kl: Float[Array, "b t"]
+    nll: Float[Array, "b t"]
+    full_nll: Float[Array, "b t"]
+    hit: Bool[Array, "b t"]
+    full_hit: Bool[Array, "b t"]
 
 
 def substitution(
@@ -19,12 +37,12 @@ def substitution(
     given: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     chunk: int | None = None,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, "b t"]]:
-    """Per token: ``KL(full || given)`` and the cross-entropy of both, nats.
+) -> Substituted:
+    """Divergence and cross-entropies of two readings.
 
     Args:
-      full: hidden states on the raw text; no gradient goes there.
-      given: hidden states behind gists.
+      full: hidden states on the raw text; the divergence sends no gradient there.
+      given: hidden states behind what replaces it.
       chunk: rows of the vocabulary products done at once, recomputed in the backward pass.
     """
 
@@ -35,7 +53,8 @@ def substitution(
         target = jax.lax.stop_gradient(target)
         kl = optax.losses.kl_divergence_with_log_targets(log, target)
         pick = lambda x: -jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731
-        return kl, pick(log), pick(target)
+        hit = lambda x: jnp.argmax(x, -1) == y  # noqa: E731
+        return Substituted(kl, pick(log), pick(target), hit(log), hit(target))
 
     b, t, d = full.shape
     n = b * t
@@ -47,4 +66,4 @@ def substitution(
         flat = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), flat)
         flat = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), flat)
         found = jax.lax.map(jax.checkpoint(rows), flat)
-    return tuple(x.reshape(-1)[:n].reshape(b, t) for x in found)
+    return jax.tree.map(lambda x: x.reshape(-1)[:n].reshape(b, t), found)

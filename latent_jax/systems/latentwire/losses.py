@@ -1,0 +1,183 @@
+"""The loss terms of a batch: tasks done from latents, and the reader on the text as a teacher.
+
+A reader that was trained on text behaves on latents as it did on text if every token that follows
+has the same state in every layer. That is a far denser target than the few tokens of an answer: the
+keys and values of question and answer are compared in all layers (they are linear maps of the
+states, and what later tokens see of them), next to the usual divergence of the predictions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.cross_entropy import token_cross_entropy
+from latent_jax.backbones.decoder import Decoder, inverse_frequencies
+from latent_jax.backbones.substitution import substitution
+from latent_jax.core.types import Mean
+from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire.corrupt import corrupt_tokens
+from latent_jax.systems.latentwire.given import prefill
+from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
+
+
+class Forced(NamedTuple):
+    """The reader on teacher-forced inputs.
+
+    Attributes:
+      hidden: states that predict each input.
+      states: keys (before rotation) and values of the same places, per layer and kind.
+    """
+
+    hidden: Float[Array, "b t d"]
+    states: Float[Array, "b t s e"]
+
+
+def forced(
+    body: Decoder,
+    reader: Any,
+    prefix: Prefix,
+    lead: Float[Array, "b n d"],
+    inputs: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+) -> Forced:
+    """Reads learned embeddings and all but the last input behind a prefix.
+
+    Args:
+      lead: learned embeddings before the inputs, at least one.
+      mask: real inputs (right-padded).
+    """
+    n, (b, t) = lead.shape[1], inputs.shape
+    text = body.apply({"params": reader}, inputs[:, :-1], method="embed")
+    embeds = jnp.concatenate([lead.astype(text.dtype), text], axis=1)
+    seen = jnp.concatenate([jnp.ones((b, n - 1), bool), mask], axis=1)
+    out = read(body, reader, prefix, embeds, seen)
+    where = prefix.start[:, None] + jnp.arange(n - 1 + t)
+    flat = flatten_kv(out.kv, inverse_frequencies(body.config), where)[:, n - 1 :]
+    width = body.config.num_kv_heads * body.config.head_dim
+    return Forced(out.hidden[:, n - 1 :], flat.reshape(b, t, -1, width))
+
+
+def raw_text(
+    body: Decoder,
+    reader: Any,
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    sink: int | None,
+) -> Prefix:
+    """The text itself in the place of its latents."""
+    first = None if sink is None else jnp.int32(sink)
+    cache = jax.lax.stop_gradient(prefill(body, reader, ids, mask, first))
+    where = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return Prefix(cache, None, mask, where, mask.sum(-1), first)
+
+
+def unexplained(
+    states: Float[Array, "b t s e"], target: Float[Array, "b t s e"], mask: Bool[Array, "b t"]
+) -> Mean:
+    """Squared error of each token's states over their variance in the batch, mean over layers and
+    kinds: 0 where they agree, 1 where they are no better than the mean state.
+    """
+    target = jax.lax.stop_gradient(target.astype(jnp.float32))
+    weight = mask.astype(jnp.float32)
+    count = jnp.maximum(weight.sum(), 1)
+    mean = jnp.einsum("btse,bt->se", target, weight) / count
+    spread = jnp.einsum("btse,bt->s", (target - mean) ** 2, weight) / count
+    error = jnp.sum((states.astype(jnp.float32) - target) ** 2, axis=-1)
+    share = jnp.mean(error / (spread + 1e-6), axis=-1)
+    return Mean(jnp.sum(share * weight), weight.sum())
+
+
+def neighbour_cosine(model: Compressor, wire: Wire) -> Float[Array, ""]:
+    """Mean cosine between the mean latents of neighbouring texts; near 1 they look alike."""
+    z = model.informative(wire)
+    weight = wire.mask[..., None].astype(jnp.float32)
+    mean = jnp.sum(z * weight, 1) / jnp.maximum(weight.sum(1), 1)
+    mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
+    return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))
+
+
+def _last(mask: Bool[Array, "b t"], width: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The marked places of every row, at most ``width``, in front; the mask of them comes first."""
+    at = jnp.argsort(~mask, axis=1, stable=True)[:, : min(width, mask.shape[1])]
+
+    def take(x):
+        return jnp.take_along_axis(x, at.reshape(*at.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    return (take(mask), *map(take, arrays))
+
+
+def batch_terms(
+    model: Compressor,
+    config: LatentWireRun,
+    params: Any,
+    reader: Any,
+    batch: Mapping[str, Any],
+    key: jax.Array | None,
+) -> tuple[dict[str, Mean], dict[str, Any], dict[str, Any]]:
+    """Cross-entropy of the supervised tokens per task (nats), what is distilled, and what the
+    guards watch.
+
+    Args:
+      model: compressor and adapter.
+      config: the run.
+      params: what is trained.
+      reader: the frozen LLM's parameters.
+      batch: of `recipe.train_stream`.
+      key: of the randomised inputs; None leaves them as they are.
+
+    Returns:
+      As `latent_jax.train.protocol.System.loss_terms`.
+    """
+    body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
+    apply = functools.partial(model.apply, {"params": params})
+    asked, raw = "asked" in batch, "raw" in batch
+    task, targets, inputs = batch["task"], batch["inputs"], batch["inputs"]
+    if key is not None and losses.corrupt and not asked:
+        noisy = corrupt_tokens(key, inputs, losses.corrupt, model.reader.vocab_size)
+        inputs = jnp.where((task == TASKS.index("reconstruct"))[:, None], noisy, inputs)
+    lead = apply(task, asked, method="lead")
+    real, supervised = batch["inputs_mask"], batch["supervised"]
+    text = functools.partial(
+        raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
+    )
+    aux, terms = {}, {}
+    if raw:
+        prefix = text()
+    else:
+        wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
+        prefix = apply(wire, reader["embed"].dtype, method="prefix")
+        aux["latent_cosine"] = neighbour_cosine(model, wire)
+    own = forced(body, reader, prefix, lead, inputs, real)
+    hidden, teacher = own.hidden, None
+    if asked and losses.distils and not raw:
+        teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
+        terms["distil_states"] = unexplained(own.states, teacher.states, real)
+    if asked:
+        supervised, targets, hidden = _last(
+            supervised, config.data.max_answer, supervised, targets, hidden
+        )[1:]
+    if teacher is None:
+        nll, hit = token_cross_entropy(body, reader, hidden, targets, losses.chunk)
+    else:
+        full = _last(batch["supervised"], config.data.max_answer, teacher.hidden)[1]
+        found = substitution(body, reader, full, hidden, targets, losses.chunk)
+        nll, hit = found.nll, found.hit
+        weight = supervised.astype(jnp.float32)
+        terms["distil_logits"] = Mean(jnp.sum(found.kl * weight), weight.sum())
+        aux["teacher_nll"] = Mean(jnp.sum(found.full_nll * weight), weight.sum())
+        aux["teacher_accuracy"] = Mean(jnp.sum(found.full_hit * weight), weight.sum())
+    supervised = supervised.astype(jnp.float32)
+    first = supervised * (jnp.cumsum(supervised, axis=1) == 1)
+    terms["first_token"] = Mean(jnp.sum(nll * first), jnp.sum(first))
+    for number, name in enumerate(TASKS):
+        if config.data.mix.get(name):
+            mask = supervised * (task == number)[:, None]
+            terms[name] = Mean(jnp.sum(nll * mask), jnp.sum(mask))
+            aux[f"{name}_accuracy"] = Mean(jnp.sum(hit * mask), jnp.sum(mask))
+    return terms, {}, aux
