@@ -1,0 +1,148 @@
+"""Losses of a batch: the teacher is the evaluation's full text; who gets gradient, who none."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
+from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.core.config import parse
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire import losses
+from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.system import LatentWireSystem
+from latent_jax.systems.latentwire.tuned import tuned_loss
+
+RUN = {
+    "system": "latentwire",
+    "model": {"segment": 32, "ratio": 4, "prompt_tokens": 3,
+              "encoder": {"slots": "both", "lora_rank": 4, "lora_alpha": 4}},
+    "data": {"text": "pydoc", "qa": "lookup", "length": 32, "max_context": 256, "max_prompt": 64,
+             "segments": 40, "questions": 40, "mix": {"reconstruct": 0.5, "answer": 0.5}},
+    "losses": {"distil_logits": 1.0, "distil_states": 2.0},
+    "eval": {"segments": 4, "quick_segments": 2},
+    "train": {"steps": 6, "batch_size": 2},
+}  # fmt: skip
+
+
+def config(**changes):
+    return parse(LatentWireRun, {**RUN, **changes})
+
+
+@pytest.fixture(scope="module")
+def system():
+    reader = tiny_config(num_layers=2, vocab_size=262)
+    params = random_params(reader, jax.random.key(0))
+    return LatentWireSystem(
+        config(), Backbone("tiny", reader, params, ByteTokenizer(), "0" * 64, Decoder(reader))
+    )
+
+
+@pytest.fixture(scope="module")
+def batches(system):
+    """A batch of questions and the same with the mark of the phase that trains the prompt."""
+    batch = next(system.train_data("prompt", None))
+    assert {"asked", "raw"} <= set(batch)
+    batch = jax.tree.map(jnp.asarray, batch)
+    return {k: v for k, v in batch.items() if k != "raw"}, batch
+
+
+@pytest.fixture(scope="module")
+def params(system, batches):
+    return system.init({"params": jax.random.key(1)}, batches[0])["params"]
+
+
+def terms(system, params, batch):
+    found, _, aux = system.loss_terms({"params": params}, system.frozen, batch, {}, False)
+    return {k: m.sum / m.count for k, m in found.items() if k in system.weights}, aux
+
+
+def total(system, batch):
+    weights = {"answer": 1.0, "distil_logits": 1.0, "distil_states": 1.0}
+
+    def loss(params):
+        found, _ = terms(system, params, batch)
+        return sum(w * found[k] for k, w in weights.items() if k in found)
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_the_phase_of_the_prompt_is_the_tuned_control(system, params, batches):
+    """The teacher's own training and the tuned full text of the evaluation are one loss."""
+    _, raw = batches
+    ours, _ = terms(system, params, raw)
+    loss, _ = tuned_loss(
+        {"prompt": params["prompt"]}, system.body, system.frozen["reader"], raw,
+        arm="full_text", ratio=4.0, sink=system.sink,
+    )  # fmt: skip
+    np.testing.assert_allclose(ours["answer"], loss.sum / loss.count, rtol=1e-4)
+    assert "distil_logits" not in ours
+
+
+def test_only_the_prompt_learns_from_raw_text(system, params, batches):
+    _, gradient = total(system, batches[1])(params)
+    size = {k: sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(g))
+            for k, g in gradient.items()}  # fmt: skip
+    assert size.pop("prompt") > 0
+    assert set(size.values()) == {0.0}
+
+
+def test_latents_learn_from_the_teacher_which_does_not_move(system, params, batches):
+    loss, gradient = total(system, batches[0])(params)
+    assert np.isfinite(float(loss))
+    assert float(jnp.abs(gradient["pool"]["v"]).sum()) > 0
+    states, target = jax.random.normal(jax.random.key(2), (2, 2, 3, 4, 5))
+    real = jnp.array([[True, True, False], [True, True, True]])
+    share = lambda *x: losses.unexplained(*x, real).sum  # noqa: E731
+    own, other = jax.grad(share, argnums=(0, 1))(states, target)
+    assert float(jnp.abs(own[0, :2]).min()) > 0
+    assert float(jnp.abs(own[0, 2]).max()) == 0
+    assert float(jnp.abs(other).max()) == 0
+
+
+def test_a_student_that_reads_the_text_is_explained_whole(system, params, batches):
+    batch, _ = batches
+    reader, body = system.frozen["reader"], system.body
+    text = losses.raw_text(body, reader, batch["context"], batch["context_mask"], system.sink)
+    lead = jnp.broadcast_to(params["prompt"], (2, *params["prompt"].shape))
+    ask = (lead, batch["inputs"], batch["inputs_mask"])
+    same = losses.forced(body, reader, text, *ask)
+    # Keys are compared before rotation: where the prompt stands does not matter by itself.
+    unseen = text._replace(kv=text.kv._replace(mask=jnp.zeros_like(text.mask)))
+    blind = losses.forced(body, reader, unseen, *ask)
+    real = batch["inputs_mask"]
+    assert float(losses.unexplained(same.states, same.states, real).sum) == 0
+    share = losses.unexplained(blind.states, same.states, real)
+    assert 1e-4 < float(share.sum / share.count) < 2
+    constant = jnp.broadcast_to(jnp.mean(same.states[real], axis=0), same.states.shape)
+    share = losses.unexplained(constant, same.states, real)
+    np.testing.assert_allclose(share.sum / share.count, 1.0, rtol=1e-3)
+
+
+def test_the_last_marked_places_come_in_front():
+    mask = jnp.array([[False, True, True, False], [False, False, False, True]])
+    real, values = losses._last(mask, 2, jnp.arange(8).reshape(2, 4))
+    assert real.tolist() == [[True, True], [True, False]]
+    assert values[0].tolist() == [1, 2] and int(values[1, 0]) == 7
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": {}, "train": {"phases": [{"data": "prompt"}]}}, "needs model.prompt_tokens"),
+        ({"train": {"phases": [{"data": "warmup"}]}}, "data='warmup'; allowed: main, prompt"),
+        ({"data": {"mix": {"reconstruct": 1.0}}}, "give data.mix a share of answer"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_question_has_the_prompt_before_it(system, params):
+    wire = system.wire({"params": params}, system.frozen)
+    np.testing.assert_array_equal(wire.latents.task("answer", 1)[0], params["prompt"])
+    assert wire.latents.task("reconstruct", 1).shape == (1, 1, system.backbone.config.hidden_size)
