@@ -139,6 +139,14 @@ def training_record(run: str | Path) -> dict[str, Any]:
     }
 
 
+def _with_every_task(params: dict[str, Any]) -> dict[str, Any]:
+    """Tasks that are younger than the compressor start with the vector of ``continue``."""
+    tasks = np.asarray(params["tasks"])
+    missing = len(TASKS) - len(tasks)
+    start = np.repeat(tasks[TASKS.index("continue")][None], missing, axis=0)
+    return {**params, "tasks": np.concatenate([tasks, start])}
+
+
 def _read_file(directory: Path) -> Stored:
     path = directory / WEIGHTS
     try:
@@ -154,7 +162,7 @@ def _read_file(directory: Path) -> Stored:
     record = directory / "record.json"
     return Stored(
         parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),
-        trees.unflatten(flat),
+        _with_every_task(trees.unflatten(flat)),
         json.loads(meta["backbone"]),
         tuple(json.loads(meta["tasks"])),
         json.loads(record.read_text()) if record.exists() else {},
@@ -182,7 +190,8 @@ def read_compressor(name: str | Path) -> Stored:
         variables, _ = load_variables(name)
         run = parse(LatentWireRun, read_yaml(Path(name) / "config.yaml"), str(name))
         reader = {"name": run.backbone.name, "sha256": ""}
-        return Stored(run.model, variables["params"], reader, trained_tasks(run), {})
+        params = _with_every_task(variables["params"])
+        return Stored(run.model, params, reader, trained_tasks(run), {})
     raise CheckpointError(
         f"model.start={name}: no packaged compressor ({', '.join(packaged()) or 'none'}), "
         f"no directory with {WEIGHTS}, no run with checkpoints"

@@ -12,7 +12,9 @@ from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
-TASKS = ("reconstruct", "continue", "answer")
+TASKS = ("reconstruct", "continue", "answer", "recall")
+# Tasks that the reader can do from the text itself, and teach.
+TAUGHT = ("answer", "recall")
 # What a phase's `data` may be: the mixture, or questions on raw texts (for the prompt).
 PHASES = ("main", "prompt")
 
@@ -152,6 +154,11 @@ class DataConfig:
         default=0.0, ge=0, le=1, help="share of training texts that end inside a latent's span"
     )
     continuation: int = field(default=32, ge=1, help="tokens to continue with")
+    recall: int = field(
+        default=128, ge=2, help="text length of the task recall: given a few of the text's words, "
+        "from anywhere in it, the reader goes on",
+    )  # fmt: skip
+    cue: int = field(default=6, ge=1, help="how many tokens those are, at most")
     max_context: int = field(default=256, ge=1, help="longest passage of a question, tokens")
     max_prompt: int = field(default=64, ge=1, help="longest question with its answer, tokens")
     max_answer: int = field(
@@ -160,7 +167,7 @@ class DataConfig:
     questions: int = field(default=20_000, ge=1, help="most training questions")
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruct": 1.0},
-        help="share of batches per task: reconstruct, continue, answer",
+        help=f"share of batches per task: {', '.join(TASKS)}",
     )
 
     def validate(self) -> None:
@@ -170,6 +177,11 @@ class DataConfig:
             raise ConfigError(f"data.mix: unknown task {unknown}; allowed: {', '.join(TASKS)}")
         if any(v < 0 for v in self.mix.values()) or sum(self.mix.values()) <= 0:
             raise ConfigError(f"data.mix={self.mix}: shares must be >= 0 and not all 0")
+        if self.cue + self.continuation > self.recall and self.mix.get("recall"):
+            raise ConfigError(
+                f"data.recall={self.recall} tokens cannot hold data.cue={self.cue} and "
+                f"data.continuation={self.continuation}"
+            )
         wrong = [n for n in self.lengths if n < 1 or self.length % n]
         if wrong:
             raise ConfigError(f"data.lengths: {wrong} do not divide data.length={self.length}")
@@ -180,6 +192,7 @@ class LossConfig:
     """Weights of the loss terms, each a number or a schedule of the step."""
 
     reconstruct: float | ScheduleConfig = field(default=1.0, help="rebuild the text (nats/token)")
+    recall: float | ScheduleConfig = field(default=1.0, help="go on from a cue (nats/token)")
     proceed: float | ScheduleConfig = field(default=1.0, help="continue the text (nats/token)")
     answer: float | ScheduleConfig = field(default=1.0, help="answer tokens and stop (nats/token)")
     first_token: float | ScheduleConfig = field(
@@ -187,11 +200,11 @@ class LossConfig:
     )
     distil_logits: float | ScheduleConfig = field(
         default=0.0, help="KL from the reader on the text to the reader on its latents, nats per "
-        "answer token",
+        "token of an answer or of recalled text",
     )  # fmt: skip
     distil_states: float | ScheduleConfig = field(
         default=0.0, help="share of the variance of the reader's keys and values, in every layer, "
-        "on question and answer, that its latents leave unexplained",
+        "on question and answer or on recalled text, that its latents leave unexplained",
     )  # fmt: skip
     corrupt: float = field(
         default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
@@ -253,14 +266,16 @@ class LatentWireRun(RunBase):
                 raise ConfigError(
                     f"train.phases {phase.name!r}: data=prompt needs model.prompt_tokens"
                 )
-        if self.losses.distils and not self.data.mix.get("answer"):
+        if self.losses.distils and not any(map(self.data.mix.get, TAUGHT)):
             raise ConfigError(
-                "losses.distil_*: the reader is distilled on questions: give data.mix a share of "
-                "answer"
+                f"losses.distil_*: give data.mix a share of {' or '.join(TAUGHT)}, in which the "
+                "reader on the text teaches"
             )
         segment = self.model.segment
-        for name in ("length", "max_context"):
+        for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)
+            if name == "recall" and not self.data.mix.get("recall"):
+                continue
             if value > segment and value % segment:
                 raise ConfigError(
                     f"data.{name}={value} is not a multiple of model.segment={segment}"

@@ -2,8 +2,9 @@
 
 A reader that was trained on text behaves on latents as it did on text if every token that follows
 has the same state in every layer. That is a far denser target than the few tokens of an answer: the
-keys and values of question and answer are compared in all layers (they are linear maps of the
-states, and what later tokens see of them), next to the usual divergence of the predictions.
+keys and values of question and answer (or of recalled text) are compared in all layers. They are
+linear maps of the states, and what later tokens see of them. Next to that stands the usual
+divergence of the predictions.
 """
 
 from __future__ import annotations
@@ -155,17 +156,17 @@ def batch_terms(
         aux["latent_cosine"] = neighbour_cosine(model, wire)
     own = forced(body, reader, prefix, lead, inputs, real)
     hidden, teacher = own.hidden, None
-    if asked and losses.distils and not raw:
+    if losses.distils and not raw and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
         terms["distil_states"] = unexplained(own.states, teacher.states, real)
-    if asked:
-        supervised, targets, hidden = _last(
-            supervised, config.data.max_answer, supervised, targets, hidden
-        )[1:]
-    if teacher is None:
+    full = None if teacher is None else teacher.hidden
+    if asked:  # few of the tokens are supervised: only those meet the vocabulary
+        places = supervised, config.data.max_answer
+        supervised, targets, hidden = _last(*places, supervised, targets, hidden)[1:]
+        full = None if teacher is None else _last(*places, full)[1]
+    if full is None:
         nll, hit = token_cross_entropy(body, reader, hidden, targets, losses.chunk)
     else:
-        full = _last(batch["supervised"], config.data.max_answer, teacher.hidden)[1]
         found = substitution(body, reader, full, hidden, targets, losses.chunk)
         nll, hit = found.nll, found.hit
         weight = supervised.astype(jnp.float32)

@@ -21,12 +21,15 @@ from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 
 
-def text_segments(config: LatentWireRun, tokenizer, split: str, limit: int, continuation: int = 0):
+def text_segments(
+    config: LatentWireRun, tokenizer, split: str, limit: int, continuation: int = 0,
+    length: int | None = None,
+):  # fmt: skip
     """Token windows of ``data.text``, held-out ones of ``eval.text`` if that is given:
     ``[n, length + continuation]``.
     """
     d, e = config.data, config.eval
-    length, text = d.length, d.text
+    length, text = length or d.length, d.text
     if split != "train":
         length, text = e.length or length, e.text or text
     return data.load_segments(
@@ -91,6 +94,23 @@ def _text_records(config: LatentWireRun, tokenizer, task: str, length: int):
     return get, len(windows) * parts
 
 
+def _recall_records(config: LatentWireRun, tokenizer):
+    """A stretch of the text, from anywhere in it: its first tokens are the cue by which the reader
+    must find the place, the rest is to be recalled.
+    """
+    d = config.data
+    windows = text_segments(config, tokenizer, "train", d.segments, length=d.recall)
+
+    def get(i: int):
+        rng = np.random.default_rng([config.seed, 13, i])
+        cue = int(rng.integers(min(2, d.cue), d.cue + 1))
+        begin = int(rng.integers(0, d.recall - cue - d.continuation + 1))
+        stretch = windows[i][begin : begin + cue + d.continuation]
+        return {**_record(windows[i], stretch, d.continuation), "recalled": np.True_}
+
+    return get, len(windows)
+
+
 def _answer_records(config: LatentWireRun, builder: PromptBuilder):
     d = config.data
     examples, contexts = questions(config, builder, "train", d.questions)
@@ -118,8 +138,9 @@ def train_stream(
     """The endless, resumable mixture of the tasks with a positive share.
 
     A task on texts has one stream per length of ``data.lengths``, of equal share; its batches have
-    equally many tokens, not rows. Batches of questions carry ``asked``. In the phase ``prompt``
-    there are only those, and they carry ``raw`` as well: they are about the text, not its latents.
+    equally many tokens, not rows. Batches of questions carry ``asked``, of recall ``recalled``. In
+    the phase ``prompt`` there are only questions, which carry ``raw`` as well: they are about the
+    text, not its latents.
     """
     d, rows = config.data, config.train.batch_size
     mix, marks = (d.mix, {}) if phase == "main" else ({"answer": 1.0}, {"raw": np.True_})
@@ -149,6 +170,10 @@ def train_stream(
         if task == "answer":
             records = _answer_records(config, builder)
             add(task, share, task, records, rows, d.max_context, d.max_prompt)
+            continue
+        if task == "recall":
+            records = _recall_records(config, tokenizer)
+            add(task, share, task, records, rows, d.recall, d.cue + d.continuation)
             continue
         lengths = d.lengths or (d.length,)
         for length in lengths:

@@ -80,6 +80,7 @@ class LatentWireSystem:
             "reconstruct": losses.reconstruct,
             "continue": losses.proceed,
             "answer": losses.answer,
+            "recall": losses.recall,
             "first_token": losses.first_token,
             "distil_logits": losses.distil_logits,
             "distil_states": losses.distil_states,

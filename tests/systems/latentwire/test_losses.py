@@ -21,7 +21,8 @@ RUN = {
     "model": {"segment": 32, "ratio": 4, "prompt_tokens": 3,
               "encoder": {"slots": "both", "lora_rank": 4, "lora_alpha": 4}},
     "data": {"text": "pydoc", "qa": "lookup", "length": 32, "max_context": 256, "max_prompt": 64,
-             "segments": 40, "questions": 40, "mix": {"reconstruct": 0.5, "answer": 0.5}},
+             "segments": 40, "questions": 40, "recall": 64, "continuation": 24,
+             "mix": {"reconstruct": 0.4, "answer": 0.4, "recall": 0.2}},
     "losses": {"distil_logits": 1.0, "distil_states": 2.0},
     "eval": {"segments": 4, "quick_segments": 2},
     "train": {"steps": 6, "batch_size": 2},
@@ -122,6 +123,20 @@ def test_a_student_that_reads_the_text_is_explained_whole(system, params, batche
     np.testing.assert_allclose(share.sum / share.count, 1.0, rtol=1e-3)
 
 
+def test_recall_is_taught_on_a_stretch_of_its_text(system, params):
+    stream = system.train_data("main", None)
+    batch = next(b for b in stream if "recalled" in b)
+    for row in range(2):
+        text = batch["context"][row].tolist()
+        stretch = batch["inputs"][row][batch["inputs_mask"][row]].tolist()
+        assert any(text[i : i + len(stretch)] == stretch for i in range(len(text)))
+        supervised = batch["supervised"][row]
+        assert supervised.sum() == 24 and 2 <= supervised.argmax() <= 6
+    found, aux = terms(system, params, jax.tree.map(jnp.asarray, batch))
+    assert float(found["recall"]) > 0 and float(found["distil_states"]) > 0
+    assert int(aux["teacher_nll"].count) == 2 * 24
+
+
 def test_the_last_marked_places_come_in_front():
     mask = jnp.array([[False, True, True, False], [False, False, False, True]])
     real, values = losses._last(mask, 2, jnp.arange(8).reshape(2, 4))
@@ -134,7 +149,8 @@ def test_the_last_marked_places_come_in_front():
     [
         ({"model": {}, "train": {"phases": [{"data": "prompt"}]}}, "needs model.prompt_tokens"),
         ({"train": {"phases": [{"data": "warmup"}]}}, "data='warmup'; allowed: main, prompt"),
-        ({"data": {"mix": {"reconstruct": 1.0}}}, "give data.mix a share of answer"),
+        ({"data": {"mix": {"reconstruct": 1.0}}}, "give data.mix a share of answer or recall"),
+        ({"data": {"mix": {"recall": 1.0}, "recall": 32}}, "cannot hold data.cue=6"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(changes, message):
