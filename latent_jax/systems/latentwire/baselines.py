@@ -38,7 +38,9 @@ TEXT_ARMS = (
 FROZEN_ARMS = ("mean_pool", "pca", "kv_stride", "kv_topk", "kv_question")
 #: Arms of a trained compressor, with their controls.
 LATENT_ARMS = ("latent", "shuffled", "scrambled", "zero")
-ARMS = TEXT_ARMS + FROZEN_ARMS + LATENT_ARMS
+#: The reader first rebuilds the text from its latents, then reads what it wrote.
+REBUILT = "rebuilt"
+ARMS = (*TEXT_ARMS, *FROZEN_ARMS, *LATENT_ARMS, REBUILT)
 #: Arms whose budget is one slot per `ratio` tokens.
 BUDGETED = frozenset(
     {"token_budget_head", "token_budget_tail", "stride_tokens", "random_tokens", *FROZEN_ARMS}
@@ -246,7 +248,8 @@ def build(
       arm: one of `ARMS`.
       decoder: the reader.
       params: its frozen parameters.
-      ids: context tokens, right-padded (for ``shuffled``: another's, unless ``wire`` is given).
+      ids: context tokens, right-padded (for ``shuffled``: another's, unless ``wire`` is given; for
+        ``rebuilt``: what the reader made of its latents).
       mask: which of them are real.
       prompt_ids: the question's tokens; only ``kv_question`` looks at them.
       prompt_mask: which of them are real.
@@ -265,12 +268,12 @@ def build(
     b, t = ids.shape
     length, zero = mask.sum(-1), jnp.zeros((b,), jnp.int32)
     key = jax.random.key(0) if key is None else key
-    if arm in CACHED and context is None:
+    if arm in (*CACHED, REBUILT) and context is None:
         context = prefill(decoder, params, ids, mask, sink)
     ready = functools.partial(with_sink, decoder, params, sink=sink)
     if arm == "no_context":
         return ready(Given(None, None, None, zero))
-    if arm == "full_text":
+    if arm in ("full_text", REBUILT):
         return ready(Given(context, None, None, length))
     if arm in ("embedding_replay", "embedding_replay_anchor"):
         vectors = embed(decoder, params, ids)

@@ -19,7 +19,7 @@ from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
-from latent_jax.systems.latentwire.reconstruct import evaluate_ae
+from latent_jax.systems.latentwire.reconstruct import evaluate_ae, rebuild
 from latent_jax.systems.latentwire.scoring import (
     Progress,
     batch_widths,
@@ -29,7 +29,7 @@ from latent_jax.systems.latentwire.scoring import (
     score_answers,
     task_embedding,
 )
-from latent_jax.systems.latentwire.tally import TUNED, ArmScores, compare
+from latent_jax.systems.latentwire.tally import PROMPTED, TUNED, ArmScores, base_arm, compare
 
 __all__ = [
     "Progress", "check_arms", "check_examples", "evaluate_ae", "evaluate_qa", "partners", "prepare",
@@ -45,15 +45,24 @@ class Row:
     gold: list[int]
 
 
-def check_arms(arms: Sequence[str], tuned: Sequence[str] = ()) -> None:
+def check_arms(arms: Sequence[str], tuned: Sequence[str] = (), prompt_tokens: int = 0) -> None:
     """Refuses unknown arms before anything is compiled.
 
+    Args:
+      prompt_tokens: of the compressor's own soft prompt, for the arms that borrow it.
+
     Raises:
-      ConfigError: an arm that does not exist, or a tuned arm of a trained compressor.
+      ConfigError: an arm that does not exist, a tuned arm of a trained compressor, or an arm that
+        borrows a prompt which is not there or its own already.
     """
     for arm in (*arms, *tuned):
-        if arm.removesuffix(TUNED) not in baselines.ARMS:
+        if base_arm(arm) not in baselines.ARMS:
             raise ConfigError(f"eval.arms: unknown arm {arm!r}; known: {', '.join(baselines.ARMS)}")
+        if arm.endswith(PROMPTED):
+            if not prompt_tokens:
+                raise ConfigError(f"eval.arms: {arm!r} borrows a prompt: set model.prompt_tokens")
+            if base_arm(arm) in baselines.LATENT_ARMS:
+                raise ConfigError(f"eval.arms: {base_arm(arm)!r} has the prompt already")
     for arm in tuned:
         if arm in baselines.LATENT_ARMS:
             raise ConfigError(f"eval.tuned: {arm!r} has trained parts already; name text arms")
@@ -133,6 +142,7 @@ def evaluate_qa(
     segment: int = 64,
     seed: int = 0,
     task: str | None = "answer",
+    rebuild_task: str | None = "reconstruct",
     tuned: Mapping[str, Float[Array, "n d"]] | None = None,
     name: str = "squad",
     score: bool = True,
@@ -145,7 +155,8 @@ def evaluate_qa(
       reader: the frozen LLM.
       latents: the trained compressor (None if no latent arm is asked for).
       examples: questions.
-      arms: of `baselines.ARMS`; with ``_tuned`` for those that have a soft prompt in ``tuned``.
+      arms: of `baselines.ARMS`; with ``_tuned`` for those that have a soft prompt in ``tuned``,
+        with ``_prompted`` for those that borrow the compressor's.
       builder: the one prompt builder of training and evaluation.
       ratio: context tokens per latent, and per slot of the budgeted arms.
       max_context: longest passage in tokens; questions on longer ones are left out and counted.
@@ -154,6 +165,7 @@ def evaluate_qa(
       segment: contexts are padded to multiples of this (the compressor's segment).
       seed: of the random arms and the intervals.
       task: which learned task embedding follows the latents; None for none.
+      rebuild_task: the same where the text is rebuilt first.
       tuned: ``{arm: soft prompt}`` of the tuned controls, put before the question.
       name: prefix of the metrics.
       sink: token that every arm gets first, outside its budget (`sink`).
@@ -167,7 +179,8 @@ def evaluate_qa(
     """
     tuned = dict(tuned or {})
     arms = [*arms, *(a + TUNED for a in tuned if a + TUNED not in arms)]
-    check_arms(arms)
+    own_prompt = task_embedding(latents, "latent", task, 1)
+    check_arms(arms, (), 0 if own_prompt is None else own_prompt.shape[1])
     missing = [a for a in arms if a.endswith(TUNED) and a.removesuffix(TUNED) not in tuned]
     if missing:
         raise ConfigError(
@@ -187,6 +200,7 @@ def evaluate_qa(
     context_widths = batch_widths(lengths, segment)
     size = reader.config.hidden_size
     leads = {a: tuned[a.removesuffix(TUNED)] for a in arms if a.endswith(TUNED)}
+    leads |= {a: own_prompt[0] for a in arms if a.endswith(PROMPTED)}
     for arm in arms:
         if (task_lead := task_embedding(latents, arm, task, 1)) is not None:
             leads[arm] = task_lead[0]
@@ -204,15 +218,20 @@ def evaluate_qa(
         prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
-        if any(a.removesuffix(TUNED) in baselines.CACHED for a in arms):
+        bases = {base_arm(a) for a in arms}
+        if bases & baselines.CACHED:
             cache = prefill(reader.decoder, reader.params, *own, first)
-        if set(arms) & {"latent", "scrambled", "zero"} and latents is not None:
+        if bases & {"latent", "scrambled", "zero", baselines.REBUILT} and latents is not None:
             wire = baselines.encode(latents, *own)
+        if baselines.REBUILT in bases:
+            again = rebuild(reader, latents, wire, segment, ratio, rebuild_task)
         for arm in arms:
-            base = arm.removesuffix(TUNED)
+            base = base_arm(arm)
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
             if base == "shuffled":
                 shown, sent = texts(partner[at]), None
+            if base == baselines.REBUILT:
+                shown = again
             given = baselines.build(
                 base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),
                 ratio=ratio, context=cache if base in baselines.CACHED else None,

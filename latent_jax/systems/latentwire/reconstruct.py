@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
@@ -15,6 +16,7 @@ from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.given import Asked
+from latent_jax.systems.latentwire.model import Wire, num_latents
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.scoring import (
     Progress,
@@ -112,6 +114,44 @@ def evaluate_ae(
     for arm in arms:
         _report_ae(out, name, "" if arm == "latent" else f".{arm}", scores[arm], seed)
     return out, _ae_samples(reader.tokenizer, segments, rebuilt, scores, min(samples, n))
+
+
+def rebuild(
+    reader: Backbone,
+    latents: Compressed,
+    wire: Wire,
+    segment: int,
+    ratio: float,
+    task: str | None = "reconstruct",
+) -> tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
+    """Greedy reconstructions of a wire, as many tokens as each text had, right-padded.
+
+    Args:
+      segment: tokens compressed at once; each segment is rebuilt alone, at the positions that it
+        was compressed at.
+      ratio: tokens per latent.
+      task: the learned task embedding after the latents; None for none.
+    """
+    b, total, _ = wire.z.shape
+    n = max(1, total // num_latents(segment, ratio))
+    start = np.arange(n) * segment
+    parts = Wire(
+        wire.z.reshape(b * n, total // n, -1),
+        wire.mask.reshape(b * n, -1),
+        (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
+        jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
+    )
+    rows = np.arange(b * n, dtype=np.int32)
+    empty = np.zeros((b * n, 0), np.int32), np.zeros((b * n, 0), bool)
+    given = baselines.latent_given(
+        "latent", reader.decoder, reader.params, latents, parts, rows, jax.random.key(0)
+    )
+    lead = task_embedding(latents, "latent", task, b * n)
+    length = np.asarray(wire.length)
+    # A text that fills no segment has fewer places than one.
+    each = segment if n > 1 else min(segment, int(length.max()))
+    ids, _ = decode(reader, Asked(given, *empty, lead), each, ())
+    return ids.reshape(b, n * each), np.arange(n * each) < length[:, None]
 
 
 def _neighbours(

@@ -49,6 +49,7 @@ def final_evaluation(
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
             seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
             task="answer" if "answer" in wire.tasks else None,
+            rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None,
         )  # fmt: skip
         metrics |= found
         samples += rows

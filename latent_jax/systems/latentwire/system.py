@@ -65,7 +65,7 @@ class LatentWireSystem:
     )
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
-        check_arms(config.eval.arms, config.eval.tuned)
+        check_arms(config.eval.arms, config.eval.tuned, config.model.prompt_tokens)
         self.config = config
         self.backbone = backbone or backbones.load(
             config.backbone.name, dtype=jnp.dtype(config.backbone.dtype)

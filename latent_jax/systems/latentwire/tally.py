@@ -11,6 +11,15 @@ from latent_jax.ops.bootstrap import difference_interval, mean_interval, ratio_i
 from latent_jax.systems.latentwire import metrics
 
 TUNED = "_tuned"
+#: Text before the compressor's own soft prompt, which was trained on raw text.
+PROMPTED = "_prompted"
+
+
+def base_arm(arm: str) -> str:
+    """What stands for the text in an arm, whatever soft prompt follows."""
+    return arm.removesuffix(TUNED).removesuffix(PROMPTED)
+
+
 #: Arms that ought to be beaten by a margin rather than matched by a share.
 CONTROLS = ("no_context", "shuffled", "scrambled", "zero")
 
@@ -59,7 +68,7 @@ def compare(out: dict[str, Any], name: str, table: Mapping[str, ArmScores], seed
     ours = table["latent"].values["f1"]
     for arm, scores in table.items():
         theirs = scores.values["f1"]
-        if arm.removesuffix(TUNED) in CONTROLS:
+        if base_arm(arm) in CONTROLS:
             out[f"{name}.f1_gain.{arm}"] = float(ours.mean() - theirs.mean())
             out[f"{name}.f1_gain.{arm}.ci95"] = list(difference_interval(ours, theirs, seed=seed))
         elif arm != "latent" and theirs.any():

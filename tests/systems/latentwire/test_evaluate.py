@@ -12,12 +12,13 @@ from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import evaluate
+from latent_jax.systems.latentwire import baselines, evaluate
 from latent_jax.systems.latentwire.baselines import Latents
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.evaluate import Row
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
+from latent_jax.systems.latentwire.reconstruct import rebuild
 from latent_jax.systems.latentwire.scoring import batch_widths, score_answers
 
 SEGMENT = 16
@@ -100,6 +101,43 @@ def test_what_is_decoded_is_what_is_scored():
     assert out["squad.em.full_text"] == 1.0 and "squad.nll.full_text" not in out
 
 
+def test_a_long_text_is_rebuilt_segment_by_segment():
+    ids = np.random.default_rng(0).integers(97, 122, (2, 2 * SEGMENT)).astype(np.int32)
+    mask = np.arange(2 * SEGMENT) < np.array([[2 * SEGMENT], [SEGMENT - 3]])
+    long = baselines.encode(latents(), ids, mask)
+    whole, real = rebuild(reader(), latents(), long, SEGMENT, 4.0)
+    np.testing.assert_array_equal(real, mask)
+    apart = baselines.encode(latents(), ids[0].reshape(2, SEGMENT), np.ones((2, SEGMENT), bool))
+    parts, _ = rebuild(reader(), latents(), apart, SEGMENT, 4.0)
+    np.testing.assert_array_equal(whole[0], parts.reshape(-1))
+
+
+def test_a_rebuilt_text_is_read_as_text(monkeypatch):
+    """Rebuilt without a fault it is the full text, with or without a soft prompt."""
+
+    def perfect(reader, latents, wire, *_):
+        return texts[tuple(np.asarray(wire.length).tolist())]
+
+    texts, real = {}, baselines.encode
+
+    def remember(latents, ids, mask):
+        texts[tuple(np.asarray(mask).sum(1).tolist())] = (np.asarray(ids), np.asarray(mask))
+        return real(latents, ids, mask)
+
+    monkeypatch.setattr(baselines, "encode", remember)
+    monkeypatch.setattr(evaluate, "rebuild", perfect)
+    arms = ("full_text", "rebuilt", "full_text_prompted", "rebuilt_prompted")
+    out, samples = qa(arms)
+    for metric in ("nll", "f1"):
+        for suffix in ("", "_prompted"):
+            np.testing.assert_allclose(
+                out[f"squad.{metric}.rebuilt{suffix}"], out[f"squad.{metric}.full_text{suffix}"],
+                rtol=1e-5,
+            )  # fmt: skip
+    assert out["squad.nll.full_text"] != out["squad.nll.full_text_prompted"]
+    assert all(s["predictions"]["rebuilt"] == s["predictions"]["full_text"] for s in samples)
+
+
 def test_shuffled_never_uses_the_same_passage():
     passages = ["a", "b", "a", "c", "a", "a", "b"] * 5
     rows = [Row(QAExample(str(i), "", p, "", ("",)), [1], [1], [1]) for i, p in enumerate(passages)]
@@ -120,6 +158,10 @@ def test_bad_requests_are_one_clear_line():
         qa(("full_text",), max_context=2)
     with pytest.raises(ConfigError, match="trained parts"):
         evaluate.check_arms((), ("latent",))
+    with pytest.raises(ConfigError, match="set model.prompt_tokens"):
+        evaluate.check_arms(("full_text_prompted",))
+    with pytest.raises(ConfigError, match="'latent' has the prompt already"):
+        evaluate.check_arms(("latent_prompted",), (), 4)
 
 
 def test_reconstruction_metrics_and_samples():
