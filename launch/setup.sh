@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: puts the project's virtual environment on PATH, making it if missing.
 #
 #   latent_jax_setup EXTRAS     e.g. latent_jax_setup dev

@@ -6,7 +6,7 @@
 #   MARK="" bash launch/test.sh             the slow tests too
 #   WORKERS=1 bash launch/test.sh           one process (two by default: compiling uses one core)
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 . launch/setup.sh
 latent_jax_setup dev || exit $?
 

@@ -1,0 +1,76 @@
+"""Launch scripts: what they would start, and what they refuse. Nothing is started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+def start(script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "JAX_", "TPU"))}
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *arguments],
+        env=keep | env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+def test_processes_share_a_coordinator_and_differ_in_their_number():
+    found = start("cpu_processes.sh", "--dry-run", "3", "train", "CONFIG", PORT="4321")
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and len(lines) == 3
+    for index, line in enumerate(lines):
+        assert "JAX_COORDINATOR_ADDRESS=127.0.0.1:4321" in line and "JAX_NUM_PROCESSES=3" in line
+        assert f"JAX_PROCESS_ID={index} latent-jax train CONFIG" in line
+
+
+def test_slurm_has_a_process_per_gpu_or_per_node_and_an_array_of_seeds():
+    arguments = ("--dry-run", "train", "CONFIG", "--out", "runs/x")
+    gpu = start("slurm.sbatch", *arguments, SLURM_SUBMIT_DIR=str(LAUNCH.parent))
+    assert gpu.stdout.split() == [
+        "LATENT_JAX_DISTRIBUTED=slurm", "srun", "--kill-on-bad-exit=1", "--gpu-bind=none",
+        "latent-jax", "train", "CONFIG", "--out", "runs/x",
+    ]  # fmt: skip
+    node = start("slurm.sbatch", *arguments, LAYOUT="node")
+    assert "--gpu-bind" not in node.stdout
+    third = start("slurm.sbatch", *arguments, SLURM_ARRAY_TASK_ID="3")
+    assert third.stdout.rstrip().endswith("--out runs/x_seed3 --seed 3")
+    text = (LAUNCH / "slurm.sbatch").read_text()
+    assert "#SBATCH --requeue" in text and "-eq 75" in text
+
+
+def test_a_pod_runs_one_commit_on_all_workers():
+    found = start("tpu_pod.sh", "--dry-run", "train", "a b", TPU="pod", ZONE="z",
+                  REPO="https://example.org/x.git", REF="abc")  # fmt: skip
+    assert found.returncode == 0
+    for part in ("--worker=all", "checkout -q --detach abc", "LATENT_JAX_DISTRIBUTED=tpu"):
+        assert part in found.stdout
+
+
+@pytest.mark.parametrize(
+    "script, arguments, env",
+    [
+        ("cpu_processes.sh", ("two", "train"), {}),
+        ("cpu_processes.sh", ("2",), {}),
+        ("slurm.sbatch", (), {}),
+        ("slurm.sbatch", ("train", "CONFIG"), {"SLURM_ARRAY_TASK_ID": "1"}),
+        ("tpu_pod.sh", ("train",), {}),
+    ],
+)
+def test_a_wrong_call_is_refused(script, arguments, env):
+    found = start(script, *arguments, **env)
+    assert found.returncode == 2
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_a_mistake_in_the_input_ends_the_job_set():
+    text = (LAUNCH / "gke_jobset.yaml").read_text()
+    spec = yaml.safe_load(text.replace("${ARGS}", '["train", "CONFIG"]'))["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert job["template"]["spec"]["containers"][0]["args"] == ["train", "CONFIG"]
