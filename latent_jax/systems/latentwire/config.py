@@ -28,6 +28,10 @@ class EncoderConfig:
         help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
         "linear combination of its span's keys and values; both: their (gated) sum",
     )
+    pool_start: Literal["mean", "stagger"] = field(
+        default="mean", help="pooled slots start as the mean of their span, or with each head of "
+        "each layer keeping one token of it as it is",
+    )  # fmt: skip
     output: Literal["kv", "hidden"] = field(
         default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
     )

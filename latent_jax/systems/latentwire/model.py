@@ -92,7 +92,7 @@ class Compressor(nn.Module):
         c, r = self.config, self.reader
         self.body = Decoder(r, remat=c.remat, parent=None)
         if c.encoder.slots != "memory":
-            self.pool = KVPool(r, c.ratio)
+            self.pool = KVPool(r, c.ratio, c.encoder.pool_start)
         if c.encoder.slots == "both":
             # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
             self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))

@@ -47,17 +47,18 @@ class KVPool(nn.Module):
 
     In layer ``l`` slot ``j`` gets ``sum_i k[l, token i of span j] @ W_k[l, i]`` and the same with
     values. Keys are taken and given in the frame of the slot's position, so that one set of maps
-    serves every span. The maps start as the mean over the span, which keeps a slot where the
-    reader's queries look; nothing deeper than one matrix product lies between loss and maps, so
+    serves every span. Nothing deeper than one matrix product lies between loss and maps, so
     they learn several times faster than slots that have to run through the LLM's layers.
 
     Attributes:
       reader: architecture of the frozen LLM.
       ratio: tokens per slot.
+      start: ``mean`` or ``stagger``.
     """
 
     reader: DecoderConfig
     ratio: float
+    start: str = "mean"
 
     @nn.compact
     def __call__(self, text: KV, valid: Bool[Array, "b m"], positions: Int[Array, "b m"]) -> KV:
@@ -75,11 +76,15 @@ class KVPool(nn.Module):
         real = cut.mask[None, :, :, None, None]
         places = jnp.repeat(positions.reshape(-1, 1), n, axis=1)
 
-        def mean(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
-            return jnp.broadcast_to(jnp.eye(size, dtype=dtype) / n, shape)
+        def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+            share = jnp.full((layers, n, heads), 1 / n, dtype)
+            if self.start == "stagger":
+                kept = (jnp.arange(layers)[:, None] + jnp.arange(heads)) % n
+                share = jax.nn.one_hot(kept, n, axis=1, dtype=dtype)
+            return jnp.repeat(share, width, axis=-1)[..., None, :] * jnp.eye(size, dtype=dtype)
 
         def pooled(x: Float[Array, "l bm n g d"], name: str) -> Float[Array, "l b m g d"]:
-            maps = self.param(name, mean, (layers, n, size, size)).astype(x.dtype)
+            maps = self.param(name, init, (layers, n, size, size)).astype(x.dtype)
             x = (x * real).reshape(layers, b, m, n, size)
             return jnp.einsum("lbmni,lnio->lbmo", x, maps).reshape(layers, b, m, heads, width)
 
