@@ -181,6 +181,8 @@ def evaluate_qa(
     arms = [*arms, *(a + TUNED for a in tuned if a + TUNED not in arms)]
     own_prompt = task_embedding(latents, "latent", task, 1)
     check_arms(arms, (), 0 if own_prompt is None else own_prompt.shape[1])
+    # What was rebuilt is read as text is.
+    tuned |= {baselines.REBUILT: tuned["full_text"]} if "full_text" in tuned else {}
     missing = [a for a in arms if a.endswith(TUNED) and a.removesuffix(TUNED) not in tuned]
     if missing:
         raise ConfigError(

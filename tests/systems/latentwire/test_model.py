@@ -127,7 +127,7 @@ def test_gradient_reaches_every_trainable_part_and_no_frozen_one(compressor, rea
     def loss(params):
         _, shown = prefix(params, *texts)
         lead = model.apply({"params": params}, jnp.arange(3), method="lead")
-        hidden = read(body, reader, shown, lead, jnp.ones((3, 1), bool))
+        hidden = read(body, reader, shown, lead, jnp.ones((3, 1), bool)).hidden
         nll, _ = token_cross_entropy(body, reader, hidden, texts[0][:, :1])
         return nll.sum()
 
@@ -201,7 +201,7 @@ def test_pooling_one_token_per_slot_is_the_cache_itself(reader, texts):
     wire = model.apply({"params": params}, reader, ids, mask, method="compress")
     prefix = model.apply({"params": params}, wire, method="prefix")
     prompt = jax.random.normal(jax.random.key(2), (3, 2, READER.hidden_size))
-    ours = read(body, reader, prefix, prompt, jnp.ones((3, 2), bool))
+    ours = read(body, reader, prefix, prompt, jnp.ones((3, 2), bool)).hidden
     embed = functools.partial(body.apply, {"params": reader}, method="embed")
     for i, n in enumerate(mask.sum(1).tolist()):
         tokens = jnp.concatenate([jnp.array([1]), ids[i, :n]])[None]
@@ -227,3 +227,20 @@ def test_pooled_slots_keep_spans_apart(reader, texts):
         for slot, (begin, end) in enumerate(spans):
             expected = kv.v[:, 0, begin:end].sum(1) / np.ceil(ratio)
             np.testing.assert_allclose(out.v[:, 0, slot], expected, atol=1e-5)
+
+
+def test_staggered_slots_keep_one_token_per_head(reader, texts):
+    """Keys as well: they keep their token's rotation, wherever the slot stands."""
+    kv = Decoder(READER).apply(
+        {"params": reader}, jax.random.normal(jax.random.key(0), (3, 16, READER.hidden_size))
+    ).kv
+    args = kv, jnp.ones((3, 4), bool), jnp.broadcast_to(jnp.arange(4) * 4 + 1, (3, 4))
+    pool = KVPool(READER, 4.0, "stagger")
+    out, _ = jax.jit(pool.init_with_output)(jax.random.key(0), *args)
+    for layer in range(READER.num_layers):
+        for head in range(READER.num_kv_heads):
+            kept = slice((layer + head) % 4, None, 4)
+            for mine, text in ((out.k, kv.k), (out.v, kv.v)):
+                np.testing.assert_allclose(
+                    mine[layer, :, :, head], text[layer, :, kept, head], atol=1e-5
+                )
