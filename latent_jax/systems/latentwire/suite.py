@@ -88,7 +88,7 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:
     """Compresses one text, rebuilds it from its latents alone, and asks about it."""
-    z = wire.compress(text)
+    z = wire.encode(text)
     ids = wire.builder.context_ids(text)
     rebuilt = wire.rebuild_ids(z)[0]
     right = float(np.mean(np.asarray(ids) == np.asarray(rebuilt)))
