@@ -32,6 +32,9 @@ from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
 from latent_jax.systems.latentwire.wire import Origin, is_wire, read_bytes, read_header, unpack
 
+#: What asks for a text of a compressor that was never trained to rebuild one.
+AGAIN = "\nThe same text again:\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentWire:
@@ -282,9 +285,11 @@ class LatentWire:
             (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
             jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
         )
-        empty = np.zeros((b * n, 0), np.int32), np.zeros((b * n, 0), bool)
+        # Where no embedding was trained to ask for the text, words do.
+        asking = [] if "reconstruct" in self.tasks else self.backbone.tokenizer.encode(AGAIN)
+        prompt = pad_rows([asking] * (b * n), len(asking), self.builder.pad_id)
         lengths = np.asarray(parts.length)
-        ids, _ = self._decode(parts, "reconstruct", empty, int(lengths.max()), ())
+        ids, _ = self._decode(parts, "reconstruct", prompt, int(lengths.max()), ())
         rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
         return [sum(rows[i * n : (i + 1) * n], []) for i in range(b)]
 

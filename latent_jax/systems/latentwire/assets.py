@@ -196,6 +196,11 @@ def _directory(name: str | Path) -> Path | None:
     return next((p for p in candidates if (p / WEIGHTS).is_file()), None)
 
 
+def is_compressor(name: str | Path) -> bool:
+    """Whether a packaged or exported compressor has that name."""
+    return _directory(name) is not None
+
+
 def read_compressor(name: str | Path) -> Stored:
     """Loads a compressor by packaged name, exported directory or run directory.
 
@@ -207,14 +212,19 @@ def read_compressor(name: str | Path) -> Stored:
     if (Path(name) / "checkpoints").is_dir():
         from latent_jax.train.checkpoints import load_variables
 
+        tree = read_yaml(Path(name) / "config.yaml")
+        if tree.get("system") != "latentwire":
+            raise CheckpointError(
+                f"{name}: a run of the system {tree.get('system')!r}, which compresses no text"
+            )
+        run = parse(LatentWireRun, tree, str(name))
         variables, _ = load_variables(name)
-        run = parse(LatentWireRun, read_yaml(Path(name) / "config.yaml"), str(name))
         reader = {"name": run.backbone.name, "sha256": ""}
         tasks = trained_tasks(run)
         return Stored(run.model, variables["params"], reader, tasks, {}, run.prompt)
     raise CheckpointError(
-        f"model.start={name}: no packaged compressor ({', '.join(packaged()) or 'none'}), "
-        f"no directory with {WEIGHTS}, no run with checkpoints"
+        f"{name}: no packaged compressor ({', '.join(packaged()) or 'none'}), no directory with "
+        f"{WEIGHTS}, no run with checkpoints"
     )
 
 
