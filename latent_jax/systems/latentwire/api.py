@@ -24,6 +24,7 @@ from latent_jax.core.errors import CheckpointError, DataError, WireError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
@@ -166,7 +167,11 @@ class LatentWire:
             )
 
     def _compress(self, latents: Compressed, texts: str | Sequence[str], segment: int) -> Wire:
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids, mask = self._padded([texts] if isinstance(texts, str) else list(texts), segment)
+        return compress_ids(latents, jnp.asarray(ids), jnp.asarray(mask))
+
+    def _padded(self, texts: Sequence[str], segment: int | None = None) -> Any:
+        """Token ids and mask of texts, checked, in a static width."""
         if not texts:
             raise DataError("no text was given: there is nothing to compress")
         rows = [self.builder.context_ids(t) for t in texts]
@@ -179,25 +184,20 @@ class LatentWire:
                     f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: "
                     "split it"
                 )
-        width = context_width(max(map(len, rows)), segment)
-        ids, mask = pad_rows(rows, width, self.builder.pad_id)
-        return compress_ids(latents, jnp.asarray(ids), jnp.asarray(mask))
+        width = context_width(max(map(len, rows)), segment or self.config.segment)
+        return pad_rows(rows, width, self.builder.pad_id)
 
     def fit_centre(self, texts: Sequence[str], batch_size: int = 8) -> LatentWire:
         """The same with the mean latent of some texts as its centre, which integer wires take off.
 
         Most of a key is the same in every text; without that part, few bits go much further.
         """
-        total, count = np.zeros(self.width), 0
-        for start in range(0, len(texts), batch_size):
-            part = list(texts[start : start + batch_size])
-            wire = self.encode(part + part[:1] * (batch_size - len(part)))
-            mask = np.asarray(wire.mask) & (np.arange(batch_size) < len(part))[:, None]
-            total += np.asarray(wire.z, np.float64)[mask].sum(0)
-            count += int(mask.sum())
-        if not count:
+        texts = list(texts)
+        batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        centre = mean_latent(self.latents, map(self._padded, batches))
+        if centre is None:
             raise DataError("no text was given to fit a centre to")
-        return dataclasses.replace(self, centre=(total / count).astype(np.float32))
+        return dataclasses.replace(self, centre=centre)
 
     def unpack(self, data: bytes, name: str = "wire") -> Message:
         """Reads `Message.pack`'s bytes.

@@ -19,12 +19,14 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.backbones.tokenizer import ByteTokenizer
-from latent_jax.core.errors import CheckpointError, DataError, WireError
+from latent_jax.core.errors import CheckpointError, ConfigError, DataError, WireError
 from latent_jax.ops.wire import FORMATS, round_trip, sizes
 from latent_jax.systems.latentwire import wire as files
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import CENTRE, save_centre, save_compressor
-from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.baselines import encode
+from latent_jax.systems.latentwire.bits import Rounded, report
+from latent_jax.systems.latentwire.config import EncoderConfig, EvalConfig, ModelConfig
 from latent_jax.systems.latentwire.model import Compressor, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
 
@@ -214,6 +216,27 @@ def test_the_centre_is_the_mean_and_few_bits_go_further_with_it():
     assert sent.size("int4")[1:] == plain.size("int4")[1:]
 
 
+def test_the_evaluation_rounds_as_the_wire_does():
+    wire = compressor().fit_centre(TEXTS)
+    z = wire.compress(TEXTS)
+    ids, mask = wire._padded(TEXTS)
+    for form in ("int4", "bf16"):
+        rounded = Rounded(wire.latents, jnp.asarray(wire.centre), form)
+        seen = encode(rounded, jnp.asarray(ids), jnp.asarray(mask))
+        np.testing.assert_allclose(real(seen), real(wire.unpack(z.pack(form))), atol=1e-6)
+
+
+def test_scores_against_bits():
+    found = {"squad.f1.latent": 0.4, "squad.f1.latent.ci95": [0.1, 0.7], "ae.nll": 2.0}
+    scores = {"fp32": (found, [1.0, 0.0, 0.5]), "int4": (found | {"ae.nll": 3.0}, [1.0, 0.0, 0.2])}
+    out = report(100, 4.0, scores, [1.0, 0.0, 0.5])
+    assert out["wire.fp32.bytes_per_token"] == 100 and out["wire.int4.bytes_per_token"] == 54 / 4
+    assert out["wire.int4.nll"] == 3.0 and out["wire.int4.f1.ci95"] == [0.1, 0.7]
+    assert out["wire.fp32.f1_loss"] == 0 and out["wire.int4.f1_loss"] == pytest.approx(0.1)
+    low, high = out["wire.int4.f1_loss.ci95"]
+    assert low <= 0.1 <= high
+
+
 @pytest.mark.parametrize("ratio", [2, 8])
 def test_ratio_is_honoured_exactly(ratio):
     z = compressor().compress(TEXTS, ratio=ratio)
@@ -239,6 +262,11 @@ def test_ratios_that_cannot_be_honoured_state_what_is_possible():
     with pytest.raises(DataError, match="at least 1 token"):
         compressor().compress(TEXTS, ratio=0.5)
     assert compressor(slots="both").compress(TEXTS, ratio=4).latents == [5, 1, 2]
+
+
+def test_unknown_formats_are_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match="wire_bits: unknown .'int5'.; allowed: fp32"):
+        EvalConfig(wire_bits=("int8", "int5")).validate()
 
 
 def test_questions_are_paired_with_texts():
