@@ -136,7 +136,9 @@ def ask(
 
 @app.command()
 def compress(
-    run: Annotated[str, typer.Argument(help="Packaged compressor, its directory, or a run.")],
+    run: Annotated[str, typer.Argument(
+        help="Packaged compressor, its directory, a run, or without training smollm2:kv_stride."
+    )],
     text: Annotated[list[str], typer.Option(help="Text file, - for standard input; repeatable.")],
     out: Annotated[str, typer.Option(help="File to write.")],
     bits: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int6 or int4.")] = "fp32",

@@ -15,6 +15,7 @@ from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import is_compressor
 from latent_jax.systems.latentwire.cost import cost
 from latent_jax.systems.latentwire.message import Message
+from latent_jax.systems.latentwire.training_free import METHODS
 from latent_jax.systems.latentwire.wire import check_form, is_wire, read_bytes, read_header
 
 
@@ -68,7 +69,7 @@ def ask(
         if texts:
             raise ConfigError(f"--text: {target} is a stored wire and holds its text already")
         wire, z = _open(target, compressor)
-    elif is_compressor(target) and texts:
+    elif (is_compressor(target) or _training_free(target)) and texts:
         wire = _load(target)
         z = wire.compress([read_text(path) for path in texts])
     else:
@@ -93,18 +94,26 @@ def _some(values: Sequence[int], most: int = 8) -> str:
 
 
 def _load(name: str) -> LatentWire:
-    """A packaged or exported compressor, or a run, of ``runs/`` too."""
+    """A packaged or exported compressor, a run (of ``runs/`` too), or ``reader:method``."""
+    if _training_free(name):
+        reader, _, method = name.rpartition(":")
+        return LatentWire.training_free(reader, method)
     inside = Path("runs") / name
     if not is_compressor(name) and not Path(name).exists() and inside.is_dir():
         name = str(inside)
     return LatentWire.load(name)
 
 
+def _training_free(name: str) -> bool:
+    return name.rpartition(":")[2] in METHODS and not Path(name).exists()
+
+
 def _open(path: str, compressor: str | None) -> tuple[Any, Message]:
     """A stored wire with the compressor that it names, or another that is told."""
     header, _ = read_header(read_bytes(path), path)
     name = compressor or header.origin.encoder
-    if compressor is None and not (is_compressor(name) or Path(name).exists()):
+    known = is_compressor(name) or _training_free(name) or Path(name).exists()
+    if compressor is None and not known:
         raise WireError(
             f"{path}: made by {name or 'a compressor without a name'} for {header.origin.reader}, "
             "which is not here; name its compressor with --compressor"

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from latent_jax import backbones
 from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.config import parse, to_dict
@@ -29,8 +30,9 @@ from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
-from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
+from latent_jax.systems.latentwire.training_free import Selected, model_config
 from latent_jax.systems.latentwire.wire import Origin, is_wire, read_bytes, read_header, unpack
 
 #: What asks for a text of a compressor that was never trained to rebuild one.
@@ -49,6 +51,7 @@ class LatentWire:
       tasks: what its task embeddings were trained for; another task goes without one.
       name: what it was loaded as.
       centre: mean latent of its training texts, if known.
+      method: of a compressor without training, else None.
 
     Example:
       >>> wire = LatentWire.load("smollm2-4x")  # doctest: +SKIP
@@ -65,6 +68,7 @@ class LatentWire:
     tasks: tuple[str, ...] = TASKS
     name: str = ""
     centre: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    method: str | None = None
 
     @classmethod
     def load(cls, name: str | Path, backbone: backbones.Backbone | None = None) -> LatentWire:
@@ -88,6 +92,34 @@ class LatentWire:
             backbone, stored.config, params, builder, stored.tasks, str(name), stored.centre
         )
 
+    @classmethod
+    def training_free(
+        cls,
+        reader: str | Path | backbones.Backbone = "smollm2",
+        method: str = "kv_stride",
+        ratio: float = 4.0,
+        segment: int = 512,
+    ) -> LatentWire:
+        """A compressor that needs no training, behind the same methods.
+
+        Args:
+          reader: the LLM, or what `backbones.load` takes.
+          method: ``kv_stride`` (every n-th entry of a frozen prefill), ``kv_topk`` (those with most
+            attention from the text's end, per head), ``mean_pool`` (mean embeddings as soft
+            tokens) or ``pca``.
+          ratio: tokens per latent.
+          segment: longest text compressed at once, tokens.
+
+        Raises:
+          ConfigError: an unknown method, or a ratio out of range.
+          BackboneError: the LLM cannot be loaded.
+        """
+        config = model_config(method, ratio, segment)
+        if not isinstance(reader, backbones.Backbone):
+            reader = backbones.load(reader)
+        builder = PromptBuilder(reader.tokenizer, PromptConfig())
+        return cls(reader, config, {}, builder, (), f"{reader.name}:{method}", method=method)
+
     @property
     def width(self) -> int:
         """Numbers per latent."""
@@ -103,7 +135,8 @@ class LatentWire:
     @property
     def latents(self) -> baselines.Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
-        model = Compressor(self.config, self.backbone.config, self.sink)
+        shape = self.config, self.backbone.config, self.sink
+        model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
         return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
 
     @functools.cached_property
@@ -111,7 +144,7 @@ class LatentWire:
         """Who writes its wires: they are read by the same configuration and weights only."""
         shape = to_dict(dataclasses.replace(self.config, start=None, remat=False))
         shape = to_dict(parse(ModelConfig, shape))  # a ratio of 4 is one of 4.0
-        digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256]).encode())
+        digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
         flat = trees.flatten(self.params)
         if self.centre is not None:
             flat["centre"] = self.centre
@@ -128,7 +161,7 @@ class LatentWire:
         Args:
           texts: one text, or several as one batch.
           ratio: tokens per latent, ``M = ceil(T / ratio)`` exactly; None takes the compressor's.
-            Only memory slots can be put at another ratio than they were trained for.
+            Only memory slots, and methods without training, can be put at another.
 
         Raises:
           DataError: an empty text, one longer than the LLM's context, or a ratio that this
@@ -159,7 +192,7 @@ class LatentWire:
         c = self.config
         if not ratio >= 1:
             raise DataError(f"ratio {ratio:g}: a latent stands for at least 1 token")
-        if c.encoder.slots != "memory":
+        if c.encoder.slots != "memory" and self.method is None:
             raise DataError(
                 f"ratio {ratio:g}: {self.name or 'this compressor'} was trained at {c.ratio:g} "
                 f"tokens per latent (M = ceil(T / {c.ratio:g})) and its slots have no other; "
@@ -184,7 +217,10 @@ class LatentWire:
                     f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: "
                     "split it"
                 )
-        width = context_width(max(map(len, rows)), segment or self.config.segment)
+        longest, segment = max(map(len, rows)), segment or self.config.segment
+        width = min(segment, bucket(longest, 64))
+        if longest > segment:
+            width = context_width(longest, segment)
         return pad_rows(rows, width, self.builder.pad_id)
 
     def fit_centre(self, texts: Sequence[str], batch_size: int = 8) -> LatentWire:

@@ -206,6 +206,9 @@ class EvalConfig:
     max_new_tokens: int = field(default=16, ge=1, help="longest answer, tokens")
     batch_size: int = field(default=16, ge=1, help="rows at once")
     quick_segments: int = field(default=32, ge=0, help="segments of the evaluation while training")
+    cramming_steps: int = field(
+        default=200, ge=1, help="steps of the arm cramming, for questions and segments alike"
+    )
     wire_bits: tuple[str, ...] = field(
         default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
     )

@@ -92,6 +92,9 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     text = "".join(texts).encode()
     slots = [0] * len(latents) if wire.config.encoder.slots == "pooled" else latents
     soft = wire.config.adapter.kind == "soft"
+    read = lengths
+    if wire.method is not None and soft:  # embeddings only: no layer runs
+        read = slots = [0] * len(latents)
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
         sum(lengths) * per_token, sum(latents) * per_token,
@@ -99,6 +102,6 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
         latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
         encode_flops=sum(
             prefill_flops(reader, n) + prefill_flops(reader, m, n)
-            for n, m in zip(lengths, slots, strict=True)
+            for n, m in zip(read, slots, strict=True)
         ),
     )  # fmt: skip

@@ -17,6 +17,7 @@ from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
@@ -137,6 +138,7 @@ def evaluate_qa(
     name: str = "squad",
     score: bool = True,
     sink: int | None = None,
+    cramming_steps: int = 200,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -157,6 +159,7 @@ def evaluate_qa(
       tuned: ``{arm: soft prompt}`` of the tuned controls, put before the question.
       name: prefix of the metrics.
       sink: token that every arm gets first, outside its budget (`sink`).
+      cramming_steps: of the arm ``cramming``.
       score: also compute teacher-forced NLL and first-token ranks.
       progress: called after every arm of every batch.
 
@@ -206,13 +209,15 @@ def evaluate_qa(
         own, cache, wire = texts(at), None, None
         if any(a.removesuffix(TUNED) in baselines.CACHED for a in arms):
             cache = prefill(reader.decoder, reader.params, *own, first)
-        if set(arms) & {"latent", "scrambled", "zero"} and latents is not None:
+        if set(arms) & {"latent", "cramming", "scrambled", "zero"} and latents is not None:
             wire = baselines.encode(latents, *own)
         for arm in arms:
             base = arm.removesuffix(TUNED)
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
             if base == "shuffled":
                 shown, sent = texts(partner[at]), None
+            elif base == "cramming":
+                sent = cram(reader.decoder, reader.params, latents, wire, *own, cramming_steps)
             given = baselines.build(
                 base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),
                 ratio=ratio, context=cache if base in baselines.CACHED else None,

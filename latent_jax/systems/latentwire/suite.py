@@ -37,6 +37,8 @@ def final_evaluation(
             wire.backbone, wire.latents, system.eval_data()[: e.segments],
             task="reconstruct" if "reconstruct" in wire.tasks else None,
             batch_size=e.batch_size, segment=model.segment, seed=config.seed, progress=progress,
+            arms=("latent", *(("cramming",) if "cramming" in e.arms else ()), "shuffled", "zero"),
+            cramming_steps=e.cramming_steps,
         )  # fmt: skip
         metrics |= found
         samples += rows
@@ -48,7 +50,7 @@ def final_evaluation(
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
             seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
-            task="answer" if "answer" in wire.tasks else None,
+            task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
         )  # fmt: skip
         metrics |= found
         samples += rows
