@@ -75,6 +75,28 @@ def train(
         print(f"trained {int(state.step)} steps: {where}")
 
 
+@app.command()
+def sweep(
+    config: Config,
+    grid: Annotated[
+        list[str], typer.Option(help="Setting and its values: train.steps=50,100; repeatable.")
+    ],
+    set_: Set = None, out: Out = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Result to show, the first is drawn; repeatable.")
+    ] = None,
+    quiet: Quiet = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, stop.")] = False,
+    cell: Annotated[
+        int | None, typer.Option(help="Run only this one, from 0: for arrays of jobs.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Run a config at every point of a grid; the same command continues. One table, one plot."""
+    from latent_jax.commands.sweep import sweep as run_all
+
+    run_all(config, grid, _overrides(set_), out, metric or (), quiet, dry_run, cell)
+
+
 @app.command("eval")
 def eval_(
     run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,

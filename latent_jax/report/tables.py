@@ -200,7 +200,7 @@ def place(name: str) -> tuple[str, str, str] | None:
     return ".".join(head), last, second
 
 
-def _cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
+def cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
     value = results[name]
     if name.endswith("bytes") and is_number(value):
         return Cell(size(value))
@@ -268,7 +268,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
                 for name, rows in tables.items()
                 if name.split(".")[0] in mine
             ],
-            facts=[(f, _cell(results, f)) for f in facts if f.split(".")[0] in mine],
+            facts=[(f, cell(results, f)) for f in facts if f.split(".")[0] in mine],
             lists={n: v for n, v in lists.items() if n.split(".")[0] in mine and v},
         )
         found.append((rank, section))
@@ -293,7 +293,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
                 row,
                 ARMS.get(row, ""),
                 [
-                    _cell(results, rows[row][m], top[m]) if m in rows[row] else Cell()
+                    cell(results, rows[row][m], top[m]) if m in rows[row] else Cell()
                     for m in columns
                 ],
             )
@@ -307,7 +307,7 @@ def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cel
     chosen = [name for name in HEADLINES if is_number(results.get(name))]
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
-    return [(name, _cell(results, name)) for name in chosen[:limit]]
+    return [(name, cell(results, name)) for name in chosen[:limit]]
 
 
 def by_bits(
