@@ -131,7 +131,7 @@ def write_sweep(
         made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         rows=[
             {
-                "values": [str(v) for v in c.values.values()], "cells": found, "error": c.error,
+                "settings": [str(v) for v in c.values.values()], "cells": found, "error": c.error,
                 "link": f"{c.run}/report.html" if (out / c.run / "report.html").is_file() else "",
             }
             for c, found in zip(cells, rows(cells, names), strict=True)
