@@ -33,6 +33,9 @@ Seed = Annotated[int | None, typer.Option(help="Root of every random stream.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
 Checkpoint = Annotated[str, typer.Option(help="last, best, peak or a step.")]
+Compressor = Annotated[
+    str | None, typer.Option(help="What reads a stored wire; default the one it names.")
+]
 Text = Annotated[str | None, typer.Option(help="Text file; - for standard input.")]
 
 
@@ -70,6 +73,28 @@ def train(
     else:
         _, state, where = work.train(resolved, quiet)
         print(f"trained {int(state.step)} steps: {where}")
+
+
+@app.command()
+def sweep(
+    config: Config,
+    grid: Annotated[
+        list[str], typer.Option(help="Setting and its values: train.steps=50,100; repeatable.")
+    ],
+    set_: Set = None, out: Out = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Result to show, the first is drawn; repeatable.")
+    ] = None,
+    quiet: Quiet = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs, stop.")] = False,
+    cell: Annotated[
+        int | None, typer.Option(help="Run only this one, from 0: for arrays of jobs.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Run a config at every point of a grid; the same command continues. One table, one plot."""
+    from latent_jax.commands.sweep import sweep as run_all
+
+    run_all(config, grid, _overrides(set_), out, metric or (), quiet, dry_run, cell)
 
 
 @app.command("eval")
@@ -111,19 +136,52 @@ def generate(
 
 @app.command()
 def ask(
-    run: Run,
-    text: Annotated[str, typer.Option(help="Text file; - for standard input.")],
+    run: Annotated[str, typer.Argument(help="Run, packaged compressor, or a stored wire.")],
     question: Annotated[str, typer.Option(help="What to ask about it.")],
+    text: Annotated[str | None, typer.Option(help="Text file; - for standard input.")] = None,
+    compressor: Compressor = None,
     checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
 ) -> None:  # fmt: skip
-    """Compress a text and answer a question from its latents."""
-    if not question.strip():
-        from latent_jax.core.errors import DataError
-
-        raise DataError("--question is empty")
+    """Answer a question from a text's latents: compressed now, or stored by `compress`."""
+    from latent_jax.commands import wire
     from latent_jax.commands.inspect import read_text
+    from latent_jax.core.errors import ConfigError, DataError
 
+    if not question.strip():
+        raise DataError("--question is empty")
+    if wire.ask(run, [] if text is None else [text], question, compressor):
+        return
+    if text is None:
+        raise ConfigError(f"--text is missing: {run} is no stored wire; give a text to ask about")
     _hook("ask", run, checkpoint, set_, out, seed, text=read_text(text), question=question)
+
+
+@app.command()
+def compress(
+    run: Annotated[str, typer.Argument(
+        help="Packaged compressor, its directory, a run, or without training smollm2:kv_stride."
+    )],
+    text: Annotated[list[str], typer.Option(help="Text file, - for standard input; repeatable.")],
+    out: Annotated[str, typer.Option(help="File to write.")],
+    bits: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int6 or int4.")] = "fp32",
+    ratio: Annotated[
+        float | None, typer.Option(help="Tokens per latent; default the compressor's.")
+    ] = None,
+) -> None:
+    """Compress texts into a file of latents, and say what that takes and what it saves."""
+    from latent_jax.commands import wire
+
+    wire.compress(run, text, out, bits, ratio)
+
+
+@app.command()
+def reconstruct(
+    wire: Annotated[str, typer.Argument(help="File of `compress`.")], compressor: Compressor = None
+) -> None:
+    """Rebuild the texts of a stored wire from their latents."""
+    from latent_jax.commands import wire as wires
+
+    wires.reconstruct(wire, compressor)
 
 
 @app.command()

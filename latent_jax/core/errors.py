@@ -43,3 +43,7 @@ class FetchError(UserError):
 
 class StoreError(UserError):
     """A store of gists that is damaged, locked, full, or made for another model."""
+
+
+class WireError(UserError):
+    """A stored wire that is damaged, foreign, or was made by another encoder."""

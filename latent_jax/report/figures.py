@@ -189,6 +189,35 @@ def against_ratio(
         return _svg(figure, title)
 
 
+def against(
+    title: str,
+    label: str,
+    names: Sequence[str],
+    lines: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]],
+) -> Markup:
+    """A score over settings that are named, evenly spaced, one line per entry of ``lines``."""
+    with matplotlib.rc_context(_STYLE):
+        figure = _figure(5.6, 3.0)
+        axes = figure.add_subplot()
+        for i, (line, points) in enumerate(lines.items()):
+            found = [(x, *points[name]) for x, name in enumerate(names) if name in points]
+            colour = PALETTE[i % len(PALETTE)]
+            axes.plot(
+                [x for x, _, _ in found], [y for _, y, _ in found], "o-",
+                color=colour, linewidth=1.4, markersize=4, label=line,
+            )  # fmt: skip
+            for x, _, bounds in found:
+                if bounds is not None:
+                    axes.plot([x, x], bounds, color=colour, alpha=0.5)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.3, len(names) - 0.7)
+        axes.set_xlabel(label)
+        axes.set_title(title)
+        if len(lines) > 1:
+            figure.legend(loc="outside right upper")
+        return _svg(figure, title)
+
+
 def histogram(title: str, values: Sequence[float]) -> Markup:
     """A list-valued result (a spectrum, counts per code) as bars by index."""
     with matplotlib.rc_context(_STYLE):

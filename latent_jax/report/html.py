@@ -172,6 +172,11 @@ def _comparisons(
 ) -> list[Markup]:
     """F1 of every arm: against the ratio where there are several, else as dots with intervals."""
     made: list[Markup] = []
+    if section.key == "wire":
+        names, lines = tables.by_bits(results)
+        if len(names) > 1 and lines:
+            label = "number format and bytes per token of text"
+            made.append(figures.against("Quality against bits", label, names, lines))
     for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}

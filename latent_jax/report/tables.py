@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
 from latent_jax.report.load import is_number
@@ -38,7 +39,7 @@ TITLES = {
     "memory": "Cost",
     "cost": "Cost",
     "ratio": "Cost",
-    "wire": "Cost",
+    "wire": "The wire: numbers, bytes, and what they hold",
     "train": "Training",
 }
 
@@ -199,7 +200,7 @@ def place(name: str) -> tuple[str, str, str] | None:
     return ".".join(head), last, second
 
 
-def _cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
+def cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
     value = results[name]
     if name.endswith("bytes") and is_number(value):
         return Cell(size(value))
@@ -267,7 +268,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
                 for name, rows in tables.items()
                 if name.split(".")[0] in mine
             ],
-            facts=[(f, _cell(results, f)) for f in facts if f.split(".")[0] in mine],
+            facts=[(f, cell(results, f)) for f in facts if f.split(".")[0] in mine],
             lists={n: v for n, v in lists.items() if n.split(".")[0] in mine and v},
         )
         found.append((rank, section))
@@ -292,7 +293,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
                 row,
                 ARMS.get(row, ""),
                 [
-                    _cell(results, rows[row][m], top[m]) if m in rows[row] else Cell()
+                    cell(results, rows[row][m], top[m]) if m in rows[row] else Cell()
                     for m in columns
                 ],
             )
@@ -306,7 +307,31 @@ def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cel
     chosen = [name for name in HEADLINES if is_number(results.get(name))]
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
-    return [(name, _cell(results, name)) for name in chosen[:limit]]
+    return [(name, cell(results, name)) for name in chosen[:limit]]
+
+
+def by_bits(
+    results: Mapping[str, Any], measures: tuple[str, ...] = ("f1", "token_accuracy")
+) -> tuple[list[str], dict[str, dict[str, tuple[float, tuple[float, float] | None]]]]:
+    """Scores over the number formats of a wire: ("format, bytes per token", ascending) and
+    measure → that → (score, interval).
+    """
+    found = {
+        match.group(1): float(value)
+        for name, value in results.items()
+        if (match := re.fullmatch(r"wire\.([a-z0-9]+)\.bytes_per_token", name)) and is_number(value)
+    }
+    ordered = sorted(found.items(), key=itemgetter(1))
+    names = {form: f"{form}\n{size(round(count))}" for form, count in ordered}
+    lines = {
+        measure: {
+            label: (float(results[name]), interval_of(results, name))
+            for form, label in names.items()
+            if is_number(results.get(name := f"wire.{form}.{measure}"))
+        }
+        for measure in measures
+    }
+    return list(names.values()), {m: points for m, points in lines.items() if points}
 
 
 def by_ratio(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +16,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from latent_jax import backbones
+from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
-from latent_jax.core.errors import DataError
+from latent_jax.core import trees
+from latent_jax.core.config import parse, to_dict
+from latent_jax.core.errors import CheckpointError, DataError, WireError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
-from latent_jax.systems.latentwire.config import TASKS, ModelConfig, PromptConfig
-from latent_jax.systems.latentwire.given import Asked
+from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.bits import mean_latent
+from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
+from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
-from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
+from latent_jax.systems.latentwire.training_free import Selected, model_config
+from latent_jax.systems.latentwire.wire import Origin, is_wire, read_bytes, read_header, unpack
+
+#: What asks for a text of a compressor that was never trained to rebuild one.
+AGAIN = "\nThe same text again:\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +49,16 @@ class LatentWire:
       params: its trained parameters.
       builder: how questions are put.
       tasks: what its task embeddings were trained for; another task goes without one.
+      name: what it was loaded as.
+      centre: mean latent of its training texts, if known.
+      method: of a compressor without training, else None.
 
     Example:
       >>> wire = LatentWire.load("smollm2-4x")  # doctest: +SKIP
       >>> z = wire.compress("The mill at Dunmore burned down in 1911.")  # doctest: +SKIP
       >>> wire.reconstruct(z), wire.answer(z, "When did the mill burn down?")  # doctest: +SKIP
+      >>> z.save("mill.wire", bits="int8")  # doctest: +SKIP
+      >>> wire.answer(wire.open("mill.wire"), "What burned down?")  # doctest: +SKIP
     """
 
     backbone: backbones.Backbone
@@ -46,6 +66,9 @@ class LatentWire:
     params: Any = dataclasses.field(repr=False)
     builder: PromptBuilder = dataclasses.field(repr=False)
     tasks: tuple[str, ...] = TASKS
+    name: str = ""
+    centre: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    method: str | None = None
 
     @classmethod
     def load(cls, name: str | Path, backbone: backbones.Backbone | None = None) -> LatentWire:
@@ -55,12 +78,47 @@ class LatentWire:
           CheckpointError: no such compressor, or trained on another LLM.
           BackboneError: its LLM cannot be loaded.
         """
+        if is_wire(name):
+            raise CheckpointError(
+                f"{name} is a stored wire, not a compressor: load its compressor and use "
+                "LatentWire.open"
+            )
         stored = read_compressor(name)
         backbone = backbone or backbones.load(stored.backbone["name"])
         stored = load_compressor(name, backbone)
         params = jax.tree.map(jnp.asarray, stored.params)
-        builder = PromptBuilder(backbone.tokenizer, PromptConfig())
-        return cls(backbone, stored.config, params, builder, stored.tasks)
+        builder = PromptBuilder(backbone.tokenizer, stored.prompt)
+        return cls(
+            backbone, stored.config, params, builder, stored.tasks, str(name), stored.centre
+        )
+
+    @classmethod
+    def training_free(
+        cls,
+        reader: str | Path | backbones.Backbone = "smollm2",
+        method: str = "kv_stride",
+        ratio: float = 4.0,
+        segment: int = 512,
+    ) -> LatentWire:
+        """A compressor that needs no training, behind the same methods.
+
+        Args:
+          reader: the LLM, or what `backbones.load` takes.
+          method: ``kv_stride`` (every n-th entry of a frozen prefill), ``kv_topk`` (those with most
+            attention from the text's end, per head), ``mean_pool`` (mean embeddings as soft
+            tokens) or ``pca``.
+          ratio: tokens per latent.
+          segment: longest text compressed at once, tokens.
+
+        Raises:
+          ConfigError: an unknown method, or a ratio out of range.
+          BackboneError: the LLM cannot be loaded.
+        """
+        config = model_config(method, ratio, segment)
+        if not isinstance(reader, backbones.Backbone):
+            reader = backbones.load(reader)
+        builder = PromptBuilder(reader.tokenizer, PromptConfig())
+        return cls(reader, config, {}, builder, (), f"{reader.name}:{method}", method=method)
 
     @property
     def width(self) -> int:
@@ -77,16 +135,78 @@ class LatentWire:
     @property
     def latents(self) -> baselines.Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
-        model = Compressor(self.config, self.backbone.config, self.sink)
+        shape = self.config, self.backbone.config, self.sink
+        model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
         return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
 
-    def compress(self, texts: str | Sequence[str]) -> Wire:
+    @functools.cached_property
+    def origin(self) -> Origin:
+        """Who writes its wires: they are read by the same configuration and weights only."""
+        shape = to_dict(dataclasses.replace(self.config, start=None, remat=False))
+        shape = to_dict(parse(ModelConfig, shape))  # a ratio of 4 is one of 4.0
+        digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
+        flat = trees.flatten(self.params)
+        if self.centre is not None:
+            flat["centre"] = self.centre
+        for name, leaf in sorted(flat.items()):
+            x = np.asarray(leaf, np.float32)
+            digest.update(f"{name}{x.shape}".encode())
+            digest.update(x.tobytes())
+        reader = self.backbone
+        return Origin(self.name, digest.hexdigest(), reader.name, reader.config.family)
+
+    def compress(self, texts: str | Sequence[str], ratio: float | None = None) -> Message:
         """Texts → latents; a text longer than ``config.segment`` tokens is compressed in segments.
 
+        Args:
+          texts: one text, or several as one batch.
+          ratio: tokens per latent, ``M = ceil(T / ratio)`` exactly; None takes the compressor's.
+            Only memory slots, and methods without training, can be put at another.
+
         Raises:
-          DataError: an empty text, or one longer than the LLM's context.
+          DataError: an empty text, one longer than the LLM's context, or a ratio that this
+            compressor does not have.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        c = self.config
+        if ratio is not None and ratio != c.ratio:
+            self._check_ratio(ratio)
+            c = dataclasses.replace(c, ratio=ratio)
+        latents = dataclasses.replace(self, config=c).latents
+        wire = self._compress(latents, texts, c.segment)
+        made = Message(wire, self.origin, c.ratio, c.segment, self.centre)
+        if ratio is not None:
+            for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
+                if m != (exact := num_latents(tokens, ratio)):
+                    raise DataError(
+                        f"ratio {ratio:g} does not divide segments of {c.segment} tokens: {tokens} "
+                        f"tokens become {m} latents ({tokens / m:.3f} tokens each) and not "
+                        f"{exact}; leave ratio out to take that, or split the text"
+                    )
+        return made
+
+    def encode(self, texts: str | Sequence[str]) -> Wire:
+        """The bare latents of `compress`, at the compressor's own ratio."""
+        return self._compress(self.latents, texts, self.config.segment)
+
+    def _check_ratio(self, ratio: float) -> None:
+        c = self.config
+        if not ratio >= 1:
+            raise DataError(f"ratio {ratio:g}: a latent stands for at least 1 token")
+        if c.encoder.slots != "memory" and self.method is None:
+            raise DataError(
+                f"ratio {ratio:g}: {self.name or 'this compressor'} was trained at {c.ratio:g} "
+                f"tokens per latent (M = ceil(T / {c.ratio:g})) and its slots have no other; "
+                "leave ratio out, or train one with model.ratio"
+            )
+
+    def _compress(self, latents: Compressed, texts: str | Sequence[str], segment: int) -> Wire:
+        ids, mask = self._padded([texts] if isinstance(texts, str) else list(texts), segment)
+        return compress_ids(latents, jnp.asarray(ids), jnp.asarray(mask))
+
+    def _padded(self, texts: Sequence[str], segment: int | None = None) -> Any:
+        """Token ids and mask of texts, checked, in a static width."""
+        if not texts:
+            raise DataError("no text was given: there is nothing to compress")
         rows = [self.builder.context_ids(t) for t in texts]
         limit = self.backbone.config.max_position
         for number, row in enumerate(rows):
@@ -97,45 +217,128 @@ class LatentWire:
                     f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: "
                     "split it"
                 )
-        width = context_width(max(map(len, rows)), self.config.segment)
-        ids, mask = pad_rows(rows, width, self.builder.pad_id)
-        return compress_ids(self.latents, jnp.asarray(ids), jnp.asarray(mask))
+        longest, segment = max(map(len, rows)), segment or self.config.segment
+        width = min(segment, bucket(longest, 64))
+        if longest > segment:
+            width = context_width(longest, segment)
+        return pad_rows(rows, width, self.builder.pad_id)
+
+    def fit_centre(self, texts: Sequence[str], batch_size: int = 8) -> LatentWire:
+        """The same with the mean latent of some texts as its centre, which integer wires take off.
+
+        Most of a key is the same in every text; without that part, few bits go much further.
+        """
+        texts = list(texts)
+        batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
+        centre = mean_latent(self.latents, map(self._padded, batches))
+        if centre is None:
+            raise DataError("no text was given to fit a centre to")
+        return dataclasses.replace(self, centre=centre)
+
+    def unpack(self, data: bytes, name: str = "wire") -> Message:
+        """Reads `Message.pack`'s bytes.
+
+        Args:
+          data: from another process, say.
+          name: of the file, for messages.
+
+        Raises:
+          WireError: damaged or foreign bytes, or another encoder's.
+        """
+        header, _ = read_header(data, name)
+        self._check_origin(header.origin, name)
+        wire, header, _ = unpack(data, self.centre, name)
+        return Message(wire, self.origin, header.ratio, header.segment, self.centre, header.form)
+
+    def open(self, path: str | Path) -> Message:
+        """Reads a file of `Message.save`.
+
+        Raises:
+          WireError: as `unpack`, or no such file.
+        """
+        return self.unpack(read_bytes(path), str(path))
+
+    def _check_origin(self, theirs: Origin, name: str) -> None:
+        ours = self.origin
+        if theirs.encoder_sha256 == ours.encoder_sha256:
+            return
+        who = f"{theirs.encoder} ({theirs.encoder_sha256[:12]})"
+        us = f"{ours.encoder} ({ours.encoder_sha256[:12]})"
+        if theirs.family != ours.family:
+            raise WireError(
+                f"{name}: made by {who} for {theirs.reader} ({theirs.family}); {ours.reader} "
+                f"({ours.family}) has no adapter for it: compress the text with {us}"
+            )
+        if theirs.encoder == ours.encoder:
+            raise WireError(
+                f"{name}: made by another version of {who}; this one is {us}: compress the text "
+                "again, or load that version"
+            )
+        raise WireError(f"{name}: made by the encoder {who}; this is {us}: load {theirs.encoder}")
 
     def answer(
-        self, wire: Wire, questions: str | Sequence[str], max_new_tokens: int = 24
+        self, wire: Message | Wire, questions: str | Sequence[str], max_new_tokens: int = 24
     ) -> list[str]:
-        """Greedy answers about compressed texts, one question per text (or one for all)."""
+        """Greedy answers about compressed texts.
+
+        Args:
+          wire: of `compress`, `encode`, `open` or `unpack`.
+          questions: one for all texts, one per text, or several about a single text.
+          max_new_tokens: longest answer.
+
+        Raises:
+          WireError: another encoder's latents.
+          DataError: questions and texts that cannot be paired.
+        """
+        wire, _, _ = self._opened(wire)
         b = wire.z.shape[0]
         questions = [questions] * b if isinstance(questions, str) else list(questions)
+        if b == 1 and len(questions) > 1:
+            b = len(questions)
+            wire = jax.tree.map(lambda x: jnp.repeat(x, b, axis=0), wire)
+        if len(questions) != b:
+            raise DataError(
+                f"{len(questions)} questions about {b} texts: give one question per text, one for "
+                "all, or several about a single text"
+            )
         rows = [self.builder.prompt_ids(q) for q in questions]
         prompt = pad_rows(rows, max(map(len, rows)), self.builder.pad_id, left=True)
         ids, lengths = self._decode(wire, "answer", prompt, max_new_tokens, self.builder.stop_ids)
         return [self.builder.text(row[:n]) for row, n in zip(ids, lengths, strict=True)]
 
-    def rebuild_ids(self, wire: Wire) -> list[list[int]]:
+    def rebuild_ids(self, wire: Message | Wire) -> list[list[int]]:
         """Greedy reconstructions as token ids: as many as each text had."""
-        c = self.config
-        m = num_latents(c.segment, c.ratio)
+        wire, ratio, segment = self._opened(wire)
+        m = num_latents(segment, ratio)
         b, total, _ = wire.z.shape
         n = max(1, total // m)
-        start = np.arange(n) * c.segment
+        start = np.arange(n) * segment
         # Each segment was compressed alone, so each is rebuilt alone, at the positions it was
         # compressed at.
         parts = Wire(
             wire.z.reshape(b * n, total // n, -1),
             wire.mask.reshape(b * n, -1),
             (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
-            jnp.clip(wire.length[:, None] - start, 0, c.segment).reshape(-1),
+            jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
         )
-        empty = np.zeros((b * n, 0), np.int32), np.zeros((b * n, 0), bool)
+        # Where no embedding was trained to ask for the text, words do.
+        asking = [] if "reconstruct" in self.tasks else self.backbone.tokenizer.encode(AGAIN)
+        prompt = pad_rows([asking] * (b * n), len(asking), self.builder.pad_id)
         lengths = np.asarray(parts.length)
-        ids, _ = self._decode(parts, "reconstruct", empty, int(lengths.max()), ())
+        ids, _ = self._decode(parts, "reconstruct", prompt, int(lengths.max()), ())
         rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
         return [sum(rows[i * n : (i + 1) * n], []) for i in range(b)]
 
-    def reconstruct(self, wire: Wire) -> list[str]:
+    def reconstruct(self, wire: Message | Wire) -> list[str]:
         """Greedy reconstructions as text."""
         return [self.backbone.tokenizer.decode(ids) for ids in self.rebuild_ids(wire)]
+
+    def _opened(self, wire: Message | Wire) -> tuple[Wire, float, int]:
+        """Bare latents with the ratio and segment they were made with."""
+        if isinstance(wire, Wire):
+            return wire, self.config.ratio, self.config.segment
+        self._check_origin(wire.origin, "these latents")
+        return wire.wire, wire.ratio, wire.segment
 
     def _decode(self, wire, task, prompt, max_new_tokens, stop_ids):
         latents, reader = self.latents, self.backbone
@@ -146,15 +349,12 @@ class LatentWire:
 
 @jax.jit
 def compress_ids(
-    latents: baselines.Latents, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
+    latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
 ) -> Wire:
     """Right-padded token ids → wire; ``t`` up to a segment, or a multiple of it."""
     return latents.compress(ids, mask)
 
 
-def _given(decoder: Any, latents: baselines.Latents, wire: Wire) -> baselines.Given:
-    @jax.jit
-    def make(latents, wire):
-        return baselines.prefix_to_given(decoder, latents.frozen, latents.prefix(wire))
-
-    return make(latents, wire)
+@functools.partial(jax.jit, static_argnums=0)
+def _given(decoder: Decoder, latents: Any, wire: Wire) -> Given:
+    return prefix_to_given(decoder, latents.frozen, latents.prefix(wire))

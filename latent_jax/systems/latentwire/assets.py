@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from safetensors.numpy import load_file
 from safetensors.numpy import save as serialise
 
 from latent_jax.backbones import Backbone
@@ -19,10 +20,12 @@ from latent_jax.core.config import parse, read_yaml, to_dict
 from latent_jax.core.errors import CheckpointError
 from latent_jax.core.files import make_dir, write_bytes, write_json
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
+from latent_jax.systems.latentwire.prompts import PromptConfig
 
 FORMAT = "latentwire-compressor-2"
 WEIGHTS = "compressor.safetensors"
 SCALE = ".scale"
+CENTRE = "centre.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Stored:
       backbone: ``{'name', 'sha256'}`` of the LLM that it was trained on.
       tasks: what its task embeddings were trained for.
       record: how it came to be (config, data, seed, curves, results); empty for a bare run.
+      prompt: how questions are put to its reader.
+      centre: mean latent of its training texts, which integer wires take off; None for a bare run.
     """
 
     config: ModelConfig
@@ -42,6 +47,8 @@ class Stored:
     backbone: dict[str, str]
     tasks: tuple[str, ...]
     record: dict[str, Any]
+    prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
+    centre: np.ndarray | None = None
 
 
 def packaged() -> list[str]:
@@ -63,6 +70,7 @@ def save_compressor(
     backbone: Backbone,
     tasks: Sequence[str],
     record: Mapping[str, Any],
+    prompt: PromptConfig | None = None,
 ) -> Path:
     """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
 
@@ -81,10 +89,23 @@ def save_compressor(
         "tasks": json.dumps(list(tasks)),
         "model": json.dumps(to_dict(dataclasses.replace(config, start=None))),
         "backbone": json.dumps({"name": backbone.name, "sha256": backbone.sha256}),
+        "prompt": json.dumps(to_dict(prompt or PromptConfig())),
     }
     write_bytes(out / WEIGHTS, serialise(flat, metadata))
     write_json(out / "record.json", dict(record))
     return out
+
+
+def save_centre(directory: str | Path, centre: np.ndarray, texts: str) -> Path:
+    """Writes the mean latent of some texts beside a compressor's weights.
+
+    Args:
+      directory: an exported compressor.
+      centre: of `LatentWire.fit_centre`.
+      texts: which they were, for the file's metadata.
+    """
+    tensor = {"centre": np.asarray(centre, np.float32)}
+    return write_bytes(Path(directory) / CENTRE, serialise(tensor, {"texts": texts}))
 
 
 def trained_tasks(run: LatentWireRun) -> tuple[str, ...]:
@@ -159,13 +180,20 @@ def _read_file(directory: Path) -> Stored:
         raise CheckpointError(f"{path}: format {meta.get('format')!r}, this version reads {FORMAT}")
     scales = {n.removesuffix(SCALE): flat.pop(n) for n in list(flat) if n.endswith(SCALE)}
     flat = {n: x.astype(np.float32) * scales.get(n, np.float32(1)) for n, x in flat.items()}
-    record = directory / "record.json"
+    record, centre = directory / "record.json", None
+    if (directory / CENTRE).is_file():
+        try:
+            centre = load_file(directory / CENTRE)["centre"]
+        except (OSError, KeyError, safetensors.SafetensorError) as e:
+            raise CheckpointError(f"{directory / CENTRE}: not a readable centre ({e})") from e
     return Stored(
         parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),
         _with_every_task(trees.unflatten(flat)),
         json.loads(meta["backbone"]),
         tuple(json.loads(meta["tasks"])),
         json.loads(record.read_text()) if record.exists() else {},
+        parse(PromptConfig, json.loads(meta.get("prompt", "{}")), f"{path}: prompt"),
+        centre,
     )
 
 
@@ -174,6 +202,11 @@ def _directory(name: str | Path) -> Path | None:
     shipped = resources.files("latent_jax.assets") / "compressors" / str(name)
     candidates = (Path(str(shipped)), Path(name))
     return next((p for p in candidates if (p / WEIGHTS).is_file()), None)
+
+
+def is_compressor(name: str | Path) -> bool:
+    """Whether a packaged or exported compressor has that name."""
+    return _directory(name) is not None
 
 
 def read_compressor(name: str | Path) -> Stored:
@@ -187,14 +220,19 @@ def read_compressor(name: str | Path) -> Stored:
     if (Path(name) / "checkpoints").is_dir():
         from latent_jax.train.checkpoints import load_variables
 
+        tree = read_yaml(Path(name) / "config.yaml")
+        if tree.get("system") != "latentwire":
+            raise CheckpointError(
+                f"{name}: a run of the system {tree.get('system')!r}, which compresses no text"
+            )
+        run = parse(LatentWireRun, tree, str(name))
         variables, _ = load_variables(name)
-        run = parse(LatentWireRun, read_yaml(Path(name) / "config.yaml"), str(name))
         reader = {"name": run.backbone.name, "sha256": ""}
         params = _with_every_task(variables["params"])
-        return Stored(run.model, params, reader, trained_tasks(run), {})
+        return Stored(run.model, params, reader, trained_tasks(run), {}, run.prompt)
     raise CheckpointError(
-        f"model.start={name}: no packaged compressor ({', '.join(packaged()) or 'none'}), "
-        f"no directory with {WEIGHTS}, no run with checkpoints"
+        f"{name}: no packaged compressor ({', '.join(packaged()) or 'none'}), no directory with "
+        f"{WEIGHTS}, no run with checkpoints"
     )
 
 

@@ -37,7 +37,7 @@ TEXT_ARMS = (
 #: Arms of soft tokens or selected keys and values, no training anywhere.
 FROZEN_ARMS = ("mean_pool", "pca", "kv_stride", "kv_topk", "kv_question")
 #: Arms of a trained compressor, with their controls.
-LATENT_ARMS = ("latent", "shuffled", "scrambled", "zero")
+LATENT_ARMS = ("latent", "cramming", "shuffled", "scrambled", "zero")
 #: The reader first rebuilds the text from its latents, then reads what it wrote.
 REBUILT = "rebuilt"
 ARMS = (*TEXT_ARMS, *FROZEN_ARMS, *LATENT_ARMS, REBUILT)
@@ -165,7 +165,9 @@ def latent_given(
     arm: str, decoder: Decoder, params: Any, latents: Compressed, wire: Any,
     rows: Int[Array, " b"], key: Array,
 ) -> Given:  # fmt: skip
-    """The latent arm or a control; for ``shuffled`` the wire is another example's already."""
+    """The latent arm or a control; for ``shuffled`` the wire is another example's already, for
+    ``cramming`` the optimised one.
+    """
     if arm == "zero":
         wire = wire._replace(z=jnp.zeros_like(wire.z))
     elif arm == "scrambled":

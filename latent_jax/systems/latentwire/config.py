@@ -8,6 +8,7 @@ from typing import Literal
 from latent_jax.backbones.config import PROJECTIONS, BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
+from latent_jax.ops.wire import FORMATS
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
@@ -245,6 +246,18 @@ class EvalConfig:
     max_new_tokens: int = field(default=16, ge=1, help="longest answer, tokens")
     batch_size: int = field(default=16, ge=1, help="rows at once")
     quick_segments: int = field(default=32, ge=0, help="segments of the evaluation while training")
+    cramming_steps: int = field(
+        default=200, ge=1, help="steps of the arm cramming, for questions and segments alike"
+    )
+    wire_bits: tuple[str, ...] = field(
+        default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
+    )
+
+    def validate(self) -> None:
+        """Refuses unknown number formats."""
+        unknown = [form for form in self.wire_bits if form not in FORMATS]
+        if unknown:
+            raise ConfigError(f"eval.wire_bits: unknown {unknown}; allowed: {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)

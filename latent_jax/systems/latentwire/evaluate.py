@@ -17,6 +17,7 @@ from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae, rebuild
@@ -147,6 +148,7 @@ def evaluate_qa(
     name: str = "squad",
     score: bool = True,
     sink: int | None = None,
+    cramming_steps: int = 200,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -169,6 +171,7 @@ def evaluate_qa(
       tuned: ``{arm: soft prompt}`` of the tuned controls, put before the question.
       name: prefix of the metrics.
       sink: token that every arm gets first, outside its budget (`sink`).
+      cramming_steps: of the arm ``cramming``.
       score: also compute teacher-forced NLL and first-token ranks.
       progress: called after every arm of every batch.
 
@@ -223,7 +226,8 @@ def evaluate_qa(
         bases = {base_arm(a) for a in arms}
         if bases & baselines.CACHED:
             cache = prefill(reader.decoder, reader.params, *own, first)
-        if bases & {"latent", "scrambled", "zero", baselines.REBUILT} and latents is not None:
+        from_wire = {"latent", "cramming", "scrambled", "zero", baselines.REBUILT}
+        if bases & from_wire and latents is not None:
             wire = baselines.encode(latents, *own)
         if baselines.REBUILT in bases:
             again = rebuild(reader, latents, wire, segment, ratio, rebuild_task)
@@ -232,7 +236,9 @@ def evaluate_qa(
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
             if base == "shuffled":
                 shown, sent = texts(partner[at]), None
-            if base == baselines.REBUILT:
+            elif base == "cramming":
+                sent = cram(reader.decoder, reader.params, latents, wire, *own, cramming_steps)
+            elif base == baselines.REBUILT:
                 shown = again
             given = baselines.build(
                 base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),

@@ -15,6 +15,7 @@ from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Wire, num_latents
 from latent_jax.systems.latentwire.prompts import pad_rows
@@ -39,6 +40,7 @@ def evaluate_ae(
     task: str | None = "reconstruct",
     samples: int = 16,
     name: str = "ae",
+    cramming_steps: int = 200,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know them.
@@ -54,6 +56,7 @@ def evaluate_ae(
       task: the learned task embedding after the latents; None for none.
       samples: texts returned for the report.
       name: prefix of the metrics.
+      cramming_steps: of the arm ``cramming``.
       progress: called after every arm of every batch.
 
     Returns:
@@ -86,6 +89,10 @@ def evaluate_ae(
             sent = wire
             if arm == "shuffled":
                 sent = _neighbours(latents, wire, segments, at, real, width)
+            elif arm == "cramming":
+                sent = cram(
+                    reader.decoder, reader.params, latents, wire, ids, mask, cramming_steps
+                )
             given = baselines.build(
                 arm, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
                 latents=latents, wire=sent, key=jax.random.key(seed),

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from latent_jax.systems.latentwire import diagnose
+from latent_jax.systems.latentwire import bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 
@@ -37,6 +37,8 @@ def final_evaluation(
             wire.backbone, wire.latents, system.eval_data()[: e.segments],
             task="reconstruct" if "reconstruct" in wire.tasks else None,
             batch_size=e.batch_size, segment=model.segment, seed=config.seed, progress=progress,
+            arms=("latent", *(("cramming",) if "cramming" in e.arms else ()), "shuffled", "zero"),
+            cramming_steps=e.cramming_steps,
         )  # fmt: skip
         metrics |= found
         samples += rows
@@ -48,7 +50,7 @@ def final_evaluation(
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
             seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
-            task="answer" if "answer" in wire.tasks else None,
+            task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
             rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None,
         )  # fmt: skip
         metrics |= found
@@ -56,7 +58,44 @@ def final_evaluation(
         demonstration = demonstrate(wire, examples[0].context, examples[0].question)
         demonstration["expected"] = examples[0].answers[0]
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
+    if e.wire_bits:
+        metrics |= quality_against_bits(system, wire, progress)
     return metrics, {"samples": samples, "demonstration": demonstration}
+
+
+def quality_against_bits(
+    system: Any, wire: LatentWire, progress: Any = None
+) -> dict[str, Any]:
+    """The latent arm once per number format of ``eval.wire_bits``, on the same texts."""
+    config, e = system.config, system.config.eval
+    centre = system.centre(wire.latents) if wire.centre is None else wire.centre
+    shared = {"batch_size": e.batch_size, "segment": config.model.segment, "seed": config.seed}
+    scores, ratio = {}, config.model.ratio
+    for form in dict.fromkeys(("fp32", *e.wire_bits)):
+        sent = bits.Rounded(wire.latents, None if centre is None else jnp.asarray(centre), form)
+        found: dict[str, Any] = {}
+        f1: list[float] = []
+        if e.segments:
+            found, _ = evaluate_ae(
+                wire.backbone, sent, system.eval_data()[: e.segments], arms=("latent",), samples=0,
+                task="reconstruct" if "reconstruct" in wire.tasks else None, progress=progress,
+                name="ae", **shared,
+            )  # fmt: skip
+        if e.questions:
+            answers, rows = evaluate_qa(
+                wire.backbone, sent, system.held_out_questions(), ("latent",),
+                builder=system.builder, ratio=ratio, max_context=config.data.max_context,
+                max_new_tokens=e.max_new_tokens, sink=wire.sink, score=False, progress=progress,
+                task="answer" if "answer" in wire.tasks else None, **shared,
+            )  # fmt: skip
+            found |= answers
+            f1 = [row["f1"]["latent"] for row in rows]
+        scores[form] = (found, f1)
+    exact = scores["fp32"]
+    if "fp32" not in e.wire_bits:
+        scores = {form: scores[form] for form in e.wire_bits}
+    measured = exact[0].get("squad.ratio", exact[0].get("ratio", ratio))
+    return bits.report(wire.width, measured, scores, exact[1], config.seed)
 
 
 def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, float]:
@@ -89,7 +128,7 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:
     """Compresses one text, rebuilds it from its latents alone, and asks about it."""
-    z = wire.compress(text)
+    z = wire.encode(text)
     ids = wire.builder.context_ids(text)
     rebuilt = wire.rebuild_ids(z)[0]
     right = float(np.mean(np.asarray(ids) == np.asarray(rebuilt)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,10 +22,13 @@ from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     load_compressor,
+    save_centre,
     save_compressor,
     trained_tasks,
     training_record,
 )
+from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
 from latent_jax.systems.latentwire.losses import batch_terms, forced, neighbour_cosine
@@ -206,6 +210,11 @@ class LatentWireSystem:
         tasks = trained_tasks(self.config)
         return LatentWire(backbone, self.config.model, variables["params"], self.builder, tasks)
 
+    def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
+        """Mean latent of the first training texts, which integer wires take off."""
+        stream = itertools.islice(self.train_data("main", None), batches)
+        return mean_latent(latents, ((row["context"], row["context_mask"]) for row in stream))
+
     def train_controls(self, fit, out, mesh=None) -> None:
         """Trains the soft prompts of ``eval.tuned``, each a small (resumable) run below ``out``."""
         arms = self.config.eval.tuned if self.config.eval.questions else ()
@@ -232,7 +241,15 @@ class LatentWireSystem:
         """Writes the compressor, large matrices as int8, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
         params, tasks = variables["params"], trained_tasks(self.config)
-        out = save_compressor(to, params, self.config.model, self.backbone, tasks, record)
+        config = self.config
+        out = save_compressor(
+            to, params, config.model, self.backbone, tasks, record, config.prompt
+        )
+        # Of the weights as they are stored, which are what will be loaded.
+        stored = jax.tree.map(jnp.asarray, load_compressor(out, self.backbone).params)
+        centre = self.centre(self.wire({"params": stored}, frozen).latents)
+        if centre is not None:
+            save_centre(out, centre, f"the first training texts of {config.name}")
         size = sum(f.stat().st_size for f in out.iterdir())
         return {"written": out, "megabytes": f"{size / 1e6:.1f}"}
 

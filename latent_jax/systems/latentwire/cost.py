@@ -1,0 +1,107 @@
+"""What a stored wire costs beside the text itself: bytes, key/value memory, prefill."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+from collections.abc import Sequence
+
+import numpy as np
+
+from latent_jax.backbones.config import DecoderConfig
+from latent_jax.systems.latentwire.api import LatentWire
+from latent_jax.systems.latentwire.message import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Sizes of some texts, as text and as latents.
+
+    Attributes:
+      tokens: of all texts.
+      latents: of all texts.
+      header: bytes of the wire that are neither scales nor payload.
+      scales: bytes of the scales.
+      payload: bytes of the numbers.
+      text_bytes: of the texts in UTF-8.
+      gzip_bytes: of the texts together, gzipped at level 9.
+      text_kv_bytes: keys and values that the reader holds for the whole texts.
+      latent_kv_bytes: those that it holds for the latents.
+      text_flops: prefill of the whole texts, every time they are read.
+      latent_flops: prefill of the latents (0 where they are keys and values already).
+      encode_flops: compressing, once.
+    """
+
+    tokens: int
+    latents: int
+    header: int
+    scales: int
+    payload: int
+    text_bytes: int
+    gzip_bytes: int
+    text_kv_bytes: int
+    latent_kv_bytes: int
+    text_flops: float
+    latent_flops: float
+    encode_flops: float
+
+    @property
+    def wire_bytes(self) -> int:
+        """The stored wire's size."""
+        return self.header + self.scales + self.payload
+
+    def verdict(self) -> str:
+        """Which of the three is saved, and which is not."""
+        kv, flops = self.text_kv_bytes / self.latent_kv_bytes, self.text_flops - self.latent_flops
+        size = self.wire_bytes / self.text_bytes
+        bytes_ = (
+            f"and bytes ({1 / size:.1f}x fewer than UTF-8)" if size < 1
+            else f"not bytes ({size:,.1f}x the UTF-8 text)"
+        )  # fmt: skip
+        return (
+            f"saved: key/value memory ({kv:.1f}x) and {flops / 1e9:.3g} GFLOP of prefill per "
+            f"reading (encoding: {self.encode_flops / 1e9:.3g} once); {bytes_}"
+        )
+
+
+def prefill_flops(config: DecoderConfig, tokens: int, before: int = 0) -> float:
+    """Multiply-adds of a causal prefill, counted as two each, without embedding and logits.
+
+    Args:
+      config: the reader.
+      tokens: new tokens.
+      before: entries that all of them see.
+    """
+    seen = before * tokens + tokens * (tokens + 1) / 2
+    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen
+    return 2.0 * config.num_params(embedding=False) * tokens + attention
+
+
+def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "fp32") -> Cost:
+    """Sizes of texts and of their latents.
+
+    Args:
+      wire: the compressor.
+      message: its latents of ``texts``.
+      texts: what was compressed.
+      bits: number format of the wire.
+    """
+    reader, size = wire.backbone.config, wire.backbone.dtype.itemsize
+    per_token = reader.kv_floats_per_token * size
+    lengths, latents = np.asarray(message.length).tolist(), message.latents
+    text = "".join(texts).encode()
+    slots = [0] * len(latents) if wire.config.encoder.slots == "pooled" else latents
+    soft = wire.config.adapter.kind == "soft"
+    read = lengths
+    if wire.method is not None and soft:  # embeddings only: no layer runs
+        read = slots = [0] * len(latents)
+    return Cost(
+        sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
+        sum(lengths) * per_token, sum(latents) * per_token,
+        text_flops=sum(prefill_flops(reader, n) for n in lengths),
+        latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
+        encode_flops=sum(
+            prefill_flops(reader, n) + prefill_flops(reader, m, n)
+            for n, m in zip(read, slots, strict=True)
+        ),
+    )  # fmt: skip

@@ -1,0 +1,74 @@
+"""Compressors that nobody trained: a selection of a frozen prefill, or pooled embeddings."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from latent_jax.backbones.decoder import Decoder, inverse_frequencies
+from latent_jax.backbones.sink import sink_kv
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire.config import AdapterConfig, EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, num_latents
+
+#: What can be kept of a text without having seen the question.
+METHODS = ("kv_stride", "kv_topk", "mean_pool", "pca")
+
+
+def model_config(method: str, ratio: float, segment: int) -> ModelConfig:
+    """The shape of a training-free compressor.
+
+    Raises:
+      ConfigError: an unknown method, or one that needs the question.
+    """
+    if method == "kv_question":
+        raise ConfigError(
+            "method kv_question looks at the question before it selects: nothing can be stored "
+            f"ahead of it; use one of {', '.join(METHODS)}"
+        )
+    if method not in METHODS:
+        raise ConfigError(f"no training-free method {method!r}; known: {', '.join(METHODS)}")
+    if not 1 <= ratio <= segment:
+        raise ConfigError(f"ratio {ratio:g}: use 1 to {segment} tokens per latent (the segment)")
+    if method.startswith("kv"):
+        return ModelConfig(ratio=ratio, segment=segment, encoder=EncoderConfig(slots="pooled"))
+    hidden, soft = EncoderConfig(output="hidden"), AdapterConfig("soft")
+    return ModelConfig(ratio=ratio, segment=segment, encoder=hidden, adapter=soft)
+
+
+class Selected(Compressor):
+    """The arms of `baselines` with the wire of a trained compressor; it has no parameters.
+
+    Attributes:
+      method: of `METHODS`.
+    """
+
+    method: str = "kv_stride"
+
+    def setup(self):
+        """Without parameters."""
+
+    def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
+        (b, t), body = ids.shape, Decoder(self.reader, parent=None)
+        ratio, sink = self.config.ratio, None if self.sink is None else jnp.int32(self.sink)
+        if not self.method.startswith("kv"):
+            found = baselines.pooled_prefix(self.method, body, frozen, ids, mask, ratio)
+            return found.embeds, found.mask, found.positions
+        text = body.apply({"params": frozen}, ids, method="embed")
+        before = None if sink is None else sink_kv(body, frozen, sink, b)
+        cache = body.apply({"params": frozen}, text, mask=mask, prefix=before).kv
+        none = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0), bool)
+        kept = baselines.selected_kv(
+            self.method, body, frozen, cache, ids, mask, *none, ratio, sink
+        )
+        # Heads keep entries of different places. Rotation composes, so any common place serves to
+        # take them off and put them back: the middle of the span, as every wire's.
+        slot = jnp.arange(num_latents(t, ratio))
+        positions = jnp.floor(slot * ratio + (ratio - 1) / 2).astype(jnp.int32)
+        positions = jnp.broadcast_to(positions, kept.mask.shape)
+        return flatten_kv(kept, inverse_frequencies(self.reader), positions), kept.mask, positions
+
+    def prefix(self, wire: Wire, dtype=jnp.float32) -> Prefix:
+        """As a trained compressor's, but the prompt continues where the text ends."""
+        return super().prefix(wire, dtype)._replace(start=wire.length)

@@ -1,0 +1,288 @@
+"""The wire as bytes: what one process writes and another, with the same compressor, reads.
+
+Layout: 8 bytes of signature, version (u16) and length (u32) of the header, the header (JSON),
+scales, payload, and 16 bytes of BLAKE2b over everything before. All numbers are little-endian. Only
+real latents travel, padding does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from latent_jax.core.errors import WireError
+from latent_jax.ops import wire as codec
+from latent_jax.systems.latentwire.model import Wire, num_latents
+
+SIGNATURE = b"\x89LWIRE\r\n"  # damaged by what damages text files, as PNG's is
+VERSION = 1
+_PREAMBLE = struct.Struct("<HI")
+_CHECKSUM = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Who wrote a wire.
+
+    Attributes:
+      encoder: name that the compressor was loaded as.
+      encoder_sha256: digest of its configuration, weights, centre and frozen LLM.
+      reader: name of the LLM that it was made for.
+      family: architecture of that LLM.
+    """
+
+    encoder: str
+    encoder_sha256: str
+    reader: str
+    family: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """All that is known of a stored wire beside its numbers.
+
+    Attributes:
+      origin: who wrote it.
+      ratio: tokens per latent.
+      segment: tokens compressed at once.
+      width: numbers per latent (``d_z``).
+      form: number format, of `ops.wire.FORMATS`.
+      group: numbers that share a scale.
+      centred: whether the encoder's centre was taken off before rounding.
+      lengths: tokens of each text.
+      latents: latents of each text, ``M``.
+      positions: of each text's latents, where they are not the middles of their spans.
+    """
+
+    origin: Origin
+    ratio: float
+    segment: int
+    width: int
+    form: str
+    group: int
+    centred: bool
+    lengths: tuple[int, ...]
+    latents: tuple[int, ...]
+    positions: tuple[tuple[int, ...], ...] | None = None
+
+
+class Bytes(NamedTuple):
+    """What a stored wire takes; ``header`` includes signature and checksum."""
+
+    header: int
+    scales: int
+    payload: int
+
+    @property
+    def total(self) -> int:
+        """All of it: the size of the file."""
+        return sum(self)
+
+
+def places(lengths: Sequence[int], width: int, ratio: float, segment: int) -> tuple[
+    Bool[np.ndarray, "b m"], Int[np.ndarray, "b m"]
+]:  # fmt: skip
+    """Which latents are real, and the middles of their spans, of texts padded to ``width`` tokens.
+
+    Segments are compressed alone: each has its own ``ceil(tokens / ratio)`` latents.
+    """
+    n = max(1, width // segment)
+    m = num_latents(width // n, ratio)
+    slot, start = np.arange(m), np.arange(n)[:, None] * (width // n)
+    # fp32, as the compressor computes them
+    middle = np.floor(slot * np.float32(ratio) + np.float32((ratio - 1) / 2)).astype(np.int32)
+    left = np.asarray(lengths)[:, None, None] - start
+    mask = slot * np.float32(ratio) < np.minimum(left, width // n)
+    shape = (len(lengths), n * m)
+    return mask.reshape(shape), np.broadcast_to(start + middle, (len(lengths), n, m)).reshape(shape)
+
+
+def pack(
+    wire: Wire,
+    origin: Origin,
+    ratio: float,
+    segment: int,
+    form: str = "fp32",
+    group: int = codec.GROUP,
+    centre: Float[np.ndarray, " z"] | None = None,
+) -> tuple[bytes, Bytes]:
+    """A wire as bytes, and what each part of them takes.
+
+    Args:
+      wire: latents of some texts.
+      origin: who made them.
+      ratio: tokens per latent.
+      segment: tokens compressed at once.
+      form: of `ops.wire.FORMATS`.
+      group: numbers that share a scale, in the integer formats.
+      centre: the encoder's centre, which integer formats take off; it does not travel.
+
+    Raises:
+      WireError: unknown format, or latents that it cannot hold.
+    """
+    check_form(form)
+    mask = np.asarray(wire.mask)
+    z = np.asarray(wire.z, np.float32)[mask]
+    peak = float(np.abs(z).max(initial=0.0))
+    if not peak <= codec.largest(form):
+        raise WireError(
+            f"latents reach {peak:.3g}, which {form} cannot hold; use bf16"
+            if np.isfinite(peak) else "latents are not finite: nothing can be sent"
+        )  # fmt: skip
+    centred = centre is not None and not form.startswith(("fp", "bf"))
+    scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
+    where, lengths = np.asarray(wire.positions), np.asarray(wire.length).tolist()
+    # Widths follow from the slots: all segments have equally many.
+    slots = num_latents(segment, ratio)
+    width = segment * max(1, mask.shape[1] // slots)
+    expected = places(lengths, width, ratio, segment)[1][:, : mask.shape[1]]
+    usual = np.array_equal(where[mask], expected[mask])
+    header = Header(
+        origin, float(ratio), int(segment), int(z.shape[-1]), form, group, centred,
+        tuple(lengths), tuple(mask.sum(1).tolist()),
+        None if usual else tuple(tuple(w[m].tolist()) for w, m in zip(where, mask, strict=True)),
+    )  # fmt: skip
+    text = json.dumps(dataclasses.asdict(header), separators=(",", ":")).encode()
+    data = SIGNATURE + _PREAMBLE.pack(VERSION, len(text)) + text + scales + payload
+    data += _digest(data)
+    return data, Bytes(len(data) - len(scales) - len(payload), len(scales), len(payload))
+
+
+def check_form(form: str) -> None:
+    """Refuses unknown number formats.
+
+    Raises:
+      WireError: naming the known ones.
+    """
+    if form not in codec.FORMATS:
+        raise WireError(f"no wire format {form!r}; known: {', '.join(codec.FORMATS)}")
+
+
+def is_wire(path: str | Path) -> bool:
+    """Whether a file begins as a stored wire does."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+    except OSError:
+        return False
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A stored wire's bytes.
+
+    Raises:
+      WireError: no such file, or not readable.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise WireError(f"{path}: {error.strerror}") from None
+
+
+def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
+    """Checks a stored wire as far as that goes without its compressor.
+
+    Args:
+      data: all of its bytes.
+      name: of its file, for messages.
+
+    Raises:
+      WireError: not a wire, of another version, or not as it was written.
+    """
+    start = len(SIGNATURE) + _PREAMBLE.size
+    if data[: len(SIGNATURE)] != SIGNATURE:
+        raise WireError(f"{name}: not a stored wire (it does not begin like one)")
+    if len(data) < start + _CHECKSUM:
+        raise WireError(f"{name}: cut off after {len(data)} bytes; send it again")
+    version, length = _PREAMBLE.unpack_from(data, len(SIGNATURE))
+    if version != VERSION:
+        raise WireError(f"{name}: wire version {version}; this program reads version {VERSION}")
+    if data[-_CHECKSUM:] != _digest(data[:-_CHECKSUM]):
+        raise WireError(
+            f"{name}: damaged: cut off or changed on the way (its checksum differs); send it again"
+        )
+    try:
+        header = _parse(json.loads(data[start : start + length]))
+        scales, payload = codec.sizes(
+            sum(header.latents), header.width, header.form, header.group
+        )
+        parts = Bytes(start + length + _CHECKSUM, scales, payload)
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise WireError(f"{name}: its header makes no sense ({error})") from None
+    if parts.total != len(data):
+        raise WireError(
+            f"{name}: its header announces {parts.total} bytes, there are {len(data)}"
+        )
+    return header, parts
+
+
+def unpack(
+    data: bytes, centre: Float[np.ndarray, " z"] | None = None, name: str = "wire"
+) -> tuple[Wire, Header, Bytes]:
+    """Inverse of `pack`: latents, as near as their format is.
+
+    Args:
+      data: all bytes of a stored wire.
+      centre: the encoder's, if the wire was made with one.
+      name: of its file, for messages.
+
+    Raises:
+      WireError: as `read_header`, or centred latents without their centre.
+    """
+    header, parts = read_header(data, name)
+    if header.centred and (centre is None or centre.shape != (header.width,)):
+        raise WireError(f"{name}: needs the centre of {header.origin.encoder}, which is not here")
+    begin = parts.header - _CHECKSUM
+    middle = begin + parts.scales
+    rows = codec.from_bytes(
+        data[begin:middle], data[middle : middle + parts.payload],
+        sum(header.latents), header.width, header.form, header.group,
+    )  # fmt: skip
+    if header.centred:
+        rows = rows + np.asarray(centre)
+    segment = header.segment
+    longest = max(header.lengths)
+    width = longest if longest <= segment else -(-longest // segment) * segment
+    mask, positions = places(header.lengths, width, header.ratio, segment)
+    if tuple(mask.sum(1).tolist()) != header.latents:
+        raise WireError(f"{name}: its header makes no sense (latents and lengths do not match)")
+    if header.positions is not None:
+        positions = positions.copy()
+        for row, (real, where) in enumerate(zip(mask, header.positions, strict=True)):
+            positions[row, real] = where
+    z = np.zeros((*mask.shape, header.width), np.float32)
+    z[mask] = rows
+    arrays = (z, mask, positions.astype(np.int32), np.asarray(header.lengths, np.int32))
+    return Wire(*map(jnp.asarray, arrays)), header, parts
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_CHECKSUM).digest()
+
+
+def _parse(tree: dict[str, Any]) -> Header:
+    """A header from JSON; anything odd is a ValueError, TypeError or KeyError."""
+    origin = Origin(**{k: str(v) for k, v in tree.pop("origin").items()})
+    numbers = {k: tuple(int(v) for v in tree.pop(k)) for k in ("lengths", "latents")}
+    where = tree.pop("positions")
+    if where is not None:
+        where = tuple(tuple(int(v) for v in row) for row in where)
+        if tuple(map(len, where)) != numbers["latents"]:
+            raise ValueError("positions and latents do not match")
+    header = Header(origin=origin, positions=where, **numbers, **tree)
+    if header.form not in codec.FORMATS:
+        raise ValueError(f"format {header.form!r}")
+    if not header.lengths or len(header.lengths) != len(header.latents) or min(header.lengths) < 1:
+        raise ValueError("lengths and latents do not match")
+    if min(header.segment, header.width, header.group) < 1 or header.ratio < 1:
+        raise ValueError("sizes below 1")
+    return header
