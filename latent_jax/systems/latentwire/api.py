@@ -29,7 +29,7 @@ from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
-from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents
+from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
 from latent_jax.systems.latentwire.training_free import Selected, model_config
@@ -309,18 +309,8 @@ class LatentWire:
     def rebuild_ids(self, wire: Message | Wire) -> list[list[int]]:
         """Greedy reconstructions as token ids: as many as each text had."""
         wire, ratio, segment = self._opened(wire)
-        m = num_latents(segment, ratio)
-        b, total, _ = wire.z.shape
-        n = max(1, total // m)
-        start = np.arange(n) * segment
-        # Each segment was compressed alone, so each is rebuilt alone, at the positions it was
-        # compressed at.
-        parts = Wire(
-            wire.z.reshape(b * n, total // n, -1),
-            wire.mask.reshape(b * n, -1),
-            (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
-            jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
-        )
+        parts = split_segments(wire, segment, ratio)
+        b, n = len(wire.z), len(parts.z) // len(wire.z)
         # Where no embedding was trained to ask for the text, words do.
         asking = [] if "reconstruct" in self.tasks else self.backbone.tokenizer.encode(AGAIN)
         prompt = pad_rows([asking] * (b * n), len(asking), self.builder.pad_id)

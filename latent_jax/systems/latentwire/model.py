@@ -60,6 +60,22 @@ def num_latents(tokens: int, ratio: float) -> int:
     return math.ceil(tokens / ratio - 1e-9)
 
 
+def split_segments(wire: Wire, segment: int, ratio: float) -> Wire:
+    """One row per segment of each text, ``[b n …]``, at the positions it was compressed at.
+
+    Segments were compressed alone, so each is rebuilt alone.
+    """
+    b, total, _ = wire.z.shape
+    n = max(1, total // num_latents(segment, ratio))
+    start = jnp.arange(n) * segment
+    return Wire(
+        wire.z.reshape(b * n, total // n, -1),
+        wire.mask.reshape(b * n, -1),
+        (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
+        jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
+    )
+
+
 def flatten_kv(kv: KV, inv_freq, positions) -> Float[Array, "b m z"]:
     """Post-RoPE keys and values → one vector per entry, keys un-rotated."""
     k = rope.rotate_layers(kv.k, -positions, inv_freq)

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -17,7 +16,7 @@ from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked
-from latent_jax.systems.latentwire.model import Wire, num_latents
+from latent_jax.systems.latentwire.model import Wire, split_segments
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.scoring import (
     Progress,
@@ -134,26 +133,19 @@ def rebuild(
     """Greedy reconstructions of a wire, as many tokens as each text had, right-padded.
 
     Args:
-      segment: tokens compressed at once; each segment is rebuilt alone, at the positions that it
-        was compressed at.
+      segment: tokens compressed at once.
       ratio: tokens per latent.
       task: the learned task embedding after the latents; None for none.
     """
-    b, total, _ = wire.z.shape
-    n = max(1, total // num_latents(segment, ratio))
-    start = np.arange(n) * segment
-    parts = Wire(
-        wire.z.reshape(b * n, total // n, -1),
-        wire.mask.reshape(b * n, -1),
-        (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
-        jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
-    )
-    rows = np.arange(b * n, dtype=np.int32)
-    empty = np.zeros((b * n, 0), np.int32), np.zeros((b * n, 0), bool)
+    parts = split_segments(wire, segment, ratio)
+    b, rows = len(wire.z), len(parts.z)
+    n = rows // b
+    empty = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), bool)
     given = baselines.latent_given(
-        "latent", reader.decoder, reader.params, latents, parts, rows, jax.random.key(0)
-    )
-    lead = task_embedding(latents, "latent", task, b * n)
+        "latent", reader.decoder, reader.params, latents, parts,
+        np.arange(rows, dtype=np.int32), jax.random.key(0),
+    )  # fmt: skip
+    lead = task_embedding(latents, "latent", task, rows)
     length = np.asarray(wire.length)
     # A text that fills no segment has fewer places than one.
     each = segment if n > 1 else min(segment, int(length.max()))
