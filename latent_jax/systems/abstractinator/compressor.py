@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.systems.abstractinator import segment
 from latent_jax.systems.abstractinator.config import LevelConfig
-from latent_jax.systems.abstractinator.layers import QueryPool, Stack
+from latent_jax.systems.abstractinator.layers import QueryPool, Stack, sliding_mask
 from latent_jax.systems.abstractinator.segment import Segments
 from latent_jax.systems.abstractinator.tokenizer import VOCAB
-
-
-def sliding_mask(valid: Bool[Array, "b t"], reach: int) -> Bool[Array, "b t t"]:
-    """Each byte sees itself and the valid ones among the ``reach - 1`` before it."""
-    at = jnp.arange(valid.shape[1])
-    behind = at[:, None] - at
-    return ((behind >= 0) & (behind < reach))[None] & valid[:, None, :]
 
 
 class Compressor(nn.Module):

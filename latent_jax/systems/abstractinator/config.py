@@ -17,6 +17,7 @@ TRAINS = {
     "top": ("top",),
     "joint": ("compressor", "expander", "top"),
     "byte_lm": ("byte_lm",),
+    "entropy": ("entropy",),
 }
 
 
@@ -32,20 +33,36 @@ class SegmentConfig:
     """How windows of bytes are cut."""
 
     rule: str = field(
-        default="fixed:6", help="fixed:N, or space: at the first byte after white space"
+        default="fixed:6",
+        help="fixed:N; space: at the first byte after white space; entropy: where the section "
+        "entropy's model is uncertain",
+    )
+    delta: float | None = field(
+        default=None, help="entropy: bits that a byte's exceeds the one before by (null: unused)"
+    )
+    threshold: float | None = field(
+        default=None, help="entropy: bits above which a byte starts a segment (null: unused)"
     )
     longest: int | None = field(
-        default=None, ge=1, help="most bytes of a segment (null: N of fixed, 16 of space)"
+        default=None, ge=1, help="most bytes of a segment (null: N of fixed, else 16)"
     )
     budget: int | None = field(
         default=None, ge=1,
         help="segments per window; bytes beyond are left out and counted (null: as many as fixed "
-        "makes; a third of the bytes of space)",
+        "makes; else a third of the bytes)",
     )
 
     def validate(self) -> None:
-        """Refuses unknown rules."""
+        """Refuses unknown rules, and limits that do not belong to the rule."""
         parse_rule(self.rule)
+        limits = [n for n in ("delta", "threshold") if getattr(self, n) is not None]
+        if self.rule == "entropy" and not limits:
+            raise ConfigError(
+                "segments.rule=entropy needs segments.threshold or segments.delta, in bits; "
+                "`latent-jax data calibrate-segments RUN --bytes-per-segment X` finds them"
+            )
+        if self.rule != "entropy" and limits:
+            raise ConfigError(f"segments.{limits[0]} needs segments.rule=entropy")
 
     @property
     def most(self) -> int:
@@ -107,6 +124,16 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True)
+class EntropyConfig(TransformerConfig):
+    """A small byte model whose uncertainty cuts segments."""
+
+    layers: int = field(default=1, ge=0, help="blocks")
+    width: int = field(default=64, ge=2, help="residual stream")
+    ff: int = field(default=128, ge=1, help="hidden width of the MLPs")
+    reach: int = field(default=32, ge=1, help="bytes that a block looks back on")
+
+
+@dataclass(frozen=True)
 class AbstractDataConfig:
     """Which text, in which windows."""
 
@@ -133,6 +160,9 @@ class AbstractLossConfig:
     )
     top: float | ScheduleConfig = field(default=1.0, help="digits given earlier rows (nats/digit)")
     byte_lm: float | ScheduleConfig = field(default=1.0, help="the peer (nats per byte)")
+    entropy_model: float | ScheduleConfig = field(
+        default=1.0, help="the model that finds segments (nats per byte)"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,6 +183,9 @@ class AbstractRun(RunBase):
     level: LevelConfig = field(default_factory=LevelConfig, help="bytes to rows and back")
     top: TransformerConfig = field(default_factory=TransformerConfig, help="row model")
     byte_lm: TransformerConfig | None = field(default=None, help="a plain peer over bytes")
+    entropy: EntropyConfig | None = field(
+        default=None, help="a byte model whose uncertainty cuts segments"
+    )
     data: AbstractDataConfig = field(default_factory=AbstractDataConfig, help="text")
     losses: AbstractLossConfig = field(default_factory=AbstractLossConfig, help="loss weights")
     eval: AbstractEvalConfig = field(default_factory=AbstractEvalConfig, help="final evaluation")
@@ -166,6 +199,7 @@ class AbstractRun(RunBase):
         """Refuses phases whose data and labels do not go together."""
         for phase in self.train.phases:
             self._check_phase(phase)
+        self._check_entropy()
         trained = {label for phase in self.train.phases for label in phase.train}
         if self.byte_lm is not None and "byte_lm" not in trained:
             raise ConfigError("byte_lm: no phase of train.phases has data=byte_lm and trains it")
@@ -173,14 +207,36 @@ class AbstractRun(RunBase):
         if entropy != 0.0 and not self.level.vq.entropy.used:
             raise ConfigError("losses.entropy needs level.vq.entropy.value above 0")
 
+    def _check_entropy(self) -> None:
+        kinds = [phase.data for phase in self.train.phases]
+        first = kinds.index("entropy") if "entropy" in kinds else None
+        used = self.segments.rule == "entropy"
+        if used and self.entropy is None:
+            raise ConfigError("segments.rule=entropy needs the section entropy")
+        if self.entropy is not None and first is None and self.train.init_from is None:
+            raise ConfigError(
+                "entropy: no phase of train.phases has data=entropy and trains it, and there is no "
+                "train.init_from to take it from"
+            )
+        if not used or first is None:
+            return
+        last = len(kinds) - 1 - kinds[::-1].index("entropy")
+        before = any(kind not in ("entropy", "byte_lm") for kind in kinds[:last])
+        cycle = sum(phase.steps for phase in self.train.phases)
+        if before or (self.train.phases[-1].steps and self.train.steps > cycle):
+            raise ConfigError(
+                "train.phases: with segments.rule=entropy, data=entropy comes once and before all "
+                "levels, whose segments would move"
+            )
+
     def _check_phase(self, phase) -> None:
         where = f"train.phases {phase.name!r}: data={phase.data!r}"
         if phase.data == "main":
             raise ConfigError(f"{where}: a phase here names one of {', '.join(TRAINS)}")
         if phase.data not in TRAINS:
             raise ConfigError(f"{where}: no such data; allowed: {', '.join(TRAINS)}")
-        if phase.data == "byte_lm" and self.byte_lm is None:
-            raise ConfigError(f"{where} needs the section byte_lm")
+        if phase.data in ("byte_lm", "entropy") and getattr(self, phase.data) is None:
+            raise ConfigError(f"{where} needs the section {phase.data}")
         # Weight decay and moments would move parts that the phase's loss does not reach.
         moved = set(phase.train or TRAINS["joint"]) - set(phase.freeze)
         if not phase.train:
@@ -193,7 +249,7 @@ class AbstractRun(RunBase):
                 f"{where} gives {', '.join(extra)} no gradient; it can train "
                 f"{', '.join(TRAINS[phase.data])}"
             )
-        if phase.data != "top" and phase.data != "byte_lm" and "compressor" not in moved:
+        if phase.data in ("level0", "joint") and "compressor" not in moved:
             raise ConfigError(
                 f"{where} moves the codebooks under a held compressor: use data=top, or train it"
             )

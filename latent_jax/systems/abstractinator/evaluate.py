@@ -76,6 +76,9 @@ class Measure:
         if model.config.byte_lm is not None:
             term = losses.byte_lm(model, variables, ids, valid)["byte_lm"]
             sums["peer_nats"] = term.sum
+        if model.config.entropy is not None:
+            term = losses.entropy_model(model, variables, ids, valid)["entropy_model"]
+            sums["entropy_nats"] = term.sum
         return sums
 
     def _free_running(self, variables, ids, valid, stages):
@@ -98,17 +101,6 @@ class Measure:
         return sums, said
 
 
-def _batches(windows, indices, size):
-    """Whole batches: the last is filled with windows without a byte."""
-    for at in range(0, len(indices), size):
-        batch = windows.batch(indices[at : at + size])
-        short = size - len(batch["ids"])
-        pad = lambda a, fill, short=short: np.pad(  # noqa: E731
-            a, ((0, short), (0, 0)), constant_values=fill
-        )
-        yield jnp.asarray(pad(batch["ids"], PAD)), jnp.asarray(pad(batch["there"], False))
-
-
 def _add(total: dict[str, Any] | None, part: Mapping[str, Any]) -> dict[str, Any]:
     part = {k: np.asarray(v, np.float64) for k, v in part.items()}
     return part if total is None else {k: total[k] + part[k] for k in total}
@@ -121,7 +113,8 @@ def evaluate(
 
     Returns:
       metrics: ``bpb.codes``, ``bpb.bytes_given_codes`` and their sum ``bpb.total``;
-        ``bpb.gzip|xz`` of the same bytes in one piece, ``bpb.byte_lm`` of the peer if there is one;
+        ``bpb.gzip|xz`` of the same bytes in one piece, ``bpb.byte_lm`` of the peer and
+        ``bpb.entropy_model`` of the model that cuts segments, if there are any;
         ``reconstruction.byte_accuracy|exact_segments`` (free-running, greedy), and the same over
         ``rate_distortion.stages<i>`` with the digits after the first ``i`` dropped, beside the
         nominal ``code_bits_per_byte``; ``bytes_per_row``, ``segments.overflow`` (share of bytes);
@@ -135,7 +128,7 @@ def evaluate(
     held = system.windows("validation")
     chosen = held.spread(c.eval.windows)
     stages = c.level.stages
-    batches = list(_batches(held, chosen, min(c.eval.batch_size, len(chosen))))
+    batches = list(held.batches(chosen, min(c.eval.batch_size, len(chosen))))
     sums, running, samples = None, [None] * stages, []
     for number, (ids, valid) in enumerate(batches):
         sums = _add(sums, measure.likelihoods(variables, ids, valid))
@@ -176,6 +169,8 @@ def _bits(sums: Mapping[str, Any]) -> dict[str, float]:
     }
     if "peer_nats" in sums:
         out["bpb.byte_lm"] = float(sums["peer_nats"]) / LN2 / size
+    if "entropy_nats" in sums:
+        out["bpb.entropy_model"] = float(sums["entropy_nats"]) / LN2 / size
     return out
 
 

@@ -14,6 +14,13 @@ from latent_jax.ops.rope import inverse_frequencies
 ROPE_THETA = 10_000.0
 
 
+def sliding_mask(valid: Bool[Array, "b t"], reach: int) -> Bool[Array, "b t t"]:
+    """Each byte sees itself and the valid ones among the ``reach - 1`` before it."""
+    at = jnp.arange(valid.shape[1])
+    behind = at[:, None] - at
+    return ((behind >= 0) & (behind < reach))[None] & valid[:, None, :]
+
+
 class Stack(nn.Module):
     """Pre-norm blocks and a final norm, each block after a look at a memory where there is one.
 

@@ -84,9 +84,22 @@ def top(
     return {"top": Mean.of(nll, counted)}, aux
 
 
+def _bytes(
+    method: str, model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
+) -> Mean:
+    logits = model.apply(variables, ids, valid, method=method)
+    return Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)
+
+
 def byte_lm(
     model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
 ) -> dict[str, Mean]:
     """The term that trains the peer."""
-    logits = model.apply(variables, ids, valid, method="peer")
-    return {"byte_lm": Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)}
+    return {"byte_lm": _bytes("peer", model, variables, ids, valid)}
+
+
+def entropy_model(
+    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
+) -> dict[str, Mean]:
+    """The term that trains the model whose uncertainty cuts segments."""
+    return {"entropy_model": _bytes("foresee", model, variables, ids, valid)}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.residual_vq import ResidualVQ
@@ -54,13 +55,29 @@ class Abstractinator(nn.Module):
         self.top = TopLM(c.top, level.codes, level.stages)
         if c.byte_lm is not None:
             self.byte_lm = ByteLM(c.byte_lm)
+        if c.entropy is not None:
+            self.entropy = ByteLM(c.entropy, c.entropy.reach)
 
     def segment(
         self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], budget: int | None = None
     ) -> Segments:
         """Cuts windows as the run says."""
         c = self.config.segments
-        return segment.segment(ids, valid, c.rule, c.most, budget or self.config.budget)
+        surprise = None
+        if c.rule == "entropy":
+            surprise = segment.surprising(self.entropies(ids, valid), c.delta, c.threshold)
+        return segment.segment(ids, valid, c.rule, c.most, budget or self.config.budget, surprise)
+
+    def entropies(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    ) -> Float[Array, "b t"]:
+        """Bits of the entropy model's prediction of each byte, which boundaries are made of."""
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.foresee(ids, valid)))
+        return -jnp.sum(jnp.exp(log_p) * log_p, -1) / jnp.log(2.0)
+
+    def foresee(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
+        """Logits of the entropy model."""
+        return self.entropy(ids, valid)
 
     def append(
         self, digits: Int[Array, "*b n"], through: Float[Array, "*b d"] | None = None
@@ -144,4 +161,6 @@ class Abstractinator(nn.Module):
         self.predict(out.rows, out.there, out.digits)
         if self.config.byte_lm is not None:
             self.peer(ids, valid)
+        if self.config.entropy is not None:
+            self.foresee(ids, valid)
         return out

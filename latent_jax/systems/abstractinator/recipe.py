@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from latent_jax import data
 from latent_jax.core.errors import DataError
@@ -44,6 +45,16 @@ class Windows:
         """Several windows, stacked."""
         rows = [self.get(int(i)) for i in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def batches(
+        self, indices: Int[np.ndarray, " m"], size: int
+    ) -> Iterator[tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]]:
+        """Whole batches of ``ids`` and ``there``; windows without a byte fill the last."""
+        for at in range(0, len(indices), size):
+            batch = self.batch(indices[at : at + size])
+            more = ((0, size - len(batch["ids"])), (0, 0))
+            ids = np.pad(batch["ids"], more, constant_values=tokenizer.PAD)
+            yield ids, np.pad(batch["there"], more, constant_values=False)
 
     def spread(self, count: int) -> Int[np.ndarray, " m"]:
         """At most ``count`` windows, evenly spaced."""

@@ -19,9 +19,9 @@ from latent_jax.systems.abstractinator.model import Abstractinator
 class AbstractinatorSystem:
     """Bytes to rows and back, and rows to rows; implements `latent_jax.train.protocol.System`.
 
-    What a batch trains is written in it: its field ``level0``, ``top``, ``joint`` or ``byte_lm``
-    (the name of the phase's data; without any it is ``joint``). Under ``top`` the level only
-    evaluates: no gradient, no moving average, no byte loss.
+    What a batch trains is written in it: its field ``level0``, ``top``, ``joint``, ``byte_lm`` or
+    ``entropy`` (the name of the phase's data; without any it is ``joint``). Under ``top`` the level
+    only evaluates: no gradient, no moving average, no byte loss.
     """
 
     config_class = AbstractRun
@@ -40,6 +40,7 @@ class AbstractinatorSystem:
         self.weights = {
             "reconstruct": weights.reconstruct, "commit": weights.commit,
             "entropy": weights.entropy, "top": weights.top, "byte_lm": weights.byte_lm,
+            "entropy_model": weights.entropy_model,
         }  # fmt: skip
         self._windows: dict[str, recipe.Windows] = {}
         self._generator: Any = None
@@ -58,7 +59,7 @@ class AbstractinatorSystem:
         return dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
 
     def param_labels(self, params: PyTree) -> PyTree:
-        """``compressor`` (with the quantiser's projections), ``expander``, ``top``, ``byte_lm``."""
+        """``compressor`` (with the quantiser's projections) and each other part by its name."""
         names = {"quantiser": "compressor"}
 
         def label(path: Any, _: Any) -> str:
@@ -74,6 +75,8 @@ class AbstractinatorSystem:
         ids, valid = batch["ids"], batch["there"]
         if kind == "byte_lm":
             return losses.byte_lm(self.model, variables, ids, valid), {}, {}
+        if kind == "entropy":
+            return losses.entropy_model(self.model, variables, ids, valid), {}, {}
         moves = train and kind != "top"
         apply = dict(method="encode", rngs=dict(rngs))
         if moves:
@@ -117,6 +120,8 @@ class AbstractinatorSystem:
         if self.config.byte_lm is not None:
             peer = losses.byte_lm(self.model, variables, batch["ids"], batch["there"])
             named |= peer
+        if self.config.entropy is not None:
+            named |= losses.entropy_model(self.model, variables, batch["ids"], batch["there"])
         return {k: getattr(v, "value", v) for k, v in named.items()}
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
@@ -131,6 +136,19 @@ class AbstractinatorSystem:
         if self._measure is None:
             self._measure = Measure(self.model)
         return evaluate(self, variables, self._measure, progress or (lambda *_: None))
+
+    def calibrate_segments(
+        self,
+        variables,
+        frozen,
+        bytes_per_segment: float,
+        delta: bool = False,
+        windows: int = 512,
+    ) -> dict[str, Any]:
+        """Finds the limit of entropy segments; see `calibrate.calibrate`."""
+        from latent_jax.systems.abstractinator.calibrate import calibrate
+
+        return calibrate(self, variables, bytes_per_segment, delta, windows)
 
     def generate(
         self,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.ops.attention import causal_mask
 from latent_jax.systems.abstractinator.config import TransformerConfig
-from latent_jax.systems.abstractinator.layers import Stack
+from latent_jax.systems.abstractinator.layers import Stack, sliding_mask
 from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
 
 
@@ -81,13 +81,15 @@ class TopLM(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """A causal transformer over bytes: what the two-part code has to beat.
+    """A causal transformer over bytes: what the two-part code has to beat, and what finds segments.
 
     Attributes:
       config: size of the transformer.
+      reach: bytes that a block looks back on; all by default.
     """
 
     config: TransformerConfig
+    reach: int | None = None
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
@@ -95,5 +97,6 @@ class ByteLM(nn.Module):
         c = self.config
         before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
         x = nn.Embed(VOCAB, c.width, name="bytes")(before)
-        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, causal_mask(valid))
+        mask = causal_mask(valid) if self.reach is None else sliding_mask(valid, self.reach)
+        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, mask)
         return nn.Dense(256, name="head")(x)
