@@ -20,8 +20,8 @@ import numpy as np
 from latent_jax.core.errors import DataError
 from latent_jax.ops import vq_metrics
 from latent_jax.systems.abstractinator import losses, segment, tokenizer
-from latent_jax.systems.abstractinator.generate import say
 from latent_jax.systems.abstractinator.model import Abstractinator
+from latent_jax.systems.abstractinator.sample import Choice, say
 from latent_jax.systems.abstractinator.tokenizer import EOP, PAD
 
 LN2 = math.log(2)
@@ -90,7 +90,7 @@ class Measure:
         rows = model.apply(variables, kept, method="append")
         wanted, counted, is_byte = segment.targets(ids, out.found, longest, EOP)
         blank = jnp.full(wanted.shape, PAD, jnp.int32)
-        said = say(model, variables, rows, out.there, blank, jax.random.key(0), jnp.float32(0))
+        said = say(model, variables, rows, out.there, blank, jax.random.key(0), Choice.of(0))
         right = said == wanted
         sums = {
             "bytes": is_byte.sum(),

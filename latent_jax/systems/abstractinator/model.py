@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.residual_vq import ResidualVQ
+from latent_jax.nn.transformer import Cache
 from latent_jax.nn.vq_outputs import Quantized
 from latent_jax.systems.abstractinator import segment
 from latent_jax.systems.abstractinator.compressor import Compressor
 from latent_jax.systems.abstractinator.config import AbstractRun
-from latent_jax.systems.abstractinator.expander import Expander
+from latent_jax.systems.abstractinator.expander import Expander, Views
 from latent_jax.systems.abstractinator.segment import Segments
 from latent_jax.systems.abstractinator.top import ByteLM, TopLM
 
@@ -141,11 +142,31 @@ class Abstractinator(nn.Module):
         """Logits of the plain byte model."""
         return self.byte_lm(ids, valid)
 
-    def top_hidden(
-        self, rows: Float[Array, "b s d"], there: Bool[Array, "b s"]
-    ) -> Float[Array, "b s+1 c"]:
-        """State of the row model before each row and after the last."""
-        return self.top.hidden(rows, there)
+    def expand_views(self, rows: Float[Array, "b s d"], there: Bool[Array, "b s"]) -> Views:
+        """What segments are said from place by place, see `Expander.views`."""
+        return self.expander.views(rows, there)
+
+    def expand_empty(self, segments: int) -> tuple[Cache, ...]:
+        """The cache of `expand_step` before the first place."""
+        return self.expander.empty(segments)
+
+    def expand_step(
+        self, views: Views, before: Array, place: Int[Array, ""], cache: tuple[Cache, ...]
+    ) -> tuple[Float[Array, "n v"], tuple[Cache, ...]]:
+        """Logits of one place of each segment, see `Expander.step`."""
+        return self.expander.step(views, before, place, cache)
+
+    def top_start(
+        self, rows: Float[Array, "b s d"], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State of the row model after some rows, and its cache."""
+        return self.top.start(rows, count)
+
+    def top_extend(
+        self, row: Float[Array, "b d"], cache: tuple[Cache, ...], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State of the row model after one row more."""
+        return self.top.extend(row, cache, count)
 
     def top_logits(
         self, hidden: Float[Array, "*b c"], digits: Int[Array, "*b n"]

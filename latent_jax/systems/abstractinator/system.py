@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.core.types import PyTree
-from latent_jax.systems.abstractinator import losses, recipe
+from latent_jax.systems.abstractinator import losses, recipe, tokenizer
 from latent_jax.systems.abstractinator.config import TRAINS, AbstractRun
 from latent_jax.systems.abstractinator.model import Abstractinator
 
@@ -155,23 +155,48 @@ class AbstractinatorSystem:
         variables,
         frozen,
         prompt: str | list[str],
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | Sequence[float] = 0.0,
+        top_p: float | Sequence[float] | None = None,
         seed: int = 0,
+        slide: bool = False,
+        tell: Callable[[bytes], None] | None = None,
     ) -> Any:
         """Continues a text, or several at once, by rows; see `generate.Generator`.
 
-        ``max_new_tokens`` counts bytes.
+        Args:
+          variables: of the model.
+          frozen: nothing.
+          prompt: a text, or several.
+          max_new_tokens: bytes of the continuation; 64 by default, fewer where the context ends.
+          temperature: 0 is greedy; several are those of the stages, the last also that of bytes.
+          top_p: nucleus mass, likewise.
+          seed: of the sampling.
+          slide: let the context move over texts that are longer than it.
+          tell: gets the bytes of a single text as they come.
         """
         from latent_jax.systems.abstractinator.generate import Generator
+        from latent_jax.systems.abstractinator.sample import Choice
 
         if self._generator is None:
             self._generator = Generator(self.model)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("generate: there is no prompt")
-        found = self._generator(variables, prompts, max_new_tokens, temperature, seed)
+        choice = Choice.of(self.config.level.stages, temperature, top_p)
+        count = max_new_tokens
+        if count is None:
+            room = self.config.data.window - max(len(tokenizer.encode(p)) for p in prompts)
+            count = 64 if slide else max(1, min(64, room))
+        if not slide:
+            self._generator.check(prompts, count)
+        told = [b""] * len(prompts)
+        for parts in self._generator.stream(variables, prompts, count, choice, seed):
+            told = [whole + part for whole, part in zip(told, parts, strict=True)]
+            if tell is not None:
+                tell(parts[0])
         answers = [
-            {"prompt": p, "continuation": text} for p, text in zip(prompts, found, strict=True)
+            {"prompt": p, "continuation": raw.decode("utf-8", errors="replace")}
+            for p, raw in zip(prompts, told, strict=True)
         ]
         return answers[0] if isinstance(prompt, str) else answers

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.nn.transformer import Cache
 from latent_jax.ops.attention import causal_mask
 from latent_jax.systems.abstractinator.config import TransformerConfig
 from latent_jax.systems.abstractinator.layers import Stack, sliding_mask
@@ -51,6 +52,30 @@ class TopLM(nn.Module):
         x = jnp.concatenate([first, x], 1)
         there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
         return self.stack(x, causal_mask(there))
+
+    def start(
+        self, rows: Float[Array, "b s d"], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State after the first ``count`` rows, and the cache that `extend` goes on from."""
+        x = self.read(rows)
+        b, s = x.shape[:2]
+        first = jnp.broadcast_to(self.first, (b, 1, x.shape[-1]))
+        causal = jnp.tril(jnp.ones((s + 1, s + 1), bool))[None]
+        none = jnp.zeros(b, jnp.int32)
+        x, cache = self.stack(
+            jnp.concatenate([first, x], 1), causal, cache=self.stack.empty(b, s + 1), at=none
+        )
+        return x[jnp.arange(b), count], cache
+
+    def extend(
+        self, row: Float[Array, "b d"], cache: tuple[Cache, ...], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State after one more row, of which there are ``count`` before it."""
+        at = count + 1  # behind the rows lies `first`
+        # Places after it hold what a longer context left, or nothing.
+        seen = jnp.arange(cache[0].key.shape[1] if cache else 1) <= at[:, None]
+        x, cache = self.stack(self.read(row)[:, None], seen[:, None], cache=cache, at=at)
+        return x[:, 0], cache
 
     def logits(
         self, hidden: Float[Array, "*b c"], digits: Int[Array, "*b n"]

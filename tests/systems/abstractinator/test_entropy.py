@@ -57,7 +57,7 @@ def made(tiny):
     system = runs.system_class("abstractinator")(runs.resolve(tree))
     variables = jax.jit(lambda key: system.init({"params": key}, {}))(jax.random.key(0))
     ids = jnp.asarray([list(TEXT)])
-    bits = system.model.apply(variables, ids, ids != PAD, method="entropies")
+    bits = jax.jit(lambda i: system.model.apply(variables, i, i != PAD, method="entropies"))(ids)
     tree["segments"]["threshold"] = float(np.median(bits))
     return runs.system_class("abstractinator")(runs.resolve(tree)), variables, bits
 
@@ -123,7 +123,9 @@ def test_calibration_finds_the_length(made, delta):
     other = runs.system_class("abstractinator")(config)
     train = other.windows("train")
     batch = train.batch(train.spread(40))
-    cut = other.model.apply(variables, batch["ids"], batch["there"], method="segment")
+    cut = jax.jit(lambda *a: other.model.apply(variables, *a, method="segment"))(
+        batch["ids"], batch["there"]
+    )
     assert float(cut.length.sum() / cut.rows.sum()) == pytest.approx(found["bytes_per_segment"])
     with pytest.raises(ConfigError, match="limits give 1.00 to"):
         system.calibrate_segments(variables, {}, 7.0)
