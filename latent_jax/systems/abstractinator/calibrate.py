@@ -62,8 +62,6 @@ def calibrate(
         raise ConfigError("calibrate-segments: this run has no section entropy, so no model for it")
     if not windows >= 1:
         raise DataError(f"calibrate-segments: --windows {windows}: at least 1")
-    if "entropy" not in variables["params"]:
-        raise DataError("calibrate-segments: the checkpoint holds no entropy model")
     measured, there = entropies(system, variables, windows)
     bits, valid = jnp.asarray(measured), jnp.asarray(there)
     longest = c.segments.longest or 16

@@ -1,4 +1,4 @@
-"""Bytes to one vector per segment."""
+"""Bytes, or rows of the level below, to one vector per segment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Compressor(nn.Module):
 
     Attributes:
       config: the level.
-      longest: most bytes of a segment.
+      longest: most bytes, or rows, of a segment.
     """
 
     config: LevelConfig
@@ -25,11 +25,23 @@ class Compressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], found: Segments
+        self,
+        read: Int[Array, "b t"] | Float[Array, "b t r"],
+        valid: Bool[Array, "b t"],
+        found: Segments,
     ) -> Float[Array, "b s d"]:
-        """One vector per segment of the budget; those of missing segments mean nothing."""
+        """One vector per segment of the budget; those of missing segments mean nothing.
+
+        Args:
+          read: byte ids, or quantised rows.
+          valid: which of them are there.
+          found: the segments that they are in.
+        """
         c = self.config
-        x = nn.Embed(VOCAB, c.width, name="bytes")(ids)
+        if read.ndim == 2:
+            x = nn.Embed(VOCAB, c.width, name="bytes")(read)
+        else:
+            x = nn.Dense(c.width, name="rows")(read)
         # Known at each byte, since starts are causal; lets a query ask for the n-th byte.
         x = x + nn.Embed(self.longest, c.width, name="place")(found.place)
         mask = sliding_mask(valid, c.reach)

@@ -17,8 +17,9 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.core.errors import DataError
 from latent_jax.nn.transformer import Cache
 from latent_jax.systems.abstractinator import tokenizer
+from latent_jax.systems.abstractinator.descend import Open, Tail, descend, read_texts
 from latent_jax.systems.abstractinator.model import Abstractinator
-from latent_jax.systems.abstractinator.sample import Choice, next_digits, say
+from latent_jax.systems.abstractinator.sample import Choice, next_digits
 from latent_jax.systems.abstractinator.tokenizer import PAD
 
 
@@ -57,7 +58,7 @@ def push(
     model: Abstractinator, variables: Mapping[str, Any], context: Context, digits: Int[Array, "b n"]
 ) -> Context:
     """Appends the row of some digits to contexts with room for it."""
-    row = model.apply(variables, digits, method="append")
+    row = model.apply(variables, digits, method="append_top")
     state, cache = model.apply(variables, row, context.cache, context.count, method="top_extend")
     rows = context.rows.at[jnp.arange(len(row)), context.count].set(row)
     return Context(rows, context.count + 1, state, cache)
@@ -84,61 +85,47 @@ class Generator:
 
     def __init__(self, model: Abstractinator):
         self.model = model
-        window = model.config.data.window
-        self._encode = jax.jit(
-            lambda v, ids, valid: model.apply(v, ids, valid, budget=window, method="encode")
-        )
-        self._read = jax.jit(self._read_digits)
+        self._start = jax.jit(self._read_texts)
         self._slide = jax.jit(lambda v, context: slide(model, v, context))
         self._row = jax.jit(self._next_row)
 
-    def _read_digits(self, variables, digits, count):
-        rows = self.model.apply(variables, digits, method="append")
-        return read(self.model, variables, rows, count)
+    def _read_texts(self, variables, ids, valid):
+        tails, known, out, done = read_texts(self.model, variables, ids, valid)
+        # The newest rows that a context has room for, from its left.
+        size = self.model.config.rows(len(tails) - 1)
+        count = done.sum(1)
+        at = jnp.maximum(count - size, 0)[:, None] + jnp.arange(size)
+        kept = at < count[:, None]
+        at = jnp.minimum(at, done.shape[1] - 1)
+        digits = jnp.take_along_axis(out.digits, at[..., None], 1)
+        rows = self.model.apply(
+            variables, jnp.where(kept[..., None], digits, -1), method="append_top"
+        )
+        context = read(self.model, variables, rows, jnp.minimum(count, size).astype(jnp.int32))
+        return context, tails, known
 
-    def _next_row(self, variables, context, given, key, choice):
+    def _next_row(self, variables, context, tails, known, key, choice):
         """One more row and its bytes."""
         pick, speak = jax.random.split(key)
         digits = next_digits(self.model, variables, context.state, pick, choice)
         context = push(self.model, variables, context, digits)
-        # The newest row and as many before it as the expander looks back on.
-        back = context.count[:, None] - 1 - jnp.arange(self.model.config.level.lookback, -1, -1)
-        rows = jnp.take_along_axis(context.rows, jnp.maximum(back, 0)[..., None], 1)
-        blank = jnp.full((*rows.shape[:2], given.shape[-1]), PAD, jnp.int32)
-        given = blank.at[:, -1].set(given)
-        said = say(self.model, variables, rows, back >= 0, given, speak, choice)
-        return context, said[:, -1]
+        row = context.rows[jnp.arange(len(digits)), context.count - 1]
+        said, tails = descend(self.model, variables, row, tails, known, speak, choice)
+        return context, tails, said
 
     def start(
         self, variables: Mapping[str, Any], prompts: Sequence[str | bytes]
-    ) -> tuple[Context, Int[np.ndarray, "b l"]]:
-        """Rows of the prompts' closed segments, and the bytes of the one still open.
+    ) -> tuple[Context, tuple[Tail, ...], Open]:
+        """Rows of the prompts' complete segments, and what is open on every level.
 
         A prompt longer than a window keeps its last bytes.
         """
-        c = self.model.config
-        window, longest = c.data.window, c.segments.most
+        window = self.model.config.data.window
         ids = np.full((len(prompts), window), PAD, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             known = tokenizer.encode(prompt)[-window:]
             row[: len(known)] = known
-        out = self._encode(variables, jnp.asarray(ids), jnp.asarray(ids != PAD))
-        digits, there = np.asarray(out.digits), np.asarray(out.there)
-        found = jax.tree.map(np.asarray, out.found)
-        given = np.full((len(prompts), longest), PAD, np.int32)
-        count = there.sum(1)
-        size = c.budget
-        kept = np.full((len(prompts), size, digits.shape[-1]), -1, np.int32)
-        for i in range(len(prompts)):
-            last = count[i] - 1
-            if last >= 0 and found.open[i, last]:
-                length = found.length[i, last]
-                given[i, :length] = ids[i, found.start[i, last] :][:length]
-                count[i] -= 1
-            mine = digits[i, max(0, count[i] - size) : count[i]]
-            kept[i, : len(mine)] = mine
-        count = jnp.asarray(np.minimum(count, size), jnp.int32)
-        return self._read(variables, jnp.asarray(kept), count), given
+        return self._start(variables, jnp.asarray(ids), jnp.asarray(ids != PAD))
 
     def check(self, prompts: Sequence[str | bytes], max_new_bytes: int) -> None:
         """Refuses what does not fit the windows that the model was trained on.
@@ -166,8 +153,8 @@ class Generator:
     ) -> Iterator[list[bytes]]:
         """Continues texts row by row.
 
-        The segment that a prompt leaves open is taken up again: the row model predicts its row, and
-        the expander, made to say the bytes that are there, goes on from them.
+        The segment that a prompt leaves open is taken up again, on every level: the row model
+        predicts its row, and the expander, made to say what is there, goes on from it.
 
         Args:
           variables: of the model.
@@ -179,22 +166,23 @@ class Generator:
         Yields:
           The bytes that a row adds to each continuation, until all have their length.
         """
-        context, given = self.start(variables, prompts)
-        blank = np.full_like(given, PAD)
+        context, tails, known = self.start(variables, prompts)
+        blank = Open(
+            jnp.full_like(known.bytes, PAD), tuple(jnp.full_like(d, -1) for d in known.digits)
+        )
         left = np.full(len(prompts), max_new_bytes)
         number = 0
         while left.max() > 0:
             if bool(context.full.any()):
                 context = self._slide(variables, context)
             key = jax.random.fold_in(jax.random.key(seed), number)
-            context, said = self._row(variables, context, jnp.asarray(given), key, choice)
-            known = (given != PAD).sum(1)
+            context, tails, said = self._row(variables, context, tails, known, key, choice)
             told = [
-                tokenizer.to_bytes(row[n:])[:most]
-                for row, n, most in zip(np.asarray(said), known, left, strict=True)
+                tokenizer.to_bytes(row.reshape(-1))[:most]
+                for row, most in zip(np.asarray(said), left, strict=True)
             ]
             left = left - [len(part) for part in told]
-            given, number = blank, number + 1
+            known, number = blank, number + 1
             yield told
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[bytes]:

@@ -61,17 +61,27 @@ class Windows:
         return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
 
 
-def load(config: AbstractDataConfig, split: str) -> Windows:
+def load(config: AbstractDataConfig, split: str, shortest: int = 1) -> Windows:
     """Loads a split; held-out windows do not overlap.
 
+    Args:
+      config: which text.
+      split: ``train`` or ``validation``.
+      shortest: bytes that at least one document has to have.
+
     Raises:
-      DataError: no such source, or no byte in it.
+      DataError: no such source, no byte in it, or no document of the length asked for.
     """
     texts = data.load_texts(config.text, split, config.root)
     parts = [np.frombuffer(t.encode("utf-8"), np.uint8) for t in texts]
     sizes = np.asarray([len(p) for p in parts])
     if not sizes.sum():
         raise DataError(f"data.text={config.text}: the {split} part is empty")
+    if sizes.max() < shortest:
+        raise DataError(
+            f"data.text={config.text}: the longest document of the {split} part has {sizes.max()} "
+            f"bytes, a segment has {shortest} (segments.rule)"
+        )
     stride = config.window if split != "train" else config.stride or max(1, config.window // 2)
     ends = np.cumsum(sizes)
     starts, stops = [], []

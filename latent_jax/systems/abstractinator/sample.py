@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -75,29 +75,41 @@ def _spread(name: str, given: Any, size: int) -> list[Any]:
     return parts + parts[-1:] * (size - len(parts))
 
 
+def digits_by_stage(
+    logits_of: Callable[[Int[Array, "b n"]], Float[Array, "b n k"]],
+    shape: tuple[int, int],
+    key: Array,
+    choice: Choice,
+) -> Int[Array, "b n"]:
+    """Chooses digits stage by stage, each stage's logits given the digits before it."""
+    digits = jnp.full(shape, -1, jnp.int32)
+    for i in range(shape[1]):
+        chosen = choice.pick(i, jax.random.fold_in(key, i), logits_of(digits)[:, i])
+        digits = digits.at[:, i].set(chosen)
+    return digits
+
+
 def next_digits(
     model: Abstractinator, variables: Mapping[str, Any], state: Float[Array, "b c"], key: Array,
     choice: Choice,
 ) -> Int[Array, "b n"]:
-    """Digits of the row after a state of the row model, stage by stage."""
-    stages = model.config.level.stages
-    digits = jnp.full((len(state), stages), -1, jnp.int32)
-    for i in range(stages):
-        logits = model.apply(variables, state, digits, method="top_logits")[:, i]
-        digits = digits.at[:, i].set(choice.pick(i, jax.random.fold_in(key, i), logits))
-    return digits
+    """Digits of the row after a state of the row model."""
+    return digits_by_stage(
+        lambda digits: model.apply(variables, state, digits, method="top_logits"),
+        (len(state), model.config.highest.stages), key, choice,
+    )  # fmt: skip
 
 
 def say(
     model: Abstractinator,
     variables: Mapping[str, Any],
-    rows: Float[Array, "b s d"],
-    there: Bool[Array, "b s"],
+    rows: Float[Array, "b r d"],
+    there: Bool[Array, "b r"],
     given: Int[Array, "b s l"],
     key: Array,
     choice: Choice,
 ) -> Int[Array, "b s l"]:
-    """Expands rows, free-running.
+    """Expands the last ``s`` of ``r`` rows of bytes, free-running.
 
     Args:
       model: the module.
@@ -111,9 +123,8 @@ def say(
     Returns:
       Bytes, then `EOP` up to the end if the segment is shorter than the longest.
     """
-    views = model.apply(variables, rows, there, method="expand_views")
+    views = model.apply(variables, rows, there, given.shape[1], method="expand_views")
     known = given.reshape(-1, given.shape[-1])
-    count = len(known)
 
     def body(place: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         said, cache = carry
@@ -125,6 +136,42 @@ def say(
         return said.at[:, place].set(jnp.where(told == PAD, chosen, told)), cache
 
     start = jnp.full(known.shape, PAD, jnp.int32)
-    empty = model.apply(variables, count, method="expand_empty")
+    empty = model.apply(variables, len(known), method="expand_empty")
     said, _ = jax.lax.fori_loop(0, known.shape[-1], body, (start, empty))
+    return said.reshape(given.shape)
+
+
+def say_rows(
+    model: Abstractinator,
+    variables: Mapping[str, Any],
+    level: int,
+    rows: Float[Array, "b r d"],
+    there: Bool[Array, "b r"],
+    given: Int[Array, "b s l n"],
+    key: Array,
+    choice: Choice,
+) -> Int[Array, "b s l n"]:
+    """Expands the last ``s`` of ``r`` rows of a level to the digits of the rows below.
+
+    As `say`, with digits in place of bytes and -1 in place of PAD.
+    """
+    views = model.apply(variables, rows, there, given.shape[1], level, method="expand_views")
+    known = given.reshape(-1, *given.shape[2:])
+
+    def body(place: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        said, cache = carry
+        before = said[:, jnp.maximum(place - 1, 0)]
+        state, cache = model.apply(
+            variables, views, before, place, cache, level, method="expand_step"
+        )
+        chosen = digits_by_stage(
+            lambda digits: model.apply(variables, state, digits, level, method="expand_digits"),
+            known.shape[::2], jax.random.fold_in(key, place), choice,
+        )  # fmt: skip
+        told = known[:, place]
+        return said.at[:, place].set(jnp.where(told < 0, chosen, told)), cache
+
+    start = jnp.full(known.shape, -1, jnp.int32)
+    empty = model.apply(variables, len(known), level, method="expand_empty")
+    said, _ = jax.lax.fori_loop(0, known.shape[1], body, (start, empty))
     return said.reshape(given.shape)

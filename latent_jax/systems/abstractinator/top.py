@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.transformer import Cache
 from latent_jax.ops.attention import causal_mask
-from latent_jax.systems.abstractinator.config import TransformerConfig
+from latent_jax.systems.abstractinator.config import TopConfig, TransformerConfig
+from latent_jax.systems.abstractinator.heads import before, near
 from latent_jax.systems.abstractinator.layers import Stack, sliding_mask
 from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
 
@@ -17,21 +18,35 @@ from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
 class TopLM(nn.Module):
     """Reads rows, predicts the digits of the next; stage ``s`` given stages before ``s``.
 
+    The continuous head predicts a row. What is left of it after the codes of stages before ``s``
+    lies at some distance from each code of stage ``s``, and minus that distance, at a sharpness
+    learned per stage, is the logit. The likeliest digits, stage by stage, are thus those that the
+    quantiser gives to the predicted row, and the same digits have a likelihood that can be counted
+    in bits. Only the sharpness follows that likelihood; the row follows the next row. The mixed
+    head adds the logits of both and lets all follow both.
+
     Attributes:
-      config: size of the transformer.
+      config: size of the transformer, and the head.
       codes: codes per stage.
       stages: digits of a row.
+      row_width: numbers in a row.
     """
 
-    config: TransformerConfig
+    config: TopConfig
     codes: int
     stages: int
+    row_width: int
 
     def setup(self) -> None:
         c = self.config
         self.first = self.param("first", nn.initializers.normal(0.02), (c.width,))
         self.read = nn.Dense(c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.ff)
+        if c.head != "discrete":
+            self.value_norm, self.value = nn.LayerNorm(), nn.Dense(self.row_width)
+            self.sharpness = self.param("sharpness", nn.initializers.zeros, (self.stages,))
+        if c.head == "continuous":
+            return
         # The last digit conditions nothing.
         self.digits = self.param(
             "digits", nn.initializers.normal(0.02), (max(self.stages - 1, 1), self.codes, c.width)
@@ -77,13 +92,34 @@ class TopLM(nn.Module):
         x, cache = self.stack(self.read(row)[:, None], seen[:, None], cache=cache, at=at)
         return x[:, 0], cache
 
+    def row(self, hidden: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        """The next row as the continuous head predicts it, not quantised."""
+        return self.value(self.value_norm(hidden))
+
     def logits(
-        self, hidden: Float[Array, "*b c"], digits: Int[Array, "*b n"]
+        self,
+        hidden: Float[Array, "*b c"],
+        digits: Int[Array, "*b n"],
+        table: Float[Array, "n k d"],
     ) -> Float[Array, "*b n k"]:
         """Logits of every stage, each given the digits of earlier stages.
 
-        Digits below 0 condition nothing.
+        Args:
+          hidden: see `hidden`.
+          digits: below 0 they condition nothing.
+          table: the codes of all stages.
         """
+        head = self.config.head
+        out = 0.0 if head == "continuous" else self._free(hidden, digits)
+        return out if head == "discrete" else out + self._near(hidden, digits, table)
+
+    def _near(self, hidden: Array, digits: Array, table: Array) -> Float[Array, "*b n k"]:
+        row = self.row(hidden)
+        if self.config.head == "continuous":
+            row = jax.lax.stop_gradient(row)
+        return near(row[..., None, :] - before(digits, table), table, self.sharpness)
+
+    def _free(self, hidden: Array, digits: Array) -> Float[Array, "*b n k"]:
         known = digits[..., : self.stages - 1]
         parts = [
             jnp.where((known[..., i] >= 0)[..., None], self.digits[i][known[..., i]], 0.0)
@@ -100,9 +136,15 @@ class TopLM(nn.Module):
         rows: Float[Array, "b s d"],
         there: Bool[Array, "b s"],
         digits: Int[Array, "b s n"],
-    ) -> Float[Array, "b s n k"]:
-        """Logits of each row's digits, from the rows before it."""
-        return self.logits(self.hidden(rows, there)[:, :-1], digits)
+        table: Float[Array, "n k d"],
+    ) -> tuple[Float[Array, "b s n k"], Float[Array, "b s d"] | None]:
+        """Logits of each row's digits, and the row itself where a head predicts it.
+
+        Both are made of the rows before it.
+        """
+        hidden = self.hidden(rows, there)[:, :-1]
+        row = None if self.config.head == "discrete" else self.row(hidden)
+        return self.logits(hidden, digits, table), row
 
 
 class ByteLM(nn.Module):

@@ -30,12 +30,13 @@ def slow(made, generator):
     system, variables, _ = made
     c, model = system.config, system.model
     size, stages, longest = c.budget, c.level.stages, c.segments.most
-    predict = jax.jit(lambda *a: model.apply(variables, *a, method="predict"))
+    predict = jax.jit(lambda *a: model.apply(variables, *a, method="predict")[0])
     expand = jax.jit(lambda *a: model.apply(variables, *a, method="expand"))
     append = jax.jit(lambda digits: model.apply(variables, digits, method="append"))
 
     def run(prompt, count):
-        context, given = generator.start(variables, [prompt])
+        context, _, begun = generator.start(variables, [prompt])
+        given = np.asarray(begun.bytes)
         known = int(context.count[0])
         rows = [np.asarray(context.rows[0, i]) for i in range(known)]
         given, told = [g for g in given[0].tolist() if g != PAD], b""
@@ -78,7 +79,8 @@ def test_cached_is_uncached(made, generator, slow):
 
 def test_generation_keeps_what_is_given(made, generator):
     system, variables, _ = made
-    context, given = generator.start(variables, PROMPTS)
+    context, _, begun = generator.start(variables, PROMPTS)
+    given = np.asarray(begun.bytes)
     assert np.asarray(context.count).tolist() == [2, 0, 4], "24 bytes of x: four times six"
     # The open segment is to be said again, closed ones are rows.
     assert given[0].tolist()[:3] == [ord("s"), ord("a"), PAD] and (given[1:] == PAD).all()

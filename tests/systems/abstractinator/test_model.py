@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.systems.abstractinator.evaluate import Measure
 from latent_jax.systems.abstractinator.generate import push, read, slide
+from latent_jax.systems.abstractinator.measure import Measure
 from latent_jax.systems.abstractinator.tokenizer import PAD
 
 
@@ -142,7 +142,9 @@ def test_stages_condition_later_stages_alone(made, compress):
     system, variables, batch = made
     out = compress(batch["ids"])
     predict = jax.jit(
-        lambda digits: system.model.apply(variables, out.rows, out.there, digits, method="predict")
+        lambda digits: system.model.apply(
+            variables, out.rows, out.there, digits, method="predict"
+        )[0]
     )
     before = np.asarray(predict(out.digits))
     other = out.digits.at[..., 1].set((out.digits[..., 1] + 1) % 16)
@@ -155,7 +157,9 @@ def test_the_row_model_is_causal(made, compress):
     system, variables, batch = made
     out = compress(batch["ids"])
     predict = jax.jit(
-        lambda rows: system.model.apply(variables, rows, out.there, out.digits, method="predict")
+        lambda rows: system.model.apply(
+            variables, rows, out.there, out.digits, method="predict"
+        )[0]
     )
     before, after = predict(out.rows), predict(out.rows.at[:, 2].add(1.0))
     np.testing.assert_array_equal(before[:, :3], after[:, :3])
