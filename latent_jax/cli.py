@@ -120,18 +120,35 @@ def report(run: Run) -> None:
 def generate(
     run: Run, text: Text = None,
     prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most this many.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", "--bytes", min=1, help="At most this many.")
+    ] = None,
+    temperature: Annotated[
+        str | None, typer.Option(help="0 is greedy; 0.9, or one per stage: 0.9,0.7.")
+    ] = None,
+    top_p: Annotated[str | None, typer.Option(help="Nucleus mass, likewise.")] = None,
+    slide: Annotated[
+        bool, typer.Option("--slide", help="Let the context move over longer texts.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Only the new bytes, exactly.")] = False,
     checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
 ) -> None:  # fmt: skip
-    """Generate from a run: LatentWire compresses a text and rebuilds it, an LM continues it."""
-    from latent_jax.commands.inspect import read_text
+    """Generate from a run: LatentWire compresses a text and rebuilds it, other models continue it.
+
+    A model of bytes shows them as they come: what is no UTF-8 as replacement characters.
+    """
+    from latent_jax.commands.inspect import generate as call
+    from latent_jax.commands.inspect import numbers, read_text
     from latent_jax.core.errors import ConfigError
 
     if text is not None and prompt is not None:
         raise ConfigError("--text and --prompt are two ways to give one text: use one of them")
     prompt = prompt if text is None else read_text(text)
-    _hook("generate", run, checkpoint, set_, out, seed, prompt=prompt,
-          max_new_tokens=max_new_tokens)  # fmt: skip
+    options = {
+        "prompt": prompt, "max_new_tokens": max_new_tokens, "slide": slide or None,
+        "temperature": numbers("--temperature", temperature), "top_p": numbers("--top-p", top_p),
+    }  # fmt: skip
+    call(run, options, raw, _overrides(set_, seed=seed), checkpoint, out)
 
 
 @app.command()

@@ -212,6 +212,8 @@ BAD = {
     "no such hook": (["generate", "runs/mute"], "cannot generate"),
     "needed option": (["generate", "runs/toy"], "--prompt"),
     "useless option": (["generate", "runs/toy", "--max-new-tokens", "3"], "--max-new-tokens"),
+    "no numbers": (["generate", "runs/toy", "--temperature", "warm"], "--temperature warm"),
+    "no raw bytes": (["generate", "runs/toy", "--prompt", "a", "--raw"], "--raw"),
     "two texts": (["generate", "runs/toy", "--prompt", "a", "--text", "toy.yaml"], "one of them"),
     "no text": (["ask", "runs/toy", "--text", "no.txt", "--question", "?"], "no.txt"),
     "empty text": (["ask", "runs/toy", "--text", "empty.txt", "--question", "?"], "empty"),

@@ -68,6 +68,27 @@ def show(
         out.rule()
 
 
+@app.command("calibrate-segments")
+def calibrate_segments(
+    run: Annotated[str, typer.Argument(help="Run with an entropy model.")],
+    bytes_per_segment: Annotated[float, typer.Option(min=1.0, help="Wanted mean length.")],
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Find segments.delta, not segments.threshold.")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="Training windows that are measured.")] = 512,
+    checkpoint: Annotated[str, typer.Option(help="last, best, peak or a step.")] = "last",
+    out: Annotated[str | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Find the limit of entropy segments for a wanted length, on the run's training text."""
+    from latent_jax.commands import inspect
+    from latent_jax.commands.show import present
+
+    options = {"bytes_per_segment": bytes_per_segment, "delta": delta, "windows": windows}
+    found = inspect.call("calibrate_segments", run, options, checkpoint=checkpoint, out=out)
+    # The limit in full, as it is to be typed; a table would round it.
+    present({k: v for k, v in found.items() if not k.startswith("segments.")})
+
+
 @app.command()
 def zeros(
     t0: Annotated[float, typer.Option(help="Height above which they lie.")] = 0.0,

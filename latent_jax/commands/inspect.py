@@ -3,7 +3,8 @@
 A system may define any of these; their keyword arguments are the options of the commands:
 
     ask(variables, frozen, text, question) -> str or mapping
-    generate(variables, frozen, prompt=None, max_new_tokens=None) -> str or mapping
+    generate(variables, frozen, prompt=None, max_new_tokens=None, tell=None) -> str or mapping;
+        with ``tell``, a function that gets bytes as they come, these are shown instead
     export(variables, frozen, to) -> what was written
     diagnose(variables, frozen) -> mapping: flat numbers as in results.json, and findings as text
         (one, or a list)
@@ -102,6 +103,52 @@ def _write(hook: str, value: Any, out: str | None) -> None:
     target = Path(out)
     files.make_dir(target.parent)
     files.write_json(target / f"{hook}.json" if target.is_dir() else target, value)
+
+
+def numbers(flag: str, text: str | None) -> list[float] | None:
+    """Numbers between commas.
+
+    Raises:
+      ConfigError: something else.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: a number, or several between commas") from None
+
+
+def generate(
+    run: str,
+    options: Mapping[str, Any],
+    raw: bool,
+    overrides: Iterable[str] = (),
+    checkpoint: str = "last",
+    out: str | None = None,
+) -> None:
+    """Calls the hook `generate` and shows what it returns, or its bytes as they come.
+
+    Args:
+      run: the run's directory.
+      options: keyword arguments of the hook.
+      raw: write the bytes themselves, and nothing else.
+      overrides: see `call`.
+      checkpoint: see `call`.
+      out: see `call`.
+
+    Raises:
+      ConfigError: ``raw`` for a system that does not tell its bytes; else as `call`.
+    """
+    from latent_jax.commands.show import Bytes, present
+
+    _, config = runs.open_run(run, overrides)
+    hook = getattr(runs.system_class(config.system), "generate", None)
+    if hook is None or "tell" not in inspect.signature(hook).parameters:
+        if raw:
+            raise ConfigError(f"--raw: `generate` of {config.system!r} has no use for it")
+        present(call("generate", run, options, overrides, checkpoint, out))
+        return
+    with Bytes(raw) as shown:
+        call("generate", run, {**options, "tell": shown}, overrides, checkpoint, out)
 
 
 def call_each(

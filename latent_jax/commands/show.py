@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
 import time
 from collections.abc import Mapping
@@ -10,6 +11,52 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+# Line feeds and tabs stay; C0 and DEL have pictures, C1 has none.
+_PICTURES = {c: 0x2400 + c for c in range(32) if c not in b"\n\t"}
+_PICTURES |= {127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
+
+
+class Screen:
+    """Bytes as they come, as text that a terminal can be given.
+
+    A character that is not complete waits for its other bytes; bytes that are no UTF-8 become
+    replacement characters, and control characters, which could move the cursor or worse, pictures.
+
+    Example:
+      >>> screen = Screen()
+      >>> [screen(b"caf\xc3"), screen(b"\xa9\x1b[2J\xff"), screen(b"\xe2", last=True)]
+      ['caf', 'é␛[2J�', '�']
+    """
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def __call__(self, raw: bytes, last: bool = False) -> str:
+        """The characters that these bytes complete; ``last``: no more will come."""
+        return self._decoder.decode(raw, last).translate(_PICTURES)
+
+
+class Bytes:
+    """Writes bytes to standard output as they come: themselves, or as text for a terminal."""
+
+    def __init__(self, raw: bool) -> None:
+        self._screen = None if raw else Screen()
+
+    def __enter__(self) -> Bytes:
+        return self
+
+    def __call__(self, raw: bytes) -> None:
+        if self._screen is None:
+            sys.stdout.buffer.write(raw)
+        else:
+            sys.stdout.write(self._screen(raw))
+        sys.stdout.flush()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if self._screen is not None and kind is None:
+            sys.stdout.write(self._screen(b"", last=True) + "\n")
+            sys.stdout.flush()
 
 
 def console(stderr: bool = False) -> Console:

@@ -1,23 +1,15 @@
-"""Bytes to one vector per segment."""
+"""Bytes, or rows of the level below, to one vector per segment."""
 
 from __future__ import annotations
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.systems.abstractinator import segment
 from latent_jax.systems.abstractinator.config import LevelConfig
-from latent_jax.systems.abstractinator.layers import QueryPool, Stack
+from latent_jax.systems.abstractinator.layers import QueryPool, Stack, sliding_mask
 from latent_jax.systems.abstractinator.segment import Segments
 from latent_jax.systems.abstractinator.tokenizer import VOCAB
-
-
-def sliding_mask(valid: Bool[Array, "b t"], reach: int) -> Bool[Array, "b t t"]:
-    """Each byte sees itself and the valid ones among the ``reach - 1`` before it."""
-    at = jnp.arange(valid.shape[1])
-    behind = at[:, None] - at
-    return ((behind >= 0) & (behind < reach))[None] & valid[:, None, :]
 
 
 class Compressor(nn.Module):
@@ -25,7 +17,7 @@ class Compressor(nn.Module):
 
     Attributes:
       config: the level.
-      longest: most bytes of a segment.
+      longest: most bytes, or rows, of a segment.
     """
 
     config: LevelConfig
@@ -33,11 +25,23 @@ class Compressor(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], found: Segments
+        self,
+        read: Int[Array, "b t"] | Float[Array, "b t r"],
+        valid: Bool[Array, "b t"],
+        found: Segments,
     ) -> Float[Array, "b s d"]:
-        """One vector per segment of the budget; those of missing segments mean nothing."""
+        """One vector per segment of the budget; those of missing segments mean nothing.
+
+        Args:
+          read: byte ids, or quantised rows.
+          valid: which of them are there.
+          found: the segments that they are in.
+        """
         c = self.config
-        x = nn.Embed(VOCAB, c.width, name="bytes")(ids)
+        if read.ndim == 2:
+            x = nn.Embed(VOCAB, c.width, name="bytes")(read)
+        else:
+            x = nn.Dense(c.width, name="rows")(read)
         # Known at each byte, since starts are causal; lets a query ask for the n-th byte.
         x = x + nn.Embed(self.longest, c.width, name="place")(found.place)
         mask = sliding_mask(valid, c.reach)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
@@ -11,13 +12,15 @@ from latent_jax.systems.abstractinator.segment import parse_rule
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
-# What a phase's `data` may be, and the labels that it can train.
-TRAINS = {
-    "level0": ("compressor", "expander"),
-    "top": ("top",),
-    "joint": ("compressor", "expander", "top"),
-    "byte_lm": ("byte_lm",),
-}
+
+def part(kind: str, level: int) -> str:
+    """Name of a level's part, in parameters, labels and loss terms.
+
+    Example:
+      >>> part("expander", 0), part("expander", 1)
+      ('expander', 'expander1')
+    """
+    return kind if level == 0 else f"{kind}{level}"
 
 
 def _check_heads(where: str, width: int, heads: int) -> None:
@@ -32,20 +35,36 @@ class SegmentConfig:
     """How windows of bytes are cut."""
 
     rule: str = field(
-        default="fixed:6", help="fixed:N, or space: at the first byte after white space"
+        default="fixed:6",
+        help="fixed:N; space: at the first byte after white space; entropy: where the section "
+        "entropy's model is uncertain",
+    )
+    delta: float | None = field(
+        default=None, help="entropy: bits that a byte's exceeds the one before by (null: unused)"
+    )
+    threshold: float | None = field(
+        default=None, help="entropy: bits above which a byte starts a segment (null: unused)"
     )
     longest: int | None = field(
-        default=None, ge=1, help="most bytes of a segment (null: N of fixed, 16 of space)"
+        default=None, ge=1, help="most bytes of a segment (null: N of fixed, else 16)"
     )
     budget: int | None = field(
         default=None, ge=1,
         help="segments per window; bytes beyond are left out and counted (null: as many as fixed "
-        "makes; a third of the bytes of space)",
+        "makes; else a third of the bytes)",
     )
 
     def validate(self) -> None:
-        """Refuses unknown rules."""
+        """Refuses unknown rules, and limits that do not belong to the rule."""
         parse_rule(self.rule)
+        limits = [n for n in ("delta", "threshold") if getattr(self, n) is not None]
+        if self.rule == "entropy" and not limits:
+            raise ConfigError(
+                "segments.rule=entropy needs segments.threshold or segments.delta, in bits; "
+                "`latent-jax data calibrate-segments RUN --bytes-per-segment X` finds them"
+            )
+        if self.rule != "entropy" and limits:
+            raise ConfigError(f"segments.{limits[0]} needs segments.rule=entropy")
 
     @property
     def most(self) -> int:
@@ -93,6 +112,15 @@ class LevelConfig:
 
 
 @dataclass(frozen=True)
+class AboveConfig(LevelConfig):
+    """A level over the rows of the one below."""
+
+    children: int = field(default=4, ge=2, help="rows of the level below that one row stands for")
+    compressor_layers: int = field(default=1, ge=0, help="blocks over the rows below")
+    reach: int = field(default=8, ge=1, help="rows that a block of the compressor looks back")
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
     """Size of a plain transformer."""
 
@@ -104,6 +132,27 @@ class TransformerConfig:
     def validate(self) -> None:
         """Refuses heads that do not divide the width, or cannot be rotated."""
         _check_heads("transformer", self.width, self.heads)
+
+
+@dataclass(frozen=True)
+class TopConfig(TransformerConfig):
+    """The row model."""
+
+    head: Literal["discrete", "continuous", "mixed"] = field(
+        default="discrete",
+        help="discrete: logits of digits; continuous: a row, whose distance to the codes gives "
+        "them; mixed: the sum of both",
+    )
+
+
+@dataclass(frozen=True)
+class EntropyConfig(TransformerConfig):
+    """A small byte model whose uncertainty cuts segments."""
+
+    layers: int = field(default=1, ge=0, help="blocks")
+    width: int = field(default=64, ge=2, help="residual stream")
+    ff: int = field(default=128, ge=1, help="hidden width of the MLPs")
+    reach: int = field(default=32, ge=1, help="bytes that a block looks back on")
 
 
 @dataclass(frozen=True)
@@ -125,6 +174,9 @@ class AbstractLossConfig:
     reconstruct: float | ScheduleConfig = field(
         default=1.0, help="bytes given rows (nats per byte or end of segment)"
     )
+    digits: float | ScheduleConfig = field(
+        default=1.0, help="digits of rows given the rows above (nats per digit)"
+    )
     commit: float | ScheduleConfig = field(
         default=0.25, help="squared distance of vectors to their codes, all stages"
     )
@@ -132,7 +184,16 @@ class AbstractLossConfig:
         default=0.0, help="minus the codes' soft usage entropy (needs level.vq.entropy)"
     )
     top: float | ScheduleConfig = field(default=1.0, help="digits given earlier rows (nats/digit)")
+    top_mse: float | ScheduleConfig = field(
+        default=1.0, help="predicted row to the next quantised one (top.head continuous or mixed)"
+    )
+    top_vq: float | ScheduleConfig = field(
+        default=0.05, help="predicted row to its own codes (top.head continuous or mixed)"
+    )
     byte_lm: float | ScheduleConfig = field(default=1.0, help="the peer (nats per byte)")
+    entropy_model: float | ScheduleConfig = field(
+        default=1.0, help="the model that finds segments (nats per byte)"
+    )
 
 
 @dataclass(frozen=True)
@@ -151,8 +212,14 @@ class AbstractRun(RunBase):
 
     segments: SegmentConfig = field(default_factory=SegmentConfig, help="how bytes are cut")
     level: LevelConfig = field(default_factory=LevelConfig, help="bytes to rows and back")
-    top: TransformerConfig = field(default_factory=TransformerConfig, help="row model")
+    above: tuple[AboveConfig, ...] = field(
+        default=(), help="levels over it, each reading the rows of the one below, lowest first"
+    )
+    top: TopConfig = field(default_factory=TopConfig, help="row model")
     byte_lm: TransformerConfig | None = field(default=None, help="a plain peer over bytes")
+    entropy: EntropyConfig | None = field(
+        default=None, help="a byte model whose uncertainty cuts segments"
+    )
     data: AbstractDataConfig = field(default_factory=AbstractDataConfig, help="text")
     losses: AbstractLossConfig = field(default_factory=AbstractLossConfig, help="loss weights")
     eval: AbstractEvalConfig = field(default_factory=AbstractEvalConfig, help="final evaluation")
@@ -162,10 +229,56 @@ class AbstractRun(RunBase):
         """Segments per window."""
         return self.segments.segments(self.data.window)
 
+    @property
+    def levels(self) -> tuple[LevelConfig, ...]:
+        """All levels, lowest first."""
+        return (self.level, *self.above)
+
+    @property
+    def highest(self) -> LevelConfig:
+        """The level whose rows the row model reads."""
+        return self.levels[-1]
+
+    def longest(self, level: int) -> int:
+        """Most bytes, or rows of the level below, that a row stands for."""
+        return self.above[level - 1].children if level else self.segments.most
+
+    def rows(self, level: int, budget: int | None = None) -> int:
+        """Rows of a level in a window with ``budget`` (by default the run's) at the lowest."""
+        count = budget or self.budget
+        for above in self.above[:level]:
+            count = -(-count // above.children)
+        return count
+
+    @property
+    def trains(self) -> dict[str, tuple[str, ...]]:
+        """What a phase's ``data`` may be, and the labels that it can train."""
+        own = {
+            f"level{i}": (part("compressor", i), part("expander", i))
+            for i in range(len(self.levels))
+        }
+        every = tuple(label for labels in own.values() for label in labels)
+        rest = {"top": ("top",), "byte_lm": ("byte_lm",), "entropy": ("entropy",)}
+        return {**own, **rest, "joint": (*every, "top")}
+
     def validate(self) -> None:
         """Refuses phases whose data and labels do not go together."""
         for phase in self.train.phases:
             self._check_phase(phase)
+        self._check_entropy()
+        vq = self.highest.vq
+        if self.top.head != "discrete" and (vq.code_dim is not None or vq.distance != "euclidean"):
+            raise ConfigError(
+                f"top.head={self.top.head} measures Euclidean distances of rows to codes: it needs "
+                "level.vq.distance=euclidean and level.vq.code_dim=null"
+            )
+        for i, below in enumerate(self.levels[:-1]):
+            if below.vq.code_dim is not None or below.vq.distance != "euclidean":
+                raise ConfigError(
+                    f"above[{i}]: its expander measures Euclidean distances to the codes below: "
+                    "level.vq there needs distance=euclidean and code_dim=null"
+                )
+        self._check_codes()
         trained = {label for phase in self.train.phases for label in phase.train}
         if self.byte_lm is not None and "byte_lm" not in trained:
             raise ConfigError("byte_lm: no phase of train.phases has data=byte_lm and trains it")
@@ -173,27 +286,60 @@ class AbstractRun(RunBase):
         if entropy != 0.0 and not self.level.vq.entropy.used:
             raise ConfigError("losses.entropy needs level.vq.entropy.value above 0")
 
+    def _check_codes(self) -> None:
+        for i, level in enumerate(self.levels):
+            rows = self.train.batch_size * self.rows(i)
+            if level.vq.init == "kmeans" and level.codes > rows:
+                raise ConfigError(
+                    f"{f'above[{i - 1}]' if i else 'level'}.codes={level.codes}: k-means of the "
+                    f"first batch finds them among at most {rows} rows (train.batch_size="
+                    f"{self.train.batch_size} windows of {self.rows(i)}); fewer codes, a larger "
+                    "batch, or vq.init=random"
+                )
+
+    def _check_entropy(self) -> None:
+        kinds = [phase.data for phase in self.train.phases]
+        first = kinds.index("entropy") if "entropy" in kinds else None
+        used = self.segments.rule == "entropy"
+        if used and self.entropy is None:
+            raise ConfigError("segments.rule=entropy needs the section entropy")
+        if self.entropy is not None and first is None and self.train.init_from is None:
+            raise ConfigError(
+                "entropy: no phase of train.phases has data=entropy and trains it, and there is no "
+                "train.init_from to take it from"
+            )
+        if not used or first is None:
+            return
+        last = len(kinds) - 1 - kinds[::-1].index("entropy")
+        before = any(kind not in ("entropy", "byte_lm") for kind in kinds[:last])
+        cycle = sum(phase.steps for phase in self.train.phases)
+        if before or (self.train.phases[-1].steps and self.train.steps > cycle):
+            raise ConfigError(
+                "train.phases: with segments.rule=entropy, data=entropy comes once and before all "
+                "levels, whose segments would move"
+            )
+
     def _check_phase(self, phase) -> None:
         where = f"train.phases {phase.name!r}: data={phase.data!r}"
+        trains = self.trains
         if phase.data == "main":
-            raise ConfigError(f"{where}: a phase here names one of {', '.join(TRAINS)}")
-        if phase.data not in TRAINS:
-            raise ConfigError(f"{where}: no such data; allowed: {', '.join(TRAINS)}")
-        if phase.data == "byte_lm" and self.byte_lm is None:
-            raise ConfigError(f"{where} needs the section byte_lm")
+            raise ConfigError(f"{where}: a phase here names one of {', '.join(trains)}")
+        if phase.data not in trains:
+            raise ConfigError(f"{where}: no such data; allowed: {', '.join(trains)}")
+        if phase.data in ("byte_lm", "entropy") and getattr(self, phase.data) is None:
+            raise ConfigError(f"{where} needs the section {phase.data}")
         # Weight decay and moments would move parts that the phase's loss does not reach.
-        moved = set(phase.train or TRAINS["joint"]) - set(phase.freeze)
+        mine = trains[phase.data]
+        moved = set(phase.train or mine) - set(phase.freeze)
         if not phase.train:
-            raise ConfigError(
-                f"{where}: name what it trains, train: [{', '.join(TRAINS[phase.data])}]"
-            )
-        extra = sorted(moved - set(TRAINS[phase.data]))
+            raise ConfigError(f"{where}: name what it trains, train: [{', '.join(mine)}]")
+        extra = sorted(moved - set(mine))
         if extra:
             raise ConfigError(
-                f"{where} gives {', '.join(extra)} no gradient; it can train "
-                f"{', '.join(TRAINS[phase.data])}"
+                f"{where} gives {', '.join(extra)} no gradient; it can train {', '.join(mine)}"
             )
-        if phase.data != "top" and phase.data != "byte_lm" and "compressor" not in moved:
+        held = [n for n in mine if n.startswith("compressor") and n not in moved]
+        if held:
             raise ConfigError(
-                f"{where} moves the codebooks under a held compressor: use data=top, or train it"
+                f"{where} moves the codebooks under a held {held[0]}: use data=top, or train it"
             )

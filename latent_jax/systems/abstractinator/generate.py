@@ -1,11 +1,12 @@
 """Continuing texts by rows: predict a row's digits, append the row, expand it to bytes.
 
-No cache yet: every new row runs the row model over its whole context.
+Row model and expander keep the keys and values of what they have read. A context that is full
+drops its older half before the next row and is read anew, so that positions stay those of training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.core.errors import DataError
+from latent_jax.nn.transformer import Cache
 from latent_jax.systems.abstractinator import tokenizer
+from latent_jax.systems.abstractinator.descend import Open, Tail, descend, read_texts
 from latent_jax.systems.abstractinator.model import Abstractinator
-from latent_jax.systems.abstractinator.tokenizer import EOP, PAD
+from latent_jax.systems.abstractinator.sample import Choice, next_digits
+from latent_jax.systems.abstractinator.tokenizer import PAD
 
 
 class Context(NamedTuple):
@@ -24,86 +29,55 @@ class Context(NamedTuple):
     Attributes:
       rows: quantised rows.
       count: how many there are.
+      state: of the row model after them.
+      cache: its keys and values.
     """
 
     rows: Float[Array, "b r d"]
     count: Int[Array, " b"]
+    state: Float[Array, "b c"]
+    cache: tuple[Cache, ...]
 
     @property
-    def there(self) -> Bool[Array, "b r"]:
-        """Which rows exist."""
-        return jnp.arange(self.rows.shape[1]) < self.count[:, None]
+    def full(self) -> Bool[Array, " b"]:
+        """Which have no room for another row."""
+        return self.count == self.rows.shape[1]
 
 
-def choose(logits: Float[Array, "*b k"], key: Array, temperature: Float[Array, ""]) -> Array:
-    """Greedy at temperature 0, else sampled."""
-    drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-    return jnp.where(temperature > 0, drawn, jnp.argmax(logits, -1))
+def read(
+    model: Abstractinator,
+    variables: Mapping[str, Any],
+    rows: Float[Array, "b r d"],
+    count: Int[Array, " b"],
+) -> Context:
+    """A context of rows that are known all at once."""
+    return Context(rows, count, *model.apply(variables, rows, count, method="top_start"))
 
 
 def push(
     model: Abstractinator, variables: Mapping[str, Any], context: Context, digits: Int[Array, "b n"]
 ) -> Context:
-    """Appends the row of some digits; the oldest row leaves a full buffer."""
-    row = model.apply(variables, digits, method="append")
+    """Appends the row of some digits to contexts with room for it."""
+    row = model.apply(variables, digits, method="append_top")
+    state, cache = model.apply(variables, row, context.cache, context.count, method="top_extend")
+    rows = context.rows.at[jnp.arange(len(row)), context.count].set(row)
+    return Context(rows, context.count + 1, state, cache)
+
+
+def slide(model: Abstractinator, variables: Mapping[str, Any], context: Context) -> Context:
+    """Drops the older half of the rows of contexts that are full; the others keep every bit."""
     size = context.rows.shape[1]
-    full = (context.count == size)[:, None, None]
-    rows = jnp.where(full, jnp.roll(context.rows, -1, 1), context.rows)
-    at = jnp.minimum(context.count, size - 1)
-    rows = rows.at[jnp.arange(len(at)), at].set(row)
-    return Context(rows, jnp.minimum(context.count + 1, size))
+    kept = size // 2
+    moved = read(
+        model, variables, jnp.roll(context.rows, kept - size, 1),
+        jnp.full_like(context.count, kept),
+    )  # fmt: skip
 
+    def pick(new: Array, old: Array) -> Array:
+        full = context.full.reshape(-1, *[1] * (new.ndim - 1))
+        return jnp.where(full, new, old)
 
-def next_digits(
-    model: Abstractinator, variables: Mapping[str, Any], context: Context, key: Array,
-    temperature: Float[Array, ""],
-) -> Int[Array, "b n"]:
-    """Digits of the row after the context, stage by stage."""
-    state = model.apply(variables, context.rows, context.there, method="top_hidden")
-    state = state[jnp.arange(len(state)), context.count]
-    stages = model.config.level.stages
-    digits = jnp.full((len(state), stages), -1, jnp.int32)
-    for i in range(stages):
-        logits = model.apply(variables, state, digits, method="top_logits")[:, i]
-        chosen = choose(logits, jax.random.fold_in(key, i), temperature)
-        digits = digits.at[:, i].set(chosen)
-    return digits
-
-
-def say(
-    model: Abstractinator,
-    variables: Mapping[str, Any],
-    rows: Float[Array, "b s d"],
-    there: Bool[Array, "b s"],
-    given: Int[Array, "b s l"],
-    key: Array,
-    temperature: Float[Array, ""],
-) -> Int[Array, "b s l"]:
-    """Expands rows, free-running.
-
-    Args:
-      model: the module.
-      variables: its variables.
-      rows: quantised rows.
-      there: which exist.
-      given: ids that are known already; PAD where the model has to speak.
-      key: of the sampling.
-      temperature: 0 is greedy.
-
-    Returns:
-      Bytes, then `EOP` up to the end if the segment is shorter than the longest.
-    """
-
-    def body(place: Array, said: Array) -> Array:
-        logits = model.apply(variables, rows, there, said, method="expand")[:, :, place]
-        chosen = choose(logits, jax.random.fold_in(key, place), temperature)
-        over = (place > 0) & (said[:, :, jnp.maximum(place - 1, 0)] == EOP)
-        chosen = jnp.where(over, EOP, chosen)
-        known = given[:, :, place]
-        return said.at[:, :, place].set(jnp.where(known == PAD, chosen, known))
-
-    start = jnp.full(given.shape, PAD, jnp.int32)
-    return jax.lax.fori_loop(0, given.shape[-1], body, start)
+    return jax.tree.map(pick, moved, context)
 
 
 class Generator:
@@ -111,92 +85,107 @@ class Generator:
 
     def __init__(self, model: Abstractinator):
         self.model = model
-        window = model.config.data.window
-        self._encode = jax.jit(
-            lambda v, ids, valid: model.apply(v, ids, valid, budget=window, method="encode")
-        )
+        self._start = jax.jit(self._read_texts)
+        self._slide = jax.jit(lambda v, context: slide(model, v, context))
         self._row = jax.jit(self._next_row)
 
-    def _next_row(self, variables, context, given, key, temperature):
+    def _read_texts(self, variables, ids, valid):
+        tails, known, out, done = read_texts(self.model, variables, ids, valid)
+        # The newest rows that a context has room for, from its left.
+        size = self.model.config.rows(len(tails) - 1)
+        count = done.sum(1)
+        at = jnp.maximum(count - size, 0)[:, None] + jnp.arange(size)
+        kept = at < count[:, None]
+        at = jnp.minimum(at, done.shape[1] - 1)
+        digits = jnp.take_along_axis(out.digits, at[..., None], 1)
+        rows = self.model.apply(
+            variables, jnp.where(kept[..., None], digits, -1), method="append_top"
+        )
+        context = read(self.model, variables, rows, jnp.minimum(count, size).astype(jnp.int32))
+        return context, tails, known
+
+    def _next_row(self, variables, context, tails, known, key, choice):
         """One more row and its bytes."""
         pick, speak = jax.random.split(key)
-        digits = next_digits(self.model, variables, context, pick, temperature)
+        digits = next_digits(self.model, variables, context.state, pick, choice)
         context = push(self.model, variables, context, digits)
-        # The newest row and as many before it as the expander looks back on.
-        back = context.count[:, None] - 1 - jnp.arange(self.model.config.level.lookback, -1, -1)
-        rows = jnp.take_along_axis(context.rows, jnp.maximum(back, 0)[..., None], 1)
-        blank = jnp.full((*rows.shape[:2], given.shape[-1]), PAD, jnp.int32)
-        given = blank.at[:, -1].set(given)
-        said = say(self.model, variables, rows, back >= 0, given, speak, temperature)
-        return context, said[:, -1]
+        row = context.rows[jnp.arange(len(digits)), context.count - 1]
+        said, tails = descend(self.model, variables, row, tails, known, speak, choice)
+        return context, tails, said
 
     def start(
-        self, variables: Mapping[str, Any], prompts: Sequence[str]
-    ) -> tuple[Context, Int[np.ndarray, "b l"]]:
-        """Rows of the prompts' closed segments, and the bytes of the one still open.
+        self, variables: Mapping[str, Any], prompts: Sequence[str | bytes]
+    ) -> tuple[Context, tuple[Tail, ...], Open]:
+        """Rows of the prompts' complete segments, and what is open on every level.
 
         A prompt longer than a window keeps its last bytes.
         """
-        c = self.model.config
-        window, longest = c.data.window, c.segments.most
+        window = self.model.config.data.window
         ids = np.full((len(prompts), window), PAD, np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
             known = tokenizer.encode(prompt)[-window:]
             row[: len(known)] = known
-        out = self._encode(variables, jnp.asarray(ids), jnp.asarray(ids != PAD))
-        digits, there = np.asarray(out.digits), np.asarray(out.there)
-        found = jax.tree.map(np.asarray, out.found)
-        given = np.full((len(prompts), longest), PAD, np.int32)
-        count = there.sum(1)
-        size = c.budget
-        kept = np.full((len(prompts), size, digits.shape[-1]), -1, np.int32)
-        for i in range(len(prompts)):
-            last = count[i] - 1
-            if last >= 0 and found.open[i, last]:
-                length = found.length[i, last]
-                given[i, :length] = ids[i, found.start[i, last] :][:length]
-                count[i] -= 1
-            mine = digits[i, max(0, count[i] - size) : count[i]]
-            kept[i, : len(mine)] = mine
-        rows = self.model.apply(variables, jnp.asarray(kept), method="append")
-        return Context(rows, jnp.asarray(np.minimum(count, size), jnp.int32)), given
+        return self._start(variables, jnp.asarray(ids), jnp.asarray(ids != PAD))
 
-    def __call__(
+    def check(self, prompts: Sequence[str | bytes], max_new_bytes: int) -> None:
+        """Refuses what does not fit the windows that the model was trained on.
+
+        Raises:
+          DataError: a prompt and its continuation are longer than a window.
+        """
+        window = self.model.config.data.window
+        for prompt in prompts:
+            size = len(tokenizer.encode(prompt))
+            if size + max_new_bytes > window:
+                raise DataError(
+                    f"generate: a prompt of {size} bytes and {max_new_bytes} new ones are longer "
+                    f"than the context of {window} bytes (data.window): ask for at most "
+                    f"{max(window - size, 0)}, or let the context move with --slide"
+                )
+
+    def stream(
         self,
         variables: Mapping[str, Any],
-        prompts: Sequence[str],
+        prompts: Sequence[str | bytes],
         max_new_bytes: int,
-        temperature: float = 0.0,
+        choice: Choice,
         seed: int = 0,
-    ) -> list[str]:
-        """Continues texts.
+    ) -> Iterator[list[bytes]]:
+        """Continues texts row by row.
 
-        The segment that a prompt leaves open is taken up again: the row model predicts its row, and
-        the expander, made to say the bytes that are there, goes on from them.
+        The segment that a prompt leaves open is taken up again, on every level: the row model
+        predicts its row, and the expander, made to say what is there, goes on from it.
 
         Args:
           variables: of the model.
           prompts: texts, possibly empty.
           max_new_bytes: length of the continuations.
-          temperature: of digits and bytes; 0 is greedy.
+          choice: how digits and bytes are chosen.
           seed: of the sampling.
 
-        Returns:
-          The continuations, without the prompts.
+        Yields:
+          The bytes that a row adds to each continuation, until all have their length.
         """
-        context, given = self.start(variables, prompts)
-        blank = np.full_like(given, PAD)
-        told = [b""] * len(prompts)
+        context, tails, known = self.start(variables, prompts)
+        blank = Open(
+            jnp.full_like(known.bytes, PAD), tuple(jnp.full_like(d, -1) for d in known.digits)
+        )
+        left = np.full(len(prompts), max_new_bytes)
         number = 0
-        while min(len(t) for t in told) < max_new_bytes:
+        while left.max() > 0:
+            if bool(context.full.any()):
+                context = self._slide(variables, context)
             key = jax.random.fold_in(jax.random.key(seed), number)
-            context, said = self._row(
-                variables, context, jnp.asarray(given), key, jnp.float32(temperature)
-            )
-            known = (given != PAD).sum(1)
+            context, tails, said = self._row(variables, context, tails, known, key, choice)
             told = [
-                t + tokenizer.to_bytes(row[n:])
-                for t, row, n in zip(told, np.asarray(said), known, strict=True)
+                tokenizer.to_bytes(row.reshape(-1))[:most]
+                for row, most in zip(np.asarray(said), left, strict=True)
             ]
-            given, number = blank, number + 1
-        return [t[:max_new_bytes].decode("utf-8", errors="replace") for t in told]
+            left = left - [len(part) for part in told]
+            known, number = blank, number + 1
+            yield told
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[bytes]:
+        """The whole continuations, without the prompts; see `stream`."""
+        parts = list(self.stream(*args, **kwargs))
+        return [b"".join(mine) for mine in zip(*parts, strict=True)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.types import Mean
 from latent_jax.systems.abstractinator import segment
+from latent_jax.systems.abstractinator.config import part
 from latent_jax.systems.abstractinator.model import Abstractinator, Rows
 from latent_jax.systems.abstractinator.tokenizer import EOP
 
@@ -40,53 +42,148 @@ def reconstruction(
     return _nll(logits, said), counted, is_byte, jnp.argmax(logits, -1) == said
 
 
-def next_rows(
-    model: Abstractinator, variables: Mapping[str, Any], out: Rows
-) -> tuple[Float[Array, "b s n k"], Float[Array, "b s n"], Bool[Array, "b s n"]]:
-    """Digits given earlier rows: logits, nats, and which are counted (quantised and there)."""
-    logits = model.apply(variables, out.rows, out.there, out.digits, method="predict")
-    return logits, _nll(logits, jnp.maximum(out.digits, 0)), out.digits >= 0
+class NextRows(NamedTuple):
+    """What the row model says of each row.
+
+    Attributes:
+      logits: of its digits.
+      nats: of its digits.
+      known: which are counted: quantised and there.
+      row: the row itself, where the head predicts one.
+    """
+
+    logits: Float[Array, "b s n k"]
+    nats: Float[Array, "b s n"]
+    known: Bool[Array, "b s n"]
+    row: Float[Array, "b s d"] | None
+
+
+def next_rows(model: Abstractinator, variables: Mapping[str, Any], out: Rows) -> NextRows:
+    """Rows given earlier rows."""
+    logits, row = model.apply(variables, out.rows, out.there, out.digits, method="predict")
+    return NextRows(logits, _nll(logits, jnp.maximum(out.digits, 0)), out.digits >= 0, row)
+
+
+def values(
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, row: Float[Array, "b s d"]
+) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Terms and figures of predicted rows.
+
+    Returns:
+      terms: ``top_mse`` to the next quantised row, which is a constant, and ``top_vq`` to the
+        codes of the prediction itself; mean squares per number.
+      aux: ``top.mse_post`` of the prediction once quantised; ``top.mse_mean`` of a prediction that
+        is always the batch's mean; ``top.margin``, by how much the first stage's nearest wrong code
+        is farther than the right one, squared, per number: positive where that stage is right.
+    """
+    target = jax.lax.stop_gradient(out.rows)
+    there = out.digits[..., 0] >= 0
+    each = there[..., None]
+    own = model.apply(variables, row, there, method="requantise")
+    terms = {
+        "top_mse": Mean.of((row - target) ** 2, each),
+        "top_vq": own.losses["commitment"],
+    }
+    row, post = jax.lax.stop_gradient((row, own.quantized))
+    mean = jnp.where(each, target, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
+    first = model.apply(variables, -1, method="codes")[0]
+    distance = (jnp.sum(first**2, -1) - 2 * row @ first.T) / row.shape[-1]
+    right = jnp.arange(len(first)) == out.digits[..., :1]
+    margin = jnp.min(jnp.where(right, jnp.inf, distance), -1)
+    margin = margin - jnp.sum(jnp.where(right, distance, 0.0), -1)
+    aux = {
+        "top.mse_post": Mean.of((post - target) ** 2, each),
+        "top.mse_mean": Mean.of((mean - target) ** 2, each),
+        "top.margin": Mean.of(margin, there),
+    }
+    return terms, aux
+
+
+def rows_below(
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int
+) -> tuple[Float[Array, "b s l n"], Bool[Array, "b s l n"], Bool[Array, "b s l n"]]:
+    """Digits of the rows below ``level`` given those of it.
+
+    Returns:
+      Nats of every digit, which are counted (of rows that are there and quantised), and which are
+      predicted right.
+    """
+    said, there = segment.grid(below.digits, out.found, model.config.longest(level))
+    logits = model.apply(variables, out.rows, out.there, said, level, method="expand")
+    nll = _nll(logits, jnp.maximum(said, 0))
+    return nll, there[..., None] & (said >= 0), jnp.argmax(logits, -1) == said
+
+
+def _quantiser(out: Rows, level: int) -> tuple[dict[str, Mean], dict[str, Any]]:
+    q = out.quantised
+    terms = {part("commit", level): q.losses["commitment"]}
+    if "entropy" in q.losses:
+        terms[part("entropy", level)] = q.losses["entropy"]
+    name = f"level{level}." if level else ""
+    ratio = q.metrics["entropy_ratio"]
+    aux = {f"{name}stage{i}.entropy_ratio": ratio[i] for i in range(q.indices.shape[-1])}
+    return terms, {**aux, f"{name}quantisation_error": q.metrics["quantisation_error"]}
 
 
 def level(
     model: Abstractinator, variables: Mapping[str, Any], ids: Array, out: Rows
 ) -> tuple[dict[str, Mean], dict[str, Any]]:
-    """Terms that train a level."""
+    """Terms that train the level over bytes."""
     nll, counted, is_byte, right = reconstruction(model, variables, ids, out)
-    q = out.quantised
-    terms = {"reconstruct": Mean.of(nll, counted), "commit": q.losses["commitment"]}
-    if "entropy" in q.losses:
-        terms["entropy"] = q.losses["entropy"]
+    terms, aux = _quantiser(out, 0)
     found = out.found
     counts = found.overflow.sum() + found.length.sum()
-    aux: dict[str, Any] = {
+    aux |= {
         "byte_accuracy": Mean.of(right, is_byte),
         "overflow": Mean(found.overflow.sum().astype(jnp.float32), counts.astype(jnp.float32)),
         "bytes_per_row": Mean.of(found.length, found.rows),
-        "quantisation_error": q.metrics["quantisation_error"],
     }
-    aux |= {
-        f"stage{i}.entropy_ratio": q.metrics["entropy_ratio"][i] for i in range(q.indices.shape[-1])
-    }
-    return terms, aux
+    return {"reconstruct": Mean.of(nll, counted), **terms}, aux
+
+
+def level_above(
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int
+) -> tuple[dict[str, Mean], dict[str, Any]]:
+    """Terms that train a level over rows."""
+    nll, counted, right = rows_below(model, variables, out, below, level)
+    terms, aux = _quantiser(out, level)
+    aux[f"level{level}.digit_accuracy"] = Mean.of(right, counted)
+    return {part("digits", level): Mean.of(nll, counted), **terms}, aux
 
 
 def top(
     model: Abstractinator, variables: Mapping[str, Any], out: Rows
 ) -> tuple[dict[str, Mean], dict[str, Any]]:
     """Terms that train the row model."""
-    logits, nll, counted = next_rows(model, variables, out)
-    right = jnp.argmax(logits, -1) == out.digits
+    said = next_rows(model, variables, out)
+    right = jnp.argmax(said.logits, -1) == out.digits
     aux = {
-        f"top.stage{i}.accuracy": Mean.of(right[..., i], counted[..., i])
-        for i in range(nll.shape[-1])
+        f"top.stage{i}.accuracy": Mean.of(right[..., i], said.known[..., i])
+        for i in range(right.shape[-1])
     }
-    return {"top": Mean.of(nll, counted)}, aux
+    terms = {"top": Mean.of(said.nats, said.known)}
+    if said.row is not None:
+        more, seen = values(model, variables, out, said.row)
+        terms, aux = terms | more, aux | seen
+    return terms, aux
+
+
+def _bytes(
+    method: str, model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
+) -> Mean:
+    logits = model.apply(variables, ids, valid, method=method)
+    return Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)
 
 
 def byte_lm(
     model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
 ) -> dict[str, Mean]:
     """The term that trains the peer."""
-    logits = model.apply(variables, ids, valid, method="peer")
-    return {"byte_lm": Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)}
+    return {"byte_lm": _bytes("peer", model, variables, ids, valid)}
+
+
+def entropy_model(
+    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
+) -> dict[str, Mean]:
+    """The term that trains the model whose uncertainty cuts segments."""
+    return {"entropy_model": _bytes("foresee", model, variables, ids, valid)}

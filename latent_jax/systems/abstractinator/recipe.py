@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from latent_jax import data
 from latent_jax.core.errors import DataError
@@ -45,22 +46,42 @@ class Windows:
         rows = [self.get(int(i)) for i in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
+    def batches(
+        self, indices: Int[np.ndarray, " m"], size: int
+    ) -> Iterator[tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]]:
+        """Whole batches of ``ids`` and ``there``; windows without a byte fill the last."""
+        for at in range(0, len(indices), size):
+            batch = self.batch(indices[at : at + size])
+            more = ((0, size - len(batch["ids"])), (0, 0))
+            ids = np.pad(batch["ids"], more, constant_values=tokenizer.PAD)
+            yield ids, np.pad(batch["there"], more, constant_values=False)
+
     def spread(self, count: int) -> Int[np.ndarray, " m"]:
         """At most ``count`` windows, evenly spaced."""
         return np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
 
 
-def load(config: AbstractDataConfig, split: str) -> Windows:
+def load(config: AbstractDataConfig, split: str, shortest: int = 1) -> Windows:
     """Loads a split; held-out windows do not overlap.
 
+    Args:
+      config: which text.
+      split: ``train`` or ``validation``.
+      shortest: bytes that at least one document has to have.
+
     Raises:
-      DataError: no such source, or no byte in it.
+      DataError: no such source, no byte in it, or no document of the length asked for.
     """
     texts = data.load_texts(config.text, split, config.root)
     parts = [np.frombuffer(t.encode("utf-8"), np.uint8) for t in texts]
     sizes = np.asarray([len(p) for p in parts])
     if not sizes.sum():
         raise DataError(f"data.text={config.text}: the {split} part is empty")
+    if sizes.max() < shortest:
+        raise DataError(
+            f"data.text={config.text}: the longest document of the {split} part has {sizes.max()} "
+            f"bytes, a segment has {shortest} (segments.rule)"
+        )
     stride = config.window if split != "train" else config.stride or max(1, config.window // 2)
     ends = np.cumsum(sizes)
     starts, stops = [], []

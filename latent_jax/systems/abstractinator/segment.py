@@ -3,8 +3,10 @@
 The semantics, stated once: a segment starts *at* a byte, and whether byte ``t`` starts one depends
 on bytes ``0 … t`` alone. So a stream is cut as the whole text is, and future bytes never move past
 boundaries. ``fixed:n`` starts one every ``n`` bytes; ``space`` at the first byte after a run of
-white space, which thus ends the word before it. No segment is longer than ``longest``: where a rule
-would let it grow, another one starts.
+white space, which thus ends the word before it; ``entropy`` at the byte that is hard to foresee:
+with ``H[t]`` the entropy of a byte model's prediction of byte ``t`` from those before it, where
+``H[t] > H[t-1] + delta`` or ``H[t] > threshold``. No segment is longer than ``longest``: where a
+rule would let it grow, another one starts.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.errors import ConfigError
 
@@ -46,7 +48,7 @@ class Segments(NamedTuple):
 
 
 def parse_rule(rule: str) -> int | None:
-    """Bytes per segment of ``fixed:n``, None of ``space``.
+    """Bytes per segment of ``fixed:n``, None of ``space`` and ``entropy``.
 
     Raises:
       ConfigError: any other rule.
@@ -54,22 +56,47 @@ def parse_rule(rule: str) -> int | None:
     kind, _, size = rule.partition(":")
     if kind == "fixed" and size.isdecimal() and int(size) > 0:
         return int(size)
-    if rule == "space":
+    if rule in ("space", "entropy"):
         return None
-    raise ConfigError(f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space")
+    raise ConfigError(
+        f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space, entropy"
+    )
 
 
-def starts(ids: Int[Array, "b t"], rule: str, longest: int) -> Bool[Array, "b t"]:
+def surprising(
+    bits: Float[Array, "b t"], delta: float | None, threshold: float | None
+) -> Bool[Array, "b t"]:
+    """Bytes whose prediction is uncertain; the first one always is.
+
+    Args:
+      bits: entropy of the prediction of each byte.
+      delta: bits above the byte before; None is never.
+      threshold: bits; None is never.
+    """
+    out = jnp.arange(bits.shape[1]) == 0
+    if delta is not None:
+        out = out | (bits > jnp.pad(bits[:, :-1], ((0, 0), (1, 0))) + delta)
+    if threshold is not None:
+        out = out | (bits > threshold)
+    return jnp.broadcast_to(out, bits.shape)
+
+
+def starts(
+    ids: Int[Array, "b t"], rule: str, longest: int, surprise: Bool[Array, "b t"] | None = None
+) -> Bool[Array, "b t"]:
     """Which bytes start a segment.
 
     Args:
       ids: byte ids.
-      rule: ``fixed:n`` or ``space``.
+      rule: ``fixed:n``, ``space`` or ``entropy``.
       longest: most bytes of a segment.
+      surprise: `surprising` bytes, for ``entropy``.
     """
     at = jnp.arange(ids.shape[1])
     size = parse_rule(rule)
-    if size is not None:
+    if rule == "entropy":
+        natural = surprise
+    elif size is not None:
         natural = jnp.broadcast_to(at % size == 0, ids.shape)
     else:
         white = jnp.isin(ids, jnp.asarray(list(_WHITE)))
@@ -85,6 +112,7 @@ def segment(
     rule: str,
     longest: int,
     budget: int,
+    surprise: Bool[Array, "b t"] | None = None,
 ) -> Segments:
     """Cuts windows.
 
@@ -94,6 +122,7 @@ def segment(
       rule: see `starts`.
       longest: most bytes of a segment.
       budget: segments per window.
+      surprise: see `starts`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -101,7 +130,7 @@ def segment(
       >>> segment(ids, ids > 0, "space", 8, 4).length.tolist()
       [[3, 3, 2, 0]]
     """
-    first = starts(ids, rule, longest) & valid
+    first = starts(ids, rule, longest, surprise) & valid
     number = jnp.cumsum(first, 1) - 1
     kept = valid & (number < budget)
     number = jnp.where(kept, number, budget)

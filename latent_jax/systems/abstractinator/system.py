@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.core import trees
+from latent_jax.core.errors import CheckpointError, ConfigError, DataError
 from latent_jax.core.types import PyTree
-from latent_jax.systems.abstractinator import losses, recipe
-from latent_jax.systems.abstractinator.config import TRAINS, AbstractRun
+from latent_jax.systems.abstractinator import losses, progress, recipe, tokenizer
+from latent_jax.systems.abstractinator.config import AbstractRun, part
 from latent_jax.systems.abstractinator.model import Abstractinator
+from latent_jax.systems.abstractinator.segment import parse_rule
 
 
 class AbstractinatorSystem:
     """Bytes to rows and back, and rows to rows; implements `latent_jax.train.protocol.System`.
 
-    What a batch trains is written in it: its field ``level0``, ``top``, ``joint`` or ``byte_lm``
-    (the name of the phase's data; without any it is ``joint``). Under ``top`` the level only
-    evaluates: no gradient, no moving average, no byte loss.
+    What a batch trains is written in it: its field ``level0`` (and so on), ``top``, ``joint``,
+    ``byte_lm`` or ``entropy`` (the name of the phase's data; without any it is ``joint``). The
+    levels that are not trained only evaluate: no gradient, no moving average, no loss.
     """
 
     config_class = AbstractRun
@@ -40,62 +42,108 @@ class AbstractinatorSystem:
         self.weights = {
             "reconstruct": weights.reconstruct, "commit": weights.commit,
             "entropy": weights.entropy, "top": weights.top, "byte_lm": weights.byte_lm,
+            "entropy_model": weights.entropy_model, "top_mse": weights.top_mse,
+            "top_vq": weights.top_vq,
+            **{part("digits", i): weights.digits for i in range(1, len(config.levels))},
+            **{part("commit", i): weights.commit for i in range(1, len(config.levels))},
+            **{part("entropy", i): weights.entropy for i in range(1, len(config.levels))},
         }  # fmt: skip
         self._windows: dict[str, recipe.Windows] = {}
         self._generator: Any = None
         self._measure: Any = None
+        self._checked = False
         self._quick = jax.jit(self._held_out_terms)
 
     def windows(self, split: str) -> recipe.Windows:
         """Windows of ``train`` or ``validation``, made once."""
         if split not in self._windows:
-            self._windows[split] = recipe.load(self.config.data, split)
+            shortest = parse_rule(self.config.segments.rule) or 1
+            self._windows[split] = recipe.load(self.config.data, split, shortest)
         return self._windows[split]
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters and codebooks."""
         ids = jnp.zeros((1, self.config.data.window), jnp.int32)
-        return dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
+        found = dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
+        return {**found, "progress": progress.fresh()}
+
+    def check(self, variables: Mapping[str, Any]) -> None:
+        """Refuses variables of another configuration, once.
+
+        Raises:
+          CheckpointError: something is missing, such as a level's quantiser, or has another shape.
+        """
+        if self._checked:
+            return
+        wanted = jax.eval_shape(lambda key: self.init({"params": key}, {}), jax.random.key(0))
+        found = trees.flatten(variables)
+        for path, leaf in trees.flatten(wanted).items():
+            if path.startswith("progress/"):
+                continue
+            if path not in found:
+                raise CheckpointError(
+                    f"the checkpoint lacks {path}, which this configuration has: use the "
+                    "configuration that it was trained with"
+                )
+            if tuple(found[path].shape) != tuple(leaf.shape):
+                raise CheckpointError(
+                    f"the checkpoint's {path} has the shape {tuple(found[path].shape)}, this "
+                    f"configuration {tuple(leaf.shape)}: it belongs to another configuration"
+                )
+        self._checked = True
 
     def param_labels(self, params: PyTree) -> PyTree:
-        """``compressor`` (with the quantiser's projections), ``expander``, ``top``, ``byte_lm``."""
-        names = {"quantiser": "compressor"}
-
+        """``compressor`` (with the quantiser's projections) and each other part by its name."""
         def label(path: Any, _: Any) -> str:
-            part = str(path[0].key)
-            return names.get(part, part)
+            return str(path[0].key).replace("quantiser", "compressor")
 
         return jax.tree_util.tree_map_with_path(label, params)
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
         """Terms of what the batch trains, and the codebooks if they moved."""
-        kinds = [name for name in TRAINS if name in batch]
+        kinds = [name for name in self.config.trains if name in batch]
         kind = kinds[0] if kinds else "joint"
         ids, valid = batch["ids"], batch["there"]
         if kind == "byte_lm":
             return losses.byte_lm(self.model, variables, ids, valid), {}, {}
-        moves = train and kind != "top"
-        apply = dict(method="encode", rngs=dict(rngs))
-        if moves:
+        if kind == "entropy":
+            return losses.entropy_model(self.model, variables, ids, valid), {}, {}
+        upto = int(kind.removeprefix("level")) if kind.startswith("level") else None
+        every = tuple(range(len(self.config.levels)))
+        mine = {"joint": every, "top": ()}.get(kind, (upto,))
+        apply = dict(method="pyramid", rngs=dict(rngs))
+        if train and mine:
             out, moved = self.model.apply(
-                variables, ids, valid, True, mutable=["codebook"], **apply
+                variables, ids, valid, mine, upto, mutable=["codebook"], **apply
             )
             variables = {**variables, **moved}
         else:
-            out, moved = self.model.apply(variables, ids, valid, **apply), {}
+            out, moved = self.model.apply(variables, ids, valid, (), upto, **apply), {}
         terms, aux = {}, {}
-        if kind != "top":
-            found, seen = losses.level(self.model, variables, ids, out)
+        for i in mine:
+            if i == 0:
+                found, seen = losses.level(self.model, variables, ids, out[0])
+            else:
+                found, seen = losses.level_above(self.model, variables, out[i], out[i - 1], i)
             terms, aux = terms | found, aux | seen
-        if kind != "level0":
-            found, seen = losses.top(self.model, variables, out)
+        if kind in ("top", "joint"):
+            found, seen = losses.top(self.model, variables, out[-1])
             terms, aux = terms | found, aux | seen
+            if train and "progress" in variables:
+                held = variables["progress"]
+                held = {
+                    "positions": progress.add(held["positions"], out[-1].there.sum()),
+                    "bytes": progress.add(held["bytes"], valid.sum()),
+                }
+                moved = {**moved, "progress": held}
+                aux["top.effective_positions"] = progress.total(held["positions"])
         return terms, dict(moved), aux
 
     def train_data(self, phase: str, start_state: Any):
         """Shuffled windows of the training text."""
-        if phase != "main" and phase not in TRAINS:
-            raise ConfigError(f"no training data {phase!r}; there are: {', '.join(TRAINS)}")
+        trains = self.config.trains
+        if phase != "main" and phase not in trains:
+            raise ConfigError(f"no training data {phase!r}; there are: {', '.join(trains)}")
         stream = recipe.train_stream(self.config, self.windows("train"), phase)
         if start_state is not None:
             stream.set_state(start_state)
@@ -117,6 +165,8 @@ class AbstractinatorSystem:
         if self.config.byte_lm is not None:
             peer = losses.byte_lm(self.model, variables, batch["ids"], batch["there"])
             named |= peer
+        if self.config.entropy is not None:
+            named |= losses.entropy_model(self.model, variables, batch["ids"], batch["there"])
         return {k: getattr(v, "value", v) for k, v in named.items()}
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
@@ -126,34 +176,77 @@ class AbstractinatorSystem:
 
     def evaluate(self, variables, frozen, progress=None):
         """See `latent_jax.systems.abstractinator.evaluate.evaluate`."""
-        from latent_jax.systems.abstractinator.evaluate import Measure, evaluate
+        from latent_jax.systems.abstractinator.evaluate import evaluate
+        from latent_jax.systems.abstractinator.measure import Measure
 
+        self.check(variables)
         if self._measure is None:
             self._measure = Measure(self.model)
         return evaluate(self, variables, self._measure, progress or (lambda *_: None))
+
+    def calibrate_segments(
+        self,
+        variables,
+        frozen,
+        bytes_per_segment: float,
+        delta: bool = False,
+        windows: int = 512,
+    ) -> dict[str, Any]:
+        """Finds the limit of entropy segments; see `calibrate.calibrate`."""
+        from latent_jax.systems.abstractinator.calibrate import calibrate
+
+        if self.config.entropy is not None:
+            self.check(variables)
+        return calibrate(self, variables, bytes_per_segment, delta, windows)
 
     def generate(
         self,
         variables,
         frozen,
         prompt: str | list[str],
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | Sequence[float] = 0.0,
+        top_p: float | Sequence[float] | None = None,
         seed: int = 0,
+        slide: bool = False,
+        tell: Callable[[bytes], None] | None = None,
     ) -> Any:
         """Continues a text, or several at once, by rows; see `generate.Generator`.
 
-        ``max_new_tokens`` counts bytes.
+        Args:
+          variables: of the model.
+          frozen: nothing.
+          prompt: a text, or several.
+          max_new_tokens: bytes of the continuation; 64 by default, fewer where the context ends.
+          temperature: 0 is greedy; several are those of the stages, the last also that of bytes.
+          top_p: nucleus mass, likewise.
+          seed: of the sampling.
+          slide: let the context move over texts that are longer than it.
+          tell: gets the bytes of a single text as they come.
         """
         from latent_jax.systems.abstractinator.generate import Generator
+        from latent_jax.systems.abstractinator.sample import Choice
 
+        self.check(variables)
         if self._generator is None:
             self._generator = Generator(self.model)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("generate: there is no prompt")
-        found = self._generator(variables, prompts, max_new_tokens, temperature, seed)
+        choice = Choice.of(max(c.stages for c in self.config.levels), temperature, top_p)
+        count = max_new_tokens
+        if count is None:
+            room = self.config.data.window - max(len(tokenizer.encode(p)) for p in prompts)
+            count = 64 if slide else max(1, min(64, room))
+        if not slide:
+            self._generator.check(prompts, count)
+        told = [b""] * len(prompts)
+        for parts in self._generator.stream(variables, prompts, count, choice, seed):
+            told = [whole + part for whole, part in zip(told, parts, strict=True)]
+            if tell is not None:
+                tell(parts[0])
         answers = [
-            {"prompt": p, "continuation": text} for p, text in zip(prompts, found, strict=True)
+            {"prompt": p, "continuation": raw.decode("utf-8", errors="replace")}
+            for p, raw in zip(prompts, told, strict=True)
         ]
         return answers[0] if isinstance(prompt, str) else answers

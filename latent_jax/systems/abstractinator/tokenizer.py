@@ -23,7 +23,8 @@ def encode(text: str | bytes) -> Int32[np.ndarray, " t"]:
       >>> encode("aé").tolist(), decode([97, 195, 169, EOP, PAD])
       ([97, 195, 169], 'aé')
     """
-    raw = text.encode("utf-8") if isinstance(text, str) else text
+    # What a terminal passes on that is no UTF-8 arrives as surrogates; its bytes are meant.
+    raw = text.encode("utf-8", errors="surrogateescape") if isinstance(text, str) else text
     return np.frombuffer(raw, np.uint8).astype(np.int32)
 
 

@@ -7,30 +7,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.nn.transformer import Cache
 from latent_jax.ops.attention import causal_mask
-from latent_jax.systems.abstractinator.config import TransformerConfig
-from latent_jax.systems.abstractinator.layers import Stack
+from latent_jax.systems.abstractinator.config import TopConfig, TransformerConfig
+from latent_jax.systems.abstractinator.heads import before, near
+from latent_jax.systems.abstractinator.layers import Stack, sliding_mask
 from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
 
 
 class TopLM(nn.Module):
     """Reads rows, predicts the digits of the next; stage ``s`` given stages before ``s``.
 
+    The continuous head predicts a row. What is left of it after the codes of stages before ``s``
+    lies at some distance from each code of stage ``s``, and minus that distance, at a sharpness
+    learned per stage, is the logit. The likeliest digits, stage by stage, are thus those that the
+    quantiser gives to the predicted row, and the same digits have a likelihood that can be counted
+    in bits. Only the sharpness follows that likelihood; the row follows the next row. The mixed
+    head adds the logits of both and lets all follow both.
+
     Attributes:
-      config: size of the transformer.
+      config: size of the transformer, and the head.
       codes: codes per stage.
       stages: digits of a row.
+      row_width: numbers in a row.
     """
 
-    config: TransformerConfig
+    config: TopConfig
     codes: int
     stages: int
+    row_width: int
 
     def setup(self) -> None:
         c = self.config
         self.first = self.param("first", nn.initializers.normal(0.02), (c.width,))
         self.read = nn.Dense(c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.ff)
+        if c.head != "discrete":
+            self.value_norm, self.value = nn.LayerNorm(), nn.Dense(self.row_width)
+            self.sharpness = self.param("sharpness", nn.initializers.zeros, (self.stages,))
+        if c.head == "continuous":
+            return
         # The last digit conditions nothing.
         self.digits = self.param(
             "digits", nn.initializers.normal(0.02), (max(self.stages - 1, 1), self.codes, c.width)
@@ -52,13 +68,58 @@ class TopLM(nn.Module):
         there = jnp.pad(there, ((0, 0), (1, 0)), constant_values=True)
         return self.stack(x, causal_mask(there))
 
+    def start(
+        self, rows: Float[Array, "b s d"], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State after the first ``count`` rows, and the cache that `extend` goes on from."""
+        x = self.read(rows)
+        b, s = x.shape[:2]
+        first = jnp.broadcast_to(self.first, (b, 1, x.shape[-1]))
+        causal = jnp.tril(jnp.ones((s + 1, s + 1), bool))[None]
+        none = jnp.zeros(b, jnp.int32)
+        x, cache = self.stack(
+            jnp.concatenate([first, x], 1), causal, cache=self.stack.empty(b, s + 1), at=none
+        )
+        return x[jnp.arange(b), count], cache
+
+    def extend(
+        self, row: Float[Array, "b d"], cache: tuple[Cache, ...], count: Int[Array, " b"]
+    ) -> tuple[Float[Array, "b c"], tuple[Cache, ...]]:
+        """State after one more row, of which there are ``count`` before it."""
+        at = count + 1  # behind the rows lies `first`
+        # Places after it hold what a longer context left, or nothing.
+        seen = jnp.arange(cache[0].key.shape[1] if cache else 1) <= at[:, None]
+        x, cache = self.stack(self.read(row)[:, None], seen[:, None], cache=cache, at=at)
+        return x[:, 0], cache
+
+    def row(self, hidden: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        """The next row as the continuous head predicts it, not quantised."""
+        return self.value(self.value_norm(hidden))
+
     def logits(
-        self, hidden: Float[Array, "*b c"], digits: Int[Array, "*b n"]
+        self,
+        hidden: Float[Array, "*b c"],
+        digits: Int[Array, "*b n"],
+        table: Float[Array, "n k d"],
     ) -> Float[Array, "*b n k"]:
         """Logits of every stage, each given the digits of earlier stages.
 
-        Digits below 0 condition nothing.
+        Args:
+          hidden: see `hidden`.
+          digits: below 0 they condition nothing.
+          table: the codes of all stages.
         """
+        head = self.config.head
+        out = 0.0 if head == "continuous" else self._free(hidden, digits)
+        return out if head == "discrete" else out + self._near(hidden, digits, table)
+
+    def _near(self, hidden: Array, digits: Array, table: Array) -> Float[Array, "*b n k"]:
+        row = self.row(hidden)
+        if self.config.head == "continuous":
+            row = jax.lax.stop_gradient(row)
+        return near(row[..., None, :] - before(digits, table), table, self.sharpness)
+
+    def _free(self, hidden: Array, digits: Array) -> Float[Array, "*b n k"]:
         known = digits[..., : self.stages - 1]
         parts = [
             jnp.where((known[..., i] >= 0)[..., None], self.digits[i][known[..., i]], 0.0)
@@ -75,19 +136,27 @@ class TopLM(nn.Module):
         rows: Float[Array, "b s d"],
         there: Bool[Array, "b s"],
         digits: Int[Array, "b s n"],
-    ) -> Float[Array, "b s n k"]:
-        """Logits of each row's digits, from the rows before it."""
-        return self.logits(self.hidden(rows, there)[:, :-1], digits)
+        table: Float[Array, "n k d"],
+    ) -> tuple[Float[Array, "b s n k"], Float[Array, "b s d"] | None]:
+        """Logits of each row's digits, and the row itself where a head predicts it.
+
+        Both are made of the rows before it.
+        """
+        hidden = self.hidden(rows, there)[:, :-1]
+        row = None if self.config.head == "discrete" else self.row(hidden)
+        return self.logits(hidden, digits, table), row
 
 
 class ByteLM(nn.Module):
-    """A causal transformer over bytes: what the two-part code has to beat.
+    """A causal transformer over bytes: what the two-part code has to beat, and what finds segments.
 
     Attributes:
       config: size of the transformer.
+      reach: bytes that a block looks back on; all by default.
     """
 
     config: TransformerConfig
+    reach: int | None = None
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
@@ -95,5 +164,6 @@ class ByteLM(nn.Module):
         c = self.config
         before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
         x = nn.Embed(VOCAB, c.width, name="bytes")(before)
-        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, causal_mask(valid))
+        mask = causal_mask(valid) if self.reach is None else sliding_mask(valid, self.reach)
+        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, mask)
         return nn.Dense(256, name="head")(x)

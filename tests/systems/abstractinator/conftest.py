@@ -5,7 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from latent_jax import run as runs
+
+TEXT = b"the cat sat on a mat and"
 
 _TINY = {
     "system": "abstractinator", "name": "t",
@@ -42,3 +48,18 @@ def tiny() -> Any:
         return tree
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made(tiny):
+    """System, variables with codes at every stage, a batch of two windows."""
+    tree = tiny()
+    tree["level"]["vq"] = {"init": "random"}
+    system = runs.system_class("abstractinator")(runs.resolve(tree))
+    ids = jnp.asarray([list(TEXT), list(TEXT[::-1])], jnp.int32)
+    batch = {"ids": ids, "there": jnp.ones(ids.shape, bool)}
+    variables = jax.jit(lambda key: system.init({"params": key}, batch))(jax.random.key(0))
+    # The head starts at zero, which would hide what the row model reads.
+    top = variables["params"]["top"]
+    top["head"] = 0.3 * jax.random.normal(jax.random.key(1), top["head"].shape)
+    return system, variables, batch

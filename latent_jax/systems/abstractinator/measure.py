@@ -1,0 +1,117 @@
+"""Compiled measurements of a model on batches of windows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from latent_jax.ops import vq_metrics
+from latent_jax.systems.abstractinator import losses, segment
+from latent_jax.systems.abstractinator.model import Abstractinator, Rows
+from latent_jax.systems.abstractinator.sample import Choice, say, say_rows
+from latent_jax.systems.abstractinator.tokenizer import EOP, PAD
+
+
+class Measure:
+    """Compiled measurements of one model; sums over a batch, to be added up."""
+
+    def __init__(self, model: Abstractinator):
+        self.model = model
+        self.likelihoods = jax.jit(self._likelihoods)
+        self.free_running = jax.jit(self._free_running)
+        self.from_above = jax.jit(self._from_above, static_argnums=3)
+
+    def _likelihoods(self, variables, ids, valid):
+        model, config = self.model, self.model.config
+        every = model.apply(variables, ids, valid, method="pyramid")
+        out = every[0]
+        nll, counted, _, _ = losses.reconstruction(model, variables, ids, out)
+        sums = {
+            "bytes": valid.sum(),
+            "covered": out.found.length.sum(),
+            "byte_nats": jnp.sum(jnp.where(counted, nll, 0.0)),
+        }
+        for i, (rows, level) in enumerate(zip(every, config.levels, strict=True)):
+            sums[f"rows{i}"] = rows.there.sum()
+            sums[f"usage{i}"] = vq_metrics.histogram(rows.digits, level.codes)
+            if i:
+                nats, known, right = losses.rows_below(model, variables, rows, every[i - 1], i)
+                sums[f"nats{i}"] = jnp.sum(jnp.where(known, nats, 0.0), (0, 1, 2))
+                sums[f"right{i}"] = (right & known).sum((0, 1, 2))
+                sums[f"known{i}"] = known.sum((0, 1, 2))
+        sums |= self._next_rows(variables, every[-1])
+        if config.byte_lm is not None:
+            term = losses.byte_lm(model, variables, ids, valid)["byte_lm"]
+            sums["peer_nats"] = term.sum
+        if config.entropy is not None:
+            term = losses.entropy_model(model, variables, ids, valid)["entropy_model"]
+            sums["entropy_nats"] = term.sum
+        return sums
+
+    def _next_rows(self, variables, out: Rows) -> dict[str, Array]:
+        logits, nats, known, row = losses.next_rows(self.model, variables, out)
+        rank = jnp.sum(
+            logits > jnp.take_along_axis(logits, jnp.maximum(out.digits, 0)[..., None], -1), -1
+        )
+        right = (jnp.argmax(logits, -1) == out.digits) & known
+        first = known[..., 0]
+        sums = {
+            "digit_nats": jnp.sum(jnp.where(known, nats, 0.0), (0, 1)),
+            "right": right.sum((0, 1)),
+            "known": known.sum((0, 1)),
+            "row_right": jnp.sum(first & (right | ~known).all(-1)),
+            "top5": jnp.sum(first & (rank[..., 0] < 5)),
+            "top10": jnp.sum(first & (rank[..., 0] < 10)),
+        }
+        if row is not None:
+            terms, seen = losses.values(self.model, variables, out, row)
+            means = {"top.mse_pre": terms["top_mse"], "top.vq": terms["top_vq"], **seen}
+            sums |= {f"mean/{name}": jnp.stack(list(mean)) for name, mean in means.items()}
+        return sums
+
+    def _free_running(self, variables, ids, valid, stages):
+        """Greedy bytes of rows whose digits from ``stages`` on are dropped."""
+        out = self.model.apply(variables, ids, valid, method="encode")
+        kept = jnp.where(jnp.arange(out.digits.shape[-1]) < stages, out.digits, -1)
+        rows = self.model.apply(variables, kept, method="append")
+        return self._bytes(variables, ids, out, rows)
+
+    def _from_above(self, variables, ids, valid, level):
+        """Greedy rows of a level's rows, greedy rows of these, and so on down to bytes."""
+        model, config = self.model, self.model.config
+        out = model.apply(variables, ids, valid, (), level, method="pyramid")
+        rows, sums = out[level].rows, {}
+        for i in range(level, 0, -1):
+            below = out[i - 1]
+            b, s, stages = below.digits.shape
+            blank = jnp.full((b, rows.shape[1], config.longest(i), stages), -1, jnp.int32)
+            said = say_rows(
+                model, variables, i, rows, out[i].there, blank, jax.random.key(0),
+                Choice.of(stages),
+            ).reshape(b, -1, stages)[:, :s]  # fmt: skip
+            known = below.digits >= 0
+            if i == level:
+                sums["digits"] = known.sum()
+                sums["digits_right"] = (known & (said == below.digits)).sum()
+            rows = model.apply(variables, jnp.where(known, said, -1), None, i - 1, method="append")
+        found, said = self._bytes(variables, ids, out[0], rows)
+        return {**sums, **found}, said
+
+    def _bytes(
+        self, variables, ids: Array, out: Rows, rows: Array
+    ) -> tuple[dict[str, Array], Int[Array, "b s l"]]:
+        longest = self.model.config.longest(0)
+        wanted, counted, is_byte = segment.targets(ids, out.found, longest, EOP)
+        blank = jnp.full(wanted.shape, PAD, jnp.int32)
+        said = say(
+            self.model, variables, rows, out.there, blank, jax.random.key(0), Choice.of(0)
+        )
+        right = said == wanted
+        sums = {
+            "bytes": is_byte.sum(),
+            "right": (right & is_byte).sum(),
+            "segments": out.there.sum(),
+            "exact": jnp.sum((right | ~counted).all(-1) & out.there),
+        }
+        return sums, said
