@@ -7,6 +7,7 @@ so that exchanging one costs its own encoding and nothing else.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,12 +25,13 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
 from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped, slot_offsets
+from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
-from latent_jax.systems.megacontext.store import GistTree, TreeSpec, build
-
-Node = tuple[int, int]  # level, index
+from latent_jax.systems.megacontext.sight import Node, Sight, lens_net
+from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
 
 
 class Entries(NamedTuple):
@@ -60,15 +62,21 @@ class Memory:
       params: trained parameters of the GistNet.
       tree: the history.
       windows: encoded windows of raw blocks that are kept.
+      lens: trained parameters of the LensNet, if there are.
     """
 
     def __init__(
-        self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree, windows: int = 16
-    ):
+        self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree,
+        windows: int = 16, lens: Any = None,
+    ):  # fmt: skip
         self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
+        self.lens: Lens | None = None
+        if lens is not None:
+            sight = Sight(tree, backbone.config, model.lens)
+            self.lens = Lens(lens_net(model.lens, model.layout), lens, sight)
         # By window and where the history ended in it: a window that has grown is another.
         self._kept: OrderedDict[tuple[int, int], Gists] = OrderedDict()
         self._windows = windows
@@ -86,11 +94,13 @@ class Memory:
         params: Any,
         version: str,
         writable: bool = False,
+        lens: Any = None,
     ) -> Memory:
         """Opens a store, or makes it if it is to be written.
 
         Args:
           version: digest of ``params``; gists of others are stale.
+          lens: as in the constructor.
 
         Raises:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
@@ -113,7 +123,17 @@ class Memory:
                 f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
                 f"{version}: run `latent-jax mega ingest` with this run first"
             )
-        return cls(backbone, model, params, tree)
+        return cls(backbone, model, params, tree, lens=lens)
+
+    def stretch(self, first: int) -> Memory:
+        """The same memory, its history beginning at a later block; see `Stretch`."""
+        other = copy.copy(self)
+        other.tree = Stretch(self.tree, first, self.model.layout.levels)
+        other._kept = OrderedDict()
+        if self.lens is not None:
+            sight = Sight(other.tree, self.backbone.config, self.model.lens)
+            other.lens = self.lens._replace(sight=sight)
+        return other
 
     def __enter__(self) -> Memory:
         self.tree.__enter__()
@@ -160,6 +180,19 @@ class Memory:
             self.tree, make, batch=window, neighbours=True, top=top, progress=progress
         )
         return found.nodes
+
+    def prompt_gists(self, asked: Int[np.ndarray, " q"]) -> Float[np.ndarray, "k s w"]:
+        """Records of gists of a prompt that follows the history, cut from its end backwards.
+
+        The first block is filled up with the end of the history.
+        """
+        size = self.model.layout.block
+        count = min(-(-len(asked) // size), TAIL_GISTS, (len(self.tree) + len(asked)) // size)
+        before = max(count * size - len(asked), 0)
+        ids = np.concatenate([self.tree.tokens(len(self.tree) - before, len(self.tree)), asked])
+        rows = np.zeros((TAIL_GISTS, size), np.int32)
+        rows[:count] = ids[len(ids) - count * size :].reshape(count, size)
+        return np.asarray(self._make(self.base, self.params, rows, 1))[:count]
 
     def raw(self, block: int) -> Gists:
         """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
