@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +127,8 @@ ARMS = (
 # Focus policies; the last is told what every action would be worth, which no runtime knows.
 MEASURED = "oracle"
 POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25", "lens", MEASURED)
+# Facts hidden in a history; see `tasks`.
+TASKS = ("passkey", "key_value", "straddling")
 # What else a long history is read through.
 ENDS = ("full", "windowed", "dropped")
 
@@ -159,6 +162,16 @@ class EvalConfig:
     )
     long: int = field(default=128, ge=4, help="blocks of that history")
     places: int = field(default=8, ge=1, help="places of it at which the horizon is predicted")
+    tasks: tuple[str, ...] = field(
+        default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
+    )
+    task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
+    task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
+    reach: tuple[int, ...] = field(
+        default=(), ge=1,
+        help="tokens of histories in which the allocator alone looks for the facts; (): none",
+    )  # fmt: skip
+    reach_budget: int = field(default=1024, ge=1, help="entries of its working context, W")
     threshold: float = field(
         default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
     )
@@ -170,6 +183,9 @@ class EvalConfig:
             raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
         if not {"full", "dropped"} <= set(self.arms):
             raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
+        unknown = [t for t in self.tasks if t not in TASKS]
+        if unknown:
+            raise ConfigError(f"eval.tasks: unknown {unknown}; allowed: {', '.join(TASKS)}")
         unknown = [p for p in self.policies if p not in (*POLICIES, *ENDS)]
         if unknown:
             raise ConfigError(
@@ -213,6 +229,12 @@ class MegaRun(RunBase):
         if e.budgets and "lens" in e.policies and self.model.lens is None:
             raise ConfigError("eval.policies: lens needs model.lens; set it or leave lens out")
         least = cover_cost(layout, e.long, layout.levels)
+        step = math.lcm(int(layout.widths[-1]), self.model.gist.window)
+        if e.tasks and (not e.budgets or e.task_blocks % step):
+            raise ConfigError(
+                f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
+                f"a multiple of {step} (nodes of the top level, windows of the encoder)"
+            )
         small = [w for w in e.budgets if w < least]
         if small:
             raise ConfigError(

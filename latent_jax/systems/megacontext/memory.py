@@ -181,15 +181,21 @@ class Memory:
         )
         return found.nodes
 
-    def prompt_gists(self, asked: Int[np.ndarray, " q"]) -> Float[np.ndarray, "k s w"]:
+    def prompt_gists(
+        self, asked: Int[np.ndarray, " q"], stop: int | None = None
+    ) -> Float[np.ndarray, "k s w"]:
         """Records of gists of a prompt that follows the history, cut from its end backwards.
 
         The first block is filled up with the end of the history.
+
+        Args:
+          asked: tokens of the prompt.
+          stop: where the history ends, in tokens.
         """
-        size = self.model.layout.block
-        count = min(-(-len(asked) // size), TAIL_GISTS, (len(self.tree) + len(asked)) // size)
+        size, stop = self.model.layout.block, len(self.tree) if stop is None else stop
+        count = min(-(-len(asked) // size), TAIL_GISTS, (stop + len(asked)) // size)
         before = max(count * size - len(asked), 0)
-        ids = np.concatenate([self.tree.tokens(len(self.tree) - before, len(self.tree)), asked])
+        ids = np.concatenate([self.tree.tokens(stop - before, stop), asked])
         rows = np.zeros((TAIL_GISTS, size), np.int32)
         rows[:count] = ids[len(ids) - count * size :].reshape(count, size)
         return np.asarray(self._make(self.base, self.params, rows, 1))[:count]
@@ -255,6 +261,13 @@ class Memory:
         Raises:
           StoreError: a context has more entries.
         """
+        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
+        return self.token_losses(contexts, rows, start, capacity)[:, -horizon:].mean(1)
+
+    def token_losses(
+        self, contexts: Sequence[Entries], rows: Int[np.ndarray, "b t"], start: int, capacity: int
+    ) -> Float[np.ndarray, "b t-1"]:
+        """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         sizes = [len(c.positions) for c in contexts]
         if max(sizes) > capacity:
             raise StoreError(f"a context of {max(sizes)} entries does not fit {capacity}")
@@ -263,9 +276,7 @@ class Memory:
         at = np.stack([c.positions for c in padded])
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
-        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
-        nll = self._nll(self.base, Gists(k, v), at, mask, rows, first)
-        return np.asarray(nll)[:, -horizon:].mean(1)
+        return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first))
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and

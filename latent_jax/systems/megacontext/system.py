@@ -17,8 +17,8 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext import lens_losses, recipe
-from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext import lens_losses, recipe, tasks
+from latent_jax.systems.megacontext.config import MEASURED, POLICIES, MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
@@ -275,7 +275,29 @@ class MegaContextSystem(StoreHooks):
             found = self._policies(variables, frozen, progress)
             artefacts["places"] = found
             metrics |= policy_table(found, e.budgets)
+        if e.tasks:
+            metrics |= self._tasks(variables, frozen, progress)
         return metrics, artefacts
+
+    def _tasks(self, variables, frozen, progress) -> dict[str, Any]:
+        """Facts hidden in held-out text, asked for."""
+        e, c, tokenizer = self.config.eval, self.config, self.backbone.tokenizer
+        text = recipe.filler(c)
+        ids = np.asarray(tokenizer.encode(text), np.int32)
+        movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+        ):
+            found = tasks.measure(
+                memory, text, ids, e.tasks, movers, e.budgets[0], e.task_blocks, e.task_rows,
+                c.seed, progress,
+            )  # fmt: skip
+        alone = [p for p in movers if p != "lens"]
+        return found | tasks.reach(
+            tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids, e.tasks, alone,
+            e.reach_budget, e.reach, e.task_rows, c.seed, progress,
+        )  # fmt: skip
 
     def long_history(self) -> np.ndarray:
         """The text on which policies are compared, with its last horizon."""
