@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latent_jax.core.config import field
-from latent_jax.core.errors import ConfigError
+from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import policies, telemetry
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
@@ -109,9 +109,15 @@ class Focus:
 
         Raises:
           ConfigError: W is too small for the history.
+          StoreError: the history has no whole block.
         """
         c = self.config
         blocks = self.blocks if blocks is None else blocks
+        if not blocks:
+            raise StoreError(
+                f"{self.tree.path}: the history of {len(self.tree)} tokens has no whole block of "
+                f"{self.layout.block}: ingest text first"
+            )
         tiling = tl.start(self.layout, blocks, c.budget)
         features: dict[str, Any] = {}
         if c.policy == "bm25":

@@ -11,6 +11,7 @@ import numpy as np
 
 from latent_jax import __version__
 from latent_jax.core import config as configs
+from latent_jax.core.errors import RunError
 from latent_jax.systems.megacontext import labels, telemetry
 from latent_jax.systems.megacontext.labelling import LabelConfig, label
 from latent_jax.systems.megacontext.memory import Memory, digest
@@ -50,7 +51,14 @@ class StoreHooks:
         self, variables, frozen, store: str, prompt: str, budget: int = 512,
         policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Continues a prompt behind a working context that was focused for it."""
+        """Continues a prompt behind a working context that was focused for it.
+
+        Raises:
+          StoreError, ConfigError: what is wrong with the store or the options.
+          RunError: the trace could not be written; said before anything is generated.
+        """
+        if trace is not None and not Path(trace).absolute().parent.is_dir():
+            raise RunError(f"--trace {trace}: no such folder; make it first")
         with self.memory(variables, frozen, store) as memory:
             runtime = Runtime(memory, RuntimeConfig(budget, policy))
             answer = runtime.answer(prompt, max_new_tokens)

@@ -217,6 +217,10 @@ class Memory:
         self._kept.move_to_end((number, stop))
         return Gists(*(x[:, inside : inside + 1] for x in self._kept[number, stop]))
 
+    def forget(self) -> None:
+        """Drops the encoded windows that were kept."""
+        self._kept.clear()
+
     def gather(self, nodes: Sequence[Node], cursor: int) -> Entries:
         """Entries of nodes, in their order.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from latent_jax.backbones.decoder import KV
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError
@@ -18,7 +19,7 @@ from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.config import ENDS, MEASURED
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.gist import Gists
-from latent_jax.systems.megacontext.memory import Memory, Node
+from latent_jax.systems.megacontext.memory import Entries, Memory, Node
 from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.reading import place
 
@@ -86,7 +87,7 @@ class Runtime(Focus):
         seconds["gather"], began = time.perf_counter() - began, time.perf_counter()
         prefix = behind(
             sink_kv(memory.decoder, memory.base, jnp.int32(memory.sink), 1),
-            self._placed(entries),
+            self.placed(entries),
         )
         room = -len(live) % _PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
@@ -100,7 +101,7 @@ class Runtime(Focus):
         seconds["decode"] = time.perf_counter() - began
         return Answer(tokenizer.decode(ids), nodes, seconds)
 
-    def _placed(self, entries: Any):
+    def placed(self, entries: Entries) -> KV:
         """Entries as a prefix of W places."""
         budget, count = self.config.budget, len(entries.positions)
         full, mask = entries.padded(budget), np.arange(budget)[None] < count
