@@ -223,7 +223,7 @@ def test_a_wrong_question_is_one_line(trained, tmp_path, capsys):
     ask = lambda *more, at=store: refused("ask", at, "mill", "--run", run, *more)  # noqa: E731
     assert "no such store" in ask(at=str(tmp_path / "none"))
     assert "raise W" in ask("--budget", "16")
-    assert "no gist" in ask(at=str(tmp_path / "pending"), *("--budget", "160"))
+    assert "no gist" in ask("--budget", "160", at=str(tmp_path / "pending"))
     assert "no whole block" in ask(at=str(tmp_path / "empty"))
     assert "no such folder" in ask("--trace", str(tmp_path / "no" / "focus.npz"))
     assert "has no lens" in ask("--policy", "lens", "--budget", "160")
