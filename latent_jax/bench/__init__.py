@@ -55,8 +55,11 @@ register(
     "latent_jax.bench.rvq",
     "residual VQ against vector-quantize-pytorch: time, memory, and distortion of N(0, I)",
 )
-
-
+register(
+    "mega",
+    "latent_jax.bench.mega",
+    "a working context beside the frozen base at the same W, and a store as it grows",
+)
 register(
     "mdn",
     "latent_jax.bench.mdn",

@@ -110,6 +110,51 @@ def ask(
 
 
 @app.command()
+def label(
+    store: Store,
+    run: Annotated[str, typer.Option(help="Trained run whose GistNet made the gists.")],
+    out: Annotated[
+        str | None, typer.Option(help="Parquet file; default STORE.labels.parquet.")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Entries of the working context.")] = 512,
+    places: Annotated[int, typer.Option(help="Contexts that are labelled.")] = 64,
+    horizon: Annotated[int, typer.Option(help="Blocks that are predicted.")] = 2,
+    history: Annotated[
+        int | None,
+        typer.Option(help="Blocks of history; default what half of the budget can hold."),
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help="What moves the focus there, in turn.")
+    ] = "recency,bm25,random",
+    actions: Annotated[
+        int | None, typer.Option(help="Actions measured per context; all by default.")
+    ] = None,
+    drops: Annotated[
+        bool, typer.Option(help="Also measure leaving each span out altogether.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Draws the places and actions.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")] = False,
+) -> None:
+    """Measure what every focus action would be worth: tables that a lens is trained on.
+
+    The table belongs to the run's gists; after they have been trained on, label again.
+    """
+    from latent_jax.commands import inspect
+    from latent_jax.core import config as configs
+    from latent_jax.systems.megacontext.labelling import LabelConfig
+
+    options = configs.parse(LabelConfig, {
+        "budget": budget, "places": places, "horizon": horizon, "drops": drops, "seed": seed,
+        "policies": [name.strip() for name in policies.split(",")], "actions": actions,
+        "history": history,
+    })  # fmt: skip
+    to = f"{store.rstrip('/')}.labels.parquet" if out is None else out
+    present(inspect.call("label", run, {
+        "store": store, "to": to, "options": options, "progress": _label_progress(quiet),
+    }))  # fmt: skip
+
+
+@app.command()
 def trace(
     saved: Annotated[str, typer.Argument(help="Focus kept by `mega ask --trace`.")],
     html: Annotated[str, typer.Option(help="Page to write.")] = "focus.html",
@@ -214,6 +259,21 @@ def _levels(tree, sizes: dict[str, int], out: Console) -> None:
         cells = [level, tree.spec.tokens_in(level), tree.count(level), *counts]
         grid.add_row(*(f"{cell:,}" for cell in cells), f"{used / len(tree):.2f}")
     out.print(grid)
+
+
+def _label_progress(quiet: bool) -> Callable[[int, int], None] | None:
+    """A line now and then."""
+    if quiet:
+        return None
+    last = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= _INTERVAL:
+            last = time.monotonic()
+            print(f"label: {done}/{total} contexts", file=sys.stderr, flush=True)
+
+    return tell
 
 
 def _gist_progress(quiet: bool) -> Callable[[int, int], None] | None:

@@ -24,6 +24,10 @@ TITLES = {
     "nll": "Negative log-likelihood",
     "recovery": "Recovery (0: nothing of the history, 1: all of it)",
     "nll_at_h": "Loss over the horizon, nats per token",
+    "regret": "Loss above the measured oracle's, nats per token",
+    "gain": "Share of the measured oracle's gain on recency",
+    "task": "Facts hidden in a history: answers",
+    "reach": "Facts that the allocator alone brings to level of detail 0",
     "baseline": "Baselines",
     "floor": "Exact floors of random-matrix gaps (nats)",
     "pit": "Calibration: probability integral transform",
@@ -63,6 +67,7 @@ ARMS = {
     "kv_question": "keys/values nearest the question",
     "full": "the whole history as raw text",
     "windowed": "raw keys/values, encoded in windows of their own",
+    "lod0": "the fact raw, all else gists",
     "gist": "gists",
     "recency": "as many of the newest raw keys/values",
     "scrambled": "control: own latents in random order",
@@ -76,7 +81,7 @@ ARMS = {
 # Last parts that are measures rather than rows.
 _MEASURES = frozenset(
     "f1 em nll accuracy loss token_accuracy exact_prefix exact bleu crps perplexity entropy_ratio "
-    "live top5 top10 mean std".split()
+    "live found top5 top10 mean std".split()
 )
 # Columns that come first.
 _FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,22 @@ class GistConfig:
 
 
 @dataclass(frozen=True)
+class LensConfig:
+    """LensNet: what the newest gists make of every node of the working context."""
+
+    width: int = field(default=64, ge=1, help="residual stream")
+    heads: int = field(default=4, ge=1, help="attention heads; they divide the width")
+    stacks: int = field(default=2, ge=1, le=3, help="dual cross-attentions")
+    causal: bool = field(default=False, help="a node is scored by what starts no later (ablation)")
+    layers: int = field(default=4, ge=1, help="layers of the base whose values it looks at")
+
+    def validate(self) -> None:
+        """Refuses a width that the heads do not divide."""
+        if self.width % self.heads:
+            raise ConfigError(f"model.lens: heads={self.heads} do not divide width={self.width}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is trained beside the frozen base."""
 
@@ -39,6 +56,9 @@ class ModelConfig:
         default_factory=lambda: Layout(slots=(4,)), help="blocks, levels and slots of the tree"
     )
     gist: GistConfig = field(default_factory=GistConfig, help="GistNet")
+    lens: LensConfig | None = field(
+        default=None, help="a learned focus, trained by a phase with data lens; none: no lens"
+    )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
 
 
@@ -58,6 +78,12 @@ class DataConfig:
         default=8, ge=2, help="blocks after the node of a training row of the upper levels"
     )
     rows: int = field(default=20_000, ge=1, help="most training rows to draw")
+    labels: tuple[str, ...] = field(
+        default=(), help="tables of `mega label` that a phase with data lens reads"
+    )
+    store: str | None = field(
+        default=None, help="store that the tables were measured on; none: where it was then"
+    )
     raw: float = field(
         default=0.3, ge=0, le=1,
         help="share of rows in which some blocks beyond the tail stay raw, at a random rate",
@@ -77,6 +103,18 @@ class LossConfig:
     next_token: float | ScheduleConfig = field(
         default=0.0, help="cross-entropy of the text behind gists, nats per token"
     )
+    regression: float | ScheduleConfig = field(
+        default=1.0, help="squared error of a lens's signed scores (data lens)"
+    )
+    ranking: float | ScheduleConfig = field(
+        default=0.5, help="softplus of score differences in the wrong order"
+    )
+    budget: float | ScheduleConfig = field(
+        default=0.1, help="imbalance of the entries that a lens asks for and offers"
+    )
+    legality: float | ScheduleConfig = field(
+        default=0.1, help="squared scores that ask for what cannot be done"
+    )
     chunk: int | None = field(
         default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
     )
@@ -86,8 +124,12 @@ class LossConfig:
 ARMS = (
     "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
 )  # fmt: skip
-# Policies that need no measured utilities, and what else a long history is read through.
-POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25")
+# Focus policies; the last is told what every action would be worth, which no runtime knows.
+MEASURED = "oracle"
+POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25", "lens", MEASURED)
+# Facts hidden in a history; see `tasks`.
+TASKS = ("passkey", "key_value", "straddling")
+# What else a long history is read through.
 ENDS = ("full", "windowed", "dropped")
 
 
@@ -115,8 +157,21 @@ class EvalConfig:
         default=("full", "windowed", "uniform", "recency", "bm25", "random", "dropped"),
         help="what is compared: policies, the whole text (full, windowed), the tail only (dropped)",
     )
+    oracle_steps: int = field(
+        default=8, ge=1, help="focus iterations of the policy oracle, each measured afresh"
+    )
     long: int = field(default=128, ge=4, help="blocks of that history")
     places: int = field(default=8, ge=1, help="places of it at which the horizon is predicted")
+    tasks: tuple[str, ...] = field(
+        default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
+    )
+    task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
+    task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
+    reach: tuple[int, ...] = field(
+        default=(), ge=1,
+        help="tokens of histories in which the allocator alone looks for the facts; (): none",
+    )  # fmt: skip
+    reach_budget: int = field(default=1024, ge=1, help="entries of its working context, W")
     threshold: float = field(
         default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
     )
@@ -128,6 +183,9 @@ class EvalConfig:
             raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
         if not {"full", "dropped"} <= set(self.arms):
             raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
+        unknown = [t for t in self.tasks if t not in TASKS]
+        if unknown:
+            raise ConfigError(f"eval.tasks: unknown {unknown}; allowed: {', '.join(TASKS)}")
         unknown = [p for p in self.policies if p not in (*POLICIES, *ENDS)]
         if unknown:
             raise ConfigError(
@@ -158,8 +216,25 @@ class MegaRun(RunBase):
                 f"data.beyond={d.beyond} leaves nothing to predict behind the protected tail "
                 f"(model.layout.protected={protected})"
             )
+        phases = self.train.phases
+        if any(p.data == "lens" for p in phases):
+            if self.model.lens is None:
+                raise ConfigError("train.phases: data lens trains model.lens; set it")
+            if any(p.data != "lens" or p.train != ("lens",) for p in phases):
+                raise ConfigError(
+                    "train.phases: labels are of the gists as they are, so a run that trains a "
+                    "lens trains nothing else: every phase needs data: lens and train: [lens]"
+                )
         layout, e = self.model.layout, self.eval
+        if e.budgets and "lens" in e.policies and self.model.lens is None:
+            raise ConfigError("eval.policies: lens needs model.lens; set it or leave lens out")
         least = cover_cost(layout, e.long, layout.levels)
+        step = math.lcm(int(layout.widths[-1]), self.model.gist.window)
+        if e.tasks and (not e.budgets or e.task_blocks % step):
+            raise ConfigError(
+                f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
+                f"a multiple of {step} (nodes of the top level, windows of the encoder)"
+            )
         small = [w for w in e.budgets if w < least]
         if small:
             raise ConfigError(

@@ -66,6 +66,14 @@ def entries(layout: Layout, tiling: Tiling, feature: Float[Array, "n d"]) -> Ent
     )
 
 
+def nothing_seen(width: int) -> tuple[Entries, Tail]:
+    """An empty context of one node, for initialisation."""
+    row, none = jnp.zeros((1, 1)), jnp.zeros((1, 1), bool)
+    at = row.astype(jnp.int32)
+    blank = jnp.zeros((1, 1, width))
+    return Entries(blank, at, row, row, at, none), Tail(blank, at, none)
+
+
 def action_entries(layout: Layout, tiling: Tiling) -> tuple[Array, Array]:
     """Entries that expanding each node adds, and its share of those that collapsing it frees.
 

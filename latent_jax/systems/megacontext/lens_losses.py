@@ -13,9 +13,6 @@ from jaxtyping import Array, Bool, Float
 
 from latent_jax.core.types import Mean
 
-# Weights of the terms, of the specification but for legality, which it leaves open.
-WEIGHTS = {"regression": 1.0, "ranking": 0.5, "budget": 0.1, "legality": 0.1}
-
 
 def regression(
     scores: Float[Array, "b n"], utility: Float[Array, "b n"], mask: Bool[Array, "b n"]
@@ -34,6 +31,16 @@ def ranking(
     better = utility[:, :, None] > utility[:, None, :]
     pairs = better & mask[:, :, None] & mask[:, None, :]
     return Mean.of(jax.nn.softplus(scores[:, None, :] - scores[:, :, None]), pairs)
+
+
+def ordered(
+    scores: Float[Array, "b n"], utility: Float[Array, "b n"], mask: Bool[Array, "b n"]
+) -> Mean:
+    """Share of the pairs with ``u_i > u_j`` that have ``s_i > s_j``; ties count half."""
+    better = utility[:, :, None] > utility[:, None, :]
+    pairs = better & mask[:, :, None] & mask[:, None, :]
+    gap = scores[:, :, None] - scores[:, None, :]
+    return Mean.of((jnp.sign(gap) + 1) / 2, pairs)
 
 
 def budget(
@@ -77,7 +84,7 @@ def lens_terms(
     adds: Float[Array, "b n"],
     frees: Float[Array, "b n"],
 ) -> dict[str, Mean]:
-    """All terms by name; `WEIGHTS` are their usual weights.
+    """All terms by name.
 
     Args:
       scores: of the lens.
@@ -94,9 +101,3 @@ def lens_terms(
         "budget": budget(scores, adds, frees, mask),
         "legality": legality(scores, adds > 0, frees > 0, mask),
     }
-
-
-def lens_loss(terms: dict[str, Mean], weights: dict[str, float] | None = None) -> Array:
-    """Weighted sum of the terms' means."""
-    weights = WEIGHTS if weights is None else weights
-    return sum(weights[name] * term.value for name, term in terms.items())

@@ -7,6 +7,7 @@ so that exchanging one costs its own encoding and nothing else.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -24,12 +25,13 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
 from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped, slot_offsets
+from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
-from latent_jax.systems.megacontext.store import GistTree, TreeSpec, build
-
-Node = tuple[int, int]  # level, index
+from latent_jax.systems.megacontext.sight import Node, Sight, lens_net
+from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
 
 
 class Entries(NamedTuple):
@@ -60,15 +62,21 @@ class Memory:
       params: trained parameters of the GistNet.
       tree: the history.
       windows: encoded windows of raw blocks that are kept.
+      lens: trained parameters of the LensNet, if there are.
     """
 
     def __init__(
-        self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree, windows: int = 16
-    ):
+        self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree,
+        windows: int = 16, lens: Any = None,
+    ):  # fmt: skip
         self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
+        self.lens: Lens | None = None
+        if lens is not None:
+            sight = Sight(tree, backbone.config, model.lens)
+            self.lens = Lens(lens_net(model.lens, model.layout), lens, sight)
         # By window and where the history ended in it: a window that has grown is another.
         self._kept: OrderedDict[tuple[int, int], Gists] = OrderedDict()
         self._windows = windows
@@ -86,11 +94,13 @@ class Memory:
         params: Any,
         version: str,
         writable: bool = False,
+        lens: Any = None,
     ) -> Memory:
         """Opens a store, or makes it if it is to be written.
 
         Args:
           version: digest of ``params``; gists of others are stale.
+          lens: as in the constructor.
 
         Raises:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
@@ -113,7 +123,17 @@ class Memory:
                 f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
                 f"{version}: run `latent-jax mega ingest` with this run first"
             )
-        return cls(backbone, model, params, tree)
+        return cls(backbone, model, params, tree, lens=lens)
+
+    def stretch(self, first: int) -> Memory:
+        """The same memory, its history beginning at a later block; see `Stretch`."""
+        other = copy.copy(self)
+        other.tree = Stretch(self.tree, first, self.model.layout.levels)
+        other._kept = OrderedDict()
+        if self.lens is not None:
+            sight = Sight(other.tree, self.backbone.config, self.model.lens)
+            other.lens = self.lens._replace(sight=sight)
+        return other
 
     def __enter__(self) -> Memory:
         self.tree.__enter__()
@@ -161,6 +181,25 @@ class Memory:
         )
         return found.nodes
 
+    def prompt_gists(
+        self, asked: Int[np.ndarray, " q"], stop: int | None = None
+    ) -> Float[np.ndarray, "k s w"]:
+        """Records of gists of a prompt that follows the history, cut from its end backwards.
+
+        The first block is filled up with the end of the history.
+
+        Args:
+          asked: tokens of the prompt.
+          stop: where the history ends, in tokens.
+        """
+        size, stop = self.model.layout.block, len(self.tree) if stop is None else stop
+        count = min(-(-len(asked) // size), TAIL_GISTS, (stop + len(asked)) // size)
+        before = max(count * size - len(asked), 0)
+        ids = np.concatenate([self.tree.tokens(stop - before, stop), asked])
+        rows = np.zeros((TAIL_GISTS, size), np.int32)
+        rows[:count] = ids[len(ids) - count * size :].reshape(count, size)
+        return np.asarray(self._make(self.base, self.params, rows, 1))[:count]
+
     def raw(self, block: int) -> Gists:
         """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
         window that come before it.
@@ -177,6 +216,10 @@ class Memory:
                 self._kept.popitem(last=False)
         self._kept.move_to_end((number, stop))
         return Gists(*(x[:, inside : inside + 1] for x in self._kept[number, stop]))
+
+    def forget(self) -> None:
+        """Drops the encoded windows that were kept."""
+        self._kept.clear()
 
     def gather(self, nodes: Sequence[Node], cursor: int) -> Entries:
         """Entries of nodes, in their order.
@@ -222,6 +265,13 @@ class Memory:
         Raises:
           StoreError: a context has more entries.
         """
+        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
+        return self.token_losses(contexts, rows, start, capacity)[:, -horizon:].mean(1)
+
+    def token_losses(
+        self, contexts: Sequence[Entries], rows: Int[np.ndarray, "b t"], start: int, capacity: int
+    ) -> Float[np.ndarray, "b t-1"]:
+        """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         sizes = [len(c.positions) for c in contexts]
         if max(sizes) > capacity:
             raise StoreError(f"a context of {max(sizes)} entries does not fit {capacity}")
@@ -230,9 +280,7 @@ class Memory:
         at = np.stack([c.positions for c in padded])
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
-        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
-        nll = self._nll(self.base, Gists(k, v), at, mask, rows, first)
-        return np.asarray(nll)[:, -horizon:].mean(1)
+        return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first))
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and

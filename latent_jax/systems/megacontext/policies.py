@@ -187,17 +187,31 @@ def bm25(
     return (counts * (k1 + 1) / (counts + k1) @ rarity).astype(np.float32)
 
 
-def make(name: str, layout: Layout, budget: int) -> Policy:
-    """A baseline policy by its name.
+def make(
+    name: str, layout: Layout, budget: int, lens: tuple[LensNet, Variables] | None = None
+) -> Policy:
+    """A policy by its name.
+
+    Args:
+      name: one of `NAMES`.
+      layout: sizes.
+      budget: entries of the working context, W.
+      lens: a trained lens and its variables, for the policy of that name.
 
     Raises:
-      ConfigError: there is none of that name.
+      ConfigError: there is none of that name, or no lens for it.
     """
     if name == "uniform":
         return uniform(layout, budget)
+    if name == "lens":
+        if lens is None:
+            raise ConfigError(
+                "policy 'lens': this run has no lens; set model.lens and train it (data lens) on "
+                "a table of `latent-jax mega label`"
+            )
+        return learned(layout, *lens)
     if name not in BASELINES:
-        names = ", ".join(sorted([*BASELINES, "uniform"]))
-        raise ConfigError(f"policy {name!r} is unknown; there are {names}")
+        raise ConfigError(f"policy {name!r} is unknown; there are {', '.join(sorted(NAMES))}")
     return BASELINES[name](layout)
 
 
@@ -208,6 +222,7 @@ BASELINES: dict[str, Callable[[Layout], Policy]] = {
     "bm25": bm25_to_tail,
     "oracle": oracle,
 }
+NAMES = (*BASELINES, "uniform", "lens")
 
 
 def _free(layout: Layout, tiling: Tiling) -> Bool[Array, " n"]:

@@ -23,6 +23,13 @@ def histories(
     return data.segments(tokenizer, texts, tokens, limit, seed=config.seed)
 
 
+def filler(config: MegaRun, characters: int = 1 << 22) -> str:
+    """Held-out text around hidden facts, the first so many characters."""
+    d = config.data
+    texts = data.load_texts(config.eval.text or d.text, "validation", d.root)
+    return "\n\n".join(texts)[:characters]
+
+
 def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
     """Endless, shuffled, resumable rows.
 

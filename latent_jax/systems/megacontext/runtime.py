@@ -4,45 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from latent_jax.backbones.decoder import KV
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.sink import behind, sink_kv
-from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext import policies, telemetry
-from latent_jax.systems.megacontext import tiling as tl
-from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import ENDS, POLICIES
+from latent_jax.ops import bootstrap
+from latent_jax.systems.megacontext.allocator import FocusConfig
+from latent_jax.systems.megacontext.config import ENDS, MEASURED
+from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.gist import Gists
-from latent_jax.systems.megacontext.memory import Memory, Node
+from latent_jax.systems.megacontext.memory import Entries, Memory, Node
+from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.reading import place
-from latent_jax.systems.megacontext.tiling import Tiling
 
 # Prompts are padded to multiples of this, so that few lengths are compiled.
 _PROMPT = 64
-
-
-@dataclass(frozen=True)
-class RuntimeConfig:
-    """The working context of a runtime."""
-
-    budget: int = field(default=512, ge=1, help="entries of the working context, W")
-    policy: str = field(
-        default="bm25", help="what scores the nodes: recency, sink_recency, uniform, random, bm25"
-    )
-    iterations: int = field(default=64, ge=1, help="focus iterations until a question is read")
-    focus: FocusConfig = field(
-        # Between one question and the next nothing has to rest.
-        default_factory=lambda: FocusConfig(residency=1, cooldown=0, hysteresis=0.0),
-        help="how eagerly the focus moves",
-    )
 
 
 class Answer(NamedTuple):
@@ -59,7 +41,7 @@ class Answer(NamedTuple):
     seconds: dict[str, float]
 
 
-class Runtime:
+class Runtime(Focus):
     """Holds the focus over one `Memory` and reads through it.
 
     Args:
@@ -67,64 +49,18 @@ class Runtime:
       config: size and policy of the working context.
 
     Raises:
-      ConfigError: W cannot hold the history, or there is no such policy.
+      ConfigError: W cannot hold the history, or the policy cannot be used; see `Focus`.
     """
 
     def __init__(self, memory: Memory, config: RuntimeConfig | None = None):
-        self.memory, self.config = memory, config or RuntimeConfig()
-        self.layout = memory.model.layout
-        if self.config.policy not in POLICIES:
-            raise ConfigError(
-                f"policy {self.config.policy!r}: a runtime can use {', '.join(POLICIES)}"
-            )
-        self.policy = policies.make(self.config.policy, self.layout, self.config.budget)
-        self._score = jax.jit(self.policy)
-        self.history: telemetry.History | None = None
+        super().__init__(
+            memory.tree, memory.model.layout, config or RuntimeConfig(), memory.lens
+        )
+        self.memory = memory
 
-    @property
-    def blocks(self) -> int:
-        """Whole blocks of the history."""
-        return len(self.memory.tree) // self.layout.block
-
-    def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
-        """BM25 of the first blocks with a query, padded to a power of two."""
-        size = self.layout.block
-        ids = self.memory.tree.tokens(0, blocks * size).reshape(blocks, size)
-        room = 1 << max(blocks - 1, 1).bit_length()
-        return np.pad(policies.bm25(ids, query), (0, room - blocks))
-
-    def settle(
-        self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0
-    ) -> Tiling:
-        """Focuses on a history of ``blocks`` for a query, until nothing changes any more.
-
-        The actions are kept in ``history`` for telemetry.
-
-        Raises:
-          ConfigError: W is too small for the history.
-        """
-        c = self.config
-        blocks = self.blocks if blocks is None else blocks
-        tiling = tl.start(self.layout, blocks, c.budget)
-        features = {"overlap": jnp.asarray(self.overlap(query, blocks))}
-        traces, tilings, key = [], [], jax.random.key(seed)
-        for i in range(c.iterations):
-            scores = self._score(tiling, features, jax.random.fold_in(key, i))
-            tiling, trace = refocus(self.layout, c.focus, c.budget, tiling, scores)
-            traces.append(trace)
-            tilings.append(tiling)
-            if not int(trace.count):
-                break
-        self.history = telemetry.gather(traces, tilings)
-        return tiling
-
-    def nodes(self, tiling: Tiling) -> tuple[list[Node], int]:
-        """Nodes before the protected tail, and the first token that is read live."""
-        count = int(tiling.count)
-        tail = np.asarray(tl.tail(self.layout, tiling))[:count]
-        found = zip(np.asarray(tiling.level)[:count], np.asarray(tiling.index)[:count], strict=True)
-        kept = [(int(n), int(i)) for (n, i), last in zip(found, tail, strict=True) if not last]
-        return kept, (int(tl.blocks(self.layout, tiling)) - int(tail.sum())) * self.layout.block
+    def look_at(self, memory: Memory) -> None:
+        """Turns to another stretch of the history, with what has been compiled."""
+        self.memory, self.tree, self.lens = memory, memory.tree, memory.lens
 
     def answer(self, prompt: str, max_new_tokens: int = 32) -> Answer:
         """Continues a prompt that follows the history, greedily.
@@ -137,7 +73,8 @@ class Runtime:
         asked = np.asarray(tokenizer.encode(prompt), np.int32)
         if not asked.size:
             raise ConfigError("the prompt is empty: ask something")
-        tiling = self.settle(asked)
+        newer = memory.prompt_gists(asked) if self.config.policy == "lens" else None
+        tiling = self.settle(asked, newer=newer)
         nodes, start = self.nodes(tiling)
         seconds["focus"], began = time.perf_counter() - began, time.perf_counter()
         entries = memory.gather(nodes, start)
@@ -150,7 +87,7 @@ class Runtime:
         seconds["gather"], began = time.perf_counter() - began, time.perf_counter()
         prefix = behind(
             sink_kv(memory.decoder, memory.base, jnp.int32(memory.sink), 1),
-            self._placed(entries),
+            self.placed(entries),
         )
         room = -len(live) % _PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
@@ -164,7 +101,7 @@ class Runtime:
         seconds["decode"] = time.perf_counter() - began
         return Answer(tokenizer.decode(ids), nodes, seconds)
 
-    def _placed(self, entries: Any):
+    def placed(self, entries: Entries) -> KV:
         """Entries as a prefix of W places."""
         budget, count = self.config.budget, len(entries.positions)
         full, mask = entries.padded(budget), np.arange(budget)[None] < count
@@ -180,6 +117,7 @@ def nll_at_h(
     horizon: int,
     focus: FocusConfig | None = None,
     iterations: int = 64,
+    oracle_steps: int = 8,
     progress: Any = None,
 ) -> dict[str, Float[np.ndarray, " n"]]:
     """Losses of the text at some places of a history, through the context of every policy.
@@ -190,6 +128,9 @@ def nll_at_h(
         blocks, and ``dropped``, the tail only.
       cursors: blocks of history before each place; ``horizon`` tokens must follow in the tree.
       horizon: tokens that are predicted.
+      focus: how eagerly the focus moves.
+      iterations: at most so many of the focus, but for ``oracle``.
+      oracle_steps: at most so many of ``oracle``, which measures all actions in each.
 
     Returns:
       ``{"<policy>.w<W>": losses}``, one per cursor; the three ends have no W.
@@ -198,8 +139,11 @@ def nll_at_h(
     focus = RuntimeConfig().focus if focus is None else focus
     runtimes = {
         (name, w): Runtime(memory, RuntimeConfig(w, name, iterations, focus))
-        for w in budgets for name in names if name not in ENDS
+        for w in budgets for name in names if name not in (*ENDS, MEASURED)
     }  # fmt: skip
+    oracles = {
+        w: Oracle(memory, w, focus, oracle_steps) for w in budgets if MEASURED in names
+    }
     found: dict[str, list[float]] = {}
     for number, cursor in enumerate(cursors):
         start = (cursor - layout.protected) * size
@@ -215,7 +159,13 @@ def nll_at_h(
                 loss = memory.losses([entries], live, start, horizon, width)[0]
             found.setdefault(name, []).append(float(loss))
         for w in budgets:
+            if w in oracles:
+                found.setdefault(f"{MEASURED}.w{w}", []).append(
+                    oracles[w].settle(cursor, live, start, horizon)[0]
+                )
             these = [key for key in runtimes if key[1] == w]
+            if not these:
+                continue
             contexts = [
                 memory.gather(runtimes[k].nodes(runtimes[k].settle(query, cursor))[0], start)
                 for k in these
@@ -226,3 +176,35 @@ def nll_at_h(
         if progress is not None:
             progress("nll_at_h", number + 1, len(cursors))
     return {name: np.asarray(x) for name, x in found.items()}
+
+
+def policy_table(
+    losses: dict[str, Float[np.ndarray, " n"]], budgets: Sequence[int]
+) -> dict[str, Any]:
+    """Results of `nll_at_h` under stable names, with intervals over the places.
+
+    ``nll_at_h.<policy>.w<W>`` and, paired because places differ far more than contexts do,
+    ``….minus_full``; ``regret.<policy>.w<W>``, what a policy loses against ``oracle``; and
+    ``gain.<policy>.w<W>``, its share of what ``oracle`` gains on ``recency``.
+    """
+    found: dict[str, Any] = {}
+
+    def paired(name: str, one: Any, other: Any) -> None:
+        found[name] = float((one - other).mean())
+        found[f"{name}.ci95"] = list(bootstrap.difference_interval(one, other))
+
+    for name, x in losses.items():
+        found[f"nll_at_h.{name}"] = float(x.mean())
+        if "full" in losses and name != "full":
+            paired(f"nll_at_h.{name}.minus_full", x, losses["full"])
+    for w in budgets:
+        best, plain = losses.get(f"{MEASURED}.w{w}"), losses.get(f"recency.w{w}")
+        if best is None:
+            continue
+        for name in (n for n in losses if n.endswith(f".w{w}") and not n.startswith(MEASURED)):
+            paired(f"regret.{name}", losses[name], best)
+            if plain is not None and plain.mean() > best.mean() and not name.startswith("recency"):
+                gained, possible = plain - losses[name], plain - best
+                found[f"gain.{name}"] = float(gained.sum() / possible.sum())
+                found[f"gain.{name}.ci95"] = list(bootstrap.ratio_interval(gained, possible))
+    return found

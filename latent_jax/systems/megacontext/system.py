@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,30 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.ops import bootstrap
-from latent_jax.systems.megacontext import recipe, telemetry
-from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext import lens_losses, recipe, tasks
+from latent_jax.systems.megacontext.config import MEASURED, POLICIES, MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
-from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.hooks import StoreHooks
+from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
+from latent_jax.systems.megacontext.lens_data import LensRows
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
-from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig, nll_at_h
+from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
+from latent_jax.systems.megacontext.sight import lens_net, sight_width
+from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
     (r"^gist/level_1/(query|bias)$", "queries"),
     (r"^gist/level_1/(keys|values)$", "maps"),
     (r"^gist/level_[0-9]+/(query|bias)$", "upper_queries"),
     (r"^gist/level_[0-9]+/(keys|values)$", "upper_maps"),
+    (r"^lens/", "lens"),
 )
 
 
-class MegaContextSystem:
-    """Gists that substitute for text; implements `latent_jax.train.protocol.System`.
+class MegaContextSystem(StoreHooks):
+    """Gists that substitute for text, and a lens that says where; implements
+    `latent_jax.train.protocol.System`.
 
     Args:
       config: the resolved run.
@@ -64,29 +68,44 @@ class MegaContextSystem:
         self.weights = {
             "substitute": config.losses.substitute, "upper": config.losses.upper,
             "next_token": config.losses.next_token,
+            **{name: getattr(config.losses, name) for name in LENS_TERMS},
         }  # fmt: skip
         self.recovery = self._measure(1, config.eval.history)
         self._held_out: dict[int, np.ndarray] = {}
+        lens = config.model.lens
+        self.lens = None if lens is None else lens_net(lens, config.model.layout)
+        self._terms = jax.jit(self._lens_terms)
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters: a slot starts as a mean over its stretch."""
         r, layout = self.backbone.config, self.config.model.layout
         shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
         some = Gists(jnp.zeros(shape), jnp.zeros(shape))
-        return {"params": {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}}
+        params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
+        if self.lens is not None:
+            width = sight_width(r, self.config.model.lens)
+            params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
+        return {"params": params}
 
     def param_labels(self, params):
         """Groups ``queries`` (what slots look for) and ``maps`` (what becomes of it) of level 1,
-        ``upper_queries`` and ``upper_maps`` of the levels above.
+        ``upper_queries`` and ``upper_maps`` of the levels above, and ``lens``.
         """
         return trees.match_tree(_LABELS, params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        """Tokens of the histories."""
+        """Tokens of the histories, or labelled contexts."""
+        if "utility" in batch:
+            return {"snapshots": len(batch["utility"])}
         return {"tokens": int(np.size(batch["ids"]))}
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
-        """KL to the base that saw the raw text, behind gists of level 1 or of one above."""
+        """KL to the base that saw the raw text, behind gists of level 1 or of one above; or what a
+        lens makes of labelled contexts.
+        """
+        if "utility" in batch:
+            terms, ordered = self._lens_terms(variables["params"]["lens"], batch)
+            return terms, {}, {"ordered": ordered}
         base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
         if "upper" in batch:
             # The level is in the shape: rows of a level are longer than those of the one below.
@@ -104,15 +123,15 @@ class MegaContextSystem:
         c = self.config
         layout, window = c.model.layout, c.model.gist.window
         (b, t), n = ids.shape, ids.shape[1] // layout.block
-        entries, out = encode(self.decoder, base, self.sink, ids, layout.block, window)
+        own, out = encode(self.decoder, base, self.sink, ids, layout.block, window)
         full = out.hidden
         where = jnp.broadcast_to(jnp.arange(t), ids.shape)
         if n == window:
             full = full.reshape(b, t, -1)
         else:
             full = read_on(self.decoder, base, self.sink, None, ids, where)
-        entries, full = jax.lax.stop_gradient((entries, full))
-        gists = build(self.gists, gist, entries, 1)
+        own, full = jax.lax.stop_gradient((own, full))
+        gists = build(self.gists, gist, own, 1)
         seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, chunk)
         at = slot_positions(c.model, 1, jnp.arange(n))
         seen = jnp.repeat(seen, layout.slots[0], axis=-1)
@@ -153,6 +172,23 @@ class MegaContextSystem:
             ids[:, past + first + 1 :], c.losses.chunk,
         )  # fmt: skip
 
+    def _lens_scores(self, params, batch):
+        """Scores of a batch of contexts, with their tilings."""
+        zeros = jnp.zeros_like(batch["level"])
+        tilings = Tiling(batch["level"], batch["index"], zeros, zeros, batch["count"])
+        rows = jax.vmap(functools.partial(entries, self.config.model.layout))(
+            tilings, batch["entry"]
+        )
+        tail = Tail(batch["tail"], batch["tail_at"], batch["tail_mask"])
+        return self.lens.apply({"params": params}, rows, tail), tilings, rows.mask
+
+    def _lens_terms(self, params, batch):
+        scores, tilings, mask = self._lens_scores(params, batch)
+        layout, worth, measured = self.config.model.layout, batch["utility"], batch["measured"]
+        adds, frees = jax.vmap(functools.partial(action_entries, layout))(tilings)
+        terms = lens_losses.lens_terms(scores, worth, measured, mask, adds, frees)
+        return terms, lens_losses.ordered(scores, worth, measured & mask)
+
     def _level_of(self, tokens: int) -> int:
         """The level whose training rows have so many tokens."""
         layout = self.config.model.layout
@@ -181,10 +217,18 @@ class MegaContextSystem:
         self.eval_data()
         if self.config.eval.budgets:
             self.long_history()
-        stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
+        if phase == "lens":
+            stream = self.lens_rows.stream(self.config)
+        else:
+            stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
+
+    @functools.cached_property
+    def lens_rows(self) -> LensRows:
+        """The labelled contexts of ``data.labels``."""
+        return LensRows(self.config, self.backbone)
 
     def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
         """Held-out histories with their tail and horizon, ``[n, tokens]``."""
@@ -200,7 +244,16 @@ class MegaContextSystem:
         return self.held_out(self.recovery, max(e.rows, e.quick_rows))
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
-        """Recovery on a few held-out histories, with own and with another history's gists."""
+        """Recovery on a few held-out histories, with own and with another history's gists; of a
+        lens in training, its losses on held-out contexts.
+        """
+        if any(p.data == "lens" for p in self.config.train.phases):
+            batch = self.lens_rows.held_out_batch()
+            if batch is None:
+                return {}
+            terms, ordered = self._terms(variables["params"]["lens"], batch)
+            found = {f"lens.{name}": float(term.value) for name, term in terms.items()}
+            return found | {"lens.ordered": float(ordered.value)}
         rows = self.eval_data()[: self.config.eval.quick_rows]
         found = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
         return self.recovery.summary(found, intervals=False)
@@ -221,16 +274,30 @@ class MegaContextSystem:
         if e.budgets:
             found = self._policies(variables, frozen, progress)
             artefacts["places"] = found
-            for name, x in found.items():
-                metrics[f"nll_at_h.{name}"] = float(x.mean())
-                if "full" in found and name != "full":
-                    # Places differ far more than contexts do, so only pairs can be compared.
-                    lost = f"nll_at_h.{name}.minus_full"
-                    metrics[lost] = float((x - found["full"]).mean())
-                    metrics[f"{lost}.ci95"] = list(
-                        bootstrap.difference_interval(x, found["full"])
-                    )
+            metrics |= policy_table(found, e.budgets)
+        if e.tasks:
+            metrics |= self._tasks(variables, frozen, progress)
         return metrics, artefacts
+
+    def _tasks(self, variables, frozen, progress) -> dict[str, Any]:
+        """Facts hidden in held-out text, asked for."""
+        e, c, tokenizer = self.config.eval, self.config, self.backbone.tokenizer
+        text = recipe.filler(c)
+        ids = np.asarray(tokenizer.encode(text), np.int32)
+        movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+        ):
+            found = tasks.measure(
+                memory, text, ids, e.tasks, movers, e.budgets[0], e.task_blocks, e.task_rows,
+                c.seed, progress,
+            )  # fmt: skip
+        alone = [p for p in movers if p != "lens"]
+        return found | tasks.reach(
+            tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids, e.tasks, alone,
+            e.reach_budget, e.reach, e.task_rows, c.seed, progress,
+        )  # fmt: skip
 
     def long_history(self) -> np.ndarray:
         """The text on which policies are compared, with its last horizon."""
@@ -249,50 +316,10 @@ class MegaContextSystem:
                 memory.tree.append(ids)
                 memory.build()
                 return nll_at_h(
-                    memory, e.budgets, e.policies, places.tolist(), horizon, progress=progress
-                )
-
-    def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
-        """A store as this run's base and GistNet see it.
-
-        Raises:
-          StoreError: there is none, or it belongs to something else.
-        """
-        backbone = dataclasses.replace(self.backbone, params=frozen["base"])
-        params = variables["params"]["gist"]
-        model, version = self.config.model, digest(params)
-        return Memory.open(store, backbone, model, params, version, writable)
-
-    def build_gists(self, variables, frozen, store: str, progress=None) -> str:
-        """Makes all gists of a store that are missing or of another version."""
-        with self.memory(variables, frozen, store, writable=True) as memory:
-            began = time.perf_counter()
-            made = memory.build(progress)
-            seconds = time.perf_counter() - began
-            rate = made.get(1, 0) * self.config.model.layout.block / max(seconds, 1e-9)
-        each = ", ".join(f"{n:,} of level {level}" for level, n in sorted(made.items()))
-        return f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
-
-    def recall(
-        self, variables, frozen, store: str, prompt: str, budget: int = 512,
-        policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Continues a prompt behind a working context that was focused for it."""
-        with self.memory(variables, frozen, store) as memory:
-            runtime = Runtime(memory, RuntimeConfig(budget, policy))
-            answer = runtime.answer(prompt, max_new_tokens)
-            if trace is not None:
-                telemetry.save(trace, runtime.layout, runtime.history, budget)
-            levels = [level for level, _ in answer.nodes]
-            counts = {f"level {n}": levels.count(n) for n in sorted(set(levels))}
-            raw = " ".join(str(index) for level, index in answer.nodes if level == 0)
-            return {
-                "answer": answer.text,
-                "history": f"{len(memory.tree):,} tokens",
-                "nodes": ", ".join(f"{n} of {name}" for name, n in counts.items()),
-                "raw blocks": raw or "none but the tail",
-                "seconds": ", ".join(f"{k} {v:.2f}" for k, v in answer.seconds.items()),
-            }
+                    memory, e.budgets, e.policies, places.tolist(), horizon,
+                    oracle_steps=e.oracle_steps, progress=progress,
+                )  # fmt: skip
 
 
+LENS_TERMS = ("regression", "ranking", "budget", "legality")
 QUICK = ("full", "dropped", "gist", "shuffled")

@@ -68,6 +68,13 @@ def valid(tiling: Tiling) -> Bool[Array, " n"]:
     return jnp.arange(tiling.level.shape[0]) < tiling.count
 
 
+def nodes(tiling: Tiling) -> list[tuple[int, int]]:
+    """Level and index of every node, in the order of the history."""
+    count = int(tiling.count)
+    rows = (np.asarray(x)[:count].tolist() for x in (tiling.level, tiling.index))
+    return list(zip(*rows, strict=True))
+
+
 def by_level(table: np.ndarray, tiling: Tiling) -> Int[Array, " n"]:
     """Looks each node's level up in a table; 0 in the padding."""
     return jnp.where(valid(tiling), jnp.asarray(table)[jnp.maximum(tiling.level, 0)], 0)

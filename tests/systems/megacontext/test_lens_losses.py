@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from latent_jax.systems.megacontext import lens_losses
+from latent_jax.systems.megacontext.config import LossConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.lens import action_entries
+from latent_jax.systems.megacontext.system import LENS_TERMS
 from latent_jax.systems.megacontext.tiling import append, expand, start
 
 SCORES = jnp.asarray([[1.0, -0.5, 0.25, 9.0], [0.5, 0.0, 9.0, 9.0]])
@@ -29,6 +31,12 @@ def test_ranking_by_hand():
     wanted = np.log1p(np.exp([-1.5, -0.75, 0.5]))
     assert float(term.count) == 3
     assert float(term.value) == pytest.approx(wanted.mean(), rel=1e-6)
+
+
+def test_ordered_by_hand():
+    # Of three pairs the first two are in the right order; a tie is half.
+    assert float(lens_losses.ordered(SCORES, UTILITY, MASK).value) == pytest.approx(2 / 3)
+    assert float(lens_losses.ordered(0 * SCORES, UTILITY, MASK).value) == 0.5
 
 
 def test_budget_by_hand():
@@ -57,10 +65,11 @@ def test_terms_are_weighted_and_the_padding_gives_no_gradient():
     def loss(scores):
         measured = MASK.at[0, 2].set(False)
         terms = lens_losses.lens_terms(scores, UTILITY, measured, MASK, entries, entries)
-        return lens_losses.lens_loss(terms), terms
+        defaults = LossConfig()
+        return sum(getattr(defaults, name) * term.value for name, term in terms.items()), terms
 
     (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(SCORES)
-    assert set(terms) == set(lens_losses.WEIGHTS)
+    assert set(terms) == set(LENS_TERMS)
     assert (terms["regression"].count, terms["ranking"].count) == (4, 2)
     weights = {"regression": 1.0, "ranking": 0.5, "budget": 0.1, "legality": 0.1}
     by_hand = sum(weights[name] * float(term.value) for name, term in terms.items())

@@ -162,26 +162,33 @@ def test_what_cannot_be_asked_is_refused(memory):
         Runtime(memory, RuntimeConfig(budget=48, policy="oracle"))
 
 
-def test_from_files_to_an_answer(tmp_path):
-    """The commands, on a run that has hardly learned."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run that has hardly learned, and a store of its gists made by the commands."""
+    folder = tmp_path_factory.mktemp("trained")
     overrides = {
         "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0, "train.phases": [],
-        "data.rows": 8, "out": str(tmp_path / "run"),
+        "data.rows": 8, "out": str(folder / "run"),
     }  # fmt: skip
     runs.train(runs.resolve("megacontext/tiny", overrides))
-    texts = tmp_path / "texts"
+    texts = folder / "texts"
     texts.mkdir()
     (texts / "a.txt").write_text("The mill at Dunmore burned down in 1911. " * 20)
     (texts / "b.txt").write_text("Nobody was hurt when the bridge fell. " * 20)
-    run, store = str(tmp_path / "run"), str(tmp_path / "store")
-
-    def call(*arguments):
-        return CliRunner().invoke(cli.app, list(arguments))
-
+    run, store = str(folder / "run"), str(folder / "store")
     first = call("mega", "ingest", str(texts), "--store", store, "--run", run)
     assert first.exit_code == 0, first.output
     assert "gists made" in first.output
-    again = call("mega", "ingest", str(texts), "--store", store, "--run", run)
+    return run, store, str(texts)
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_from_files_to_an_answer(trained, tmp_path):
+    run, store, texts = trained
+    again = call("mega", "ingest", texts, "--store", store, "--run", run)
     assert "none was missing" in again.output
     trace = str(tmp_path / "focus.npz")
     asked = call(
@@ -193,3 +200,35 @@ def test_from_files_to_an_answer(tmp_path):
     page = tmp_path / "focus.html"
     assert call("mega", "trace", trace, "--html", str(page)).exit_code == 0
     assert "<html" in page.read_text()
+
+
+def test_a_wrong_question_is_one_line(trained, tmp_path, capsys):
+    run, store, _ = trained
+    spec = GistTree.open(store).spec
+    version = GistTree.open(store).version
+    for name, count in (("empty", 5), ("pending", 400)):
+        with GistTree.create(tmp_path / name, spec) as tree:
+            tree.set_version(version)
+            tree.append(np.arange(10, 10 + count))
+    other = tmp_path / "lm"
+    other.mkdir()
+    (other / "config.yaml").write_text("system: lm\nname: other\n")
+
+    def refused(*arguments):
+        assert cli.main(["mega", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        return said
+
+    ask = lambda *more, at=store: refused("ask", at, "mill", "--run", run, *more)  # noqa: E731
+    assert "no such store" in ask(at=str(tmp_path / "none"))
+    assert "raise W" in ask("--budget", "16")
+    assert "no gist" in ask("--budget", "160", at=str(tmp_path / "pending"))
+    assert "no whole block" in ask(at=str(tmp_path / "empty"))
+    assert "no such folder" in ask("--trace", str(tmp_path / "no" / "focus.npz"))
+    assert "has no lens" in ask("--policy", "lens", "--budget", "160")
+    assert "can use" in ask("--policy", "oracle", "--budget", "160")
+    assert "cannot recall" in refused("ask", store, "mill", "--run", str(other))
+    assert "no such file" in refused("trace", str(tmp_path / "missing.npz"))
+    wrong = refused("label", store, "--run", run, "--policies", "nearest")
+    assert "policies: nearest" in wrong

@@ -13,6 +13,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import policies
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
+from latent_jax.systems.megacontext.config import POLICIES
 from latent_jax.systems.megacontext.layout import Layout
 
 LAYOUT = Layout(block=4, branching=3, slots=(1, 2), protected=1)
@@ -121,7 +122,10 @@ def test_the_oracle_keeps_order_and_sign_of_what_was_measured():
 
 
 def test_names():
+    assert set(POLICIES) == set(policies.NAMES) and len(POLICIES) == len(policies.NAMES)
     for name in (*policies.BASELINES, "uniform"):
         assert callable(policies.make(name, LAYOUT, BUDGET))
-    with pytest.raises(ConfigError, match="policy 'oracel' is unknown; there are bm25, oracle"):
+    with pytest.raises(ConfigError, match="policy 'lens': this run has no lens"):
+        policies.make("lens", LAYOUT, BUDGET)
+    with pytest.raises(ConfigError, match="'oracel' is unknown; there are bm25, lens, oracle"):
         policies.make("oracel", LAYOUT, BUDGET)

@@ -3,6 +3,7 @@
 from latent_jax.systems.megacontext.store.build import Built, GistFn, build
 from latent_jax.systems.megacontext.store.history import Document
 from latent_jax.systems.megacontext.store.spec import TreeSpec
+from latent_jax.systems.megacontext.store.stretch import Stretch
 from latent_jax.systems.megacontext.store.tokens import DamagedTokens
 from latent_jax.systems.megacontext.store.tree import (
     DamagedGists,
@@ -21,6 +22,7 @@ __all__ = [
     "GistTree",
     "PendingGists",
     "State",
+    "Stretch",
     "TreeSpec",
     "Verification",
     "build",

@@ -15,3 +15,10 @@ def quick():
         patch.setattr(os, "fsync", lambda handle: None)
         patch.setattr(os, "fdatasync", lambda handle: None)
         yield
+
+
+@pytest.fixture
+def where(tmp_path):
+    """A new path at every call; hypothesis runs many examples in one test."""
+    made = iter(range(10**6))
+    return lambda: tmp_path / f"store{next(made)}"

@@ -1,0 +1,177 @@
+"""What every focus action would be worth: losses behind contexts that differ in one action.
+
+The entries of a working context do not depend on one another, so all counterfactuals of a snapshot
+share one prefix cache: a pool of the context's entries and of what the actions would put in their
+place. A counterfactual is a mask over it. Nothing but the tail and the horizon is run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from latent_jax.backbones.decoder import KV
+from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.gist import Gists
+from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.memory import Entries, Memory, Node
+from latent_jax.systems.megacontext.reading import place, read_on
+from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
+
+_legal = jax.jit(tl.legal, static_argnums=0)
+
+
+class Action(NamedTuple):
+    """One legal expand or collapse.
+
+    Attributes:
+      at: place in the tiling of the node, or of the first that collapses.
+      kind: +1 expand, -1 collapse.
+      entries: entries that it adds, or, negative, frees.
+      span: tokens that it is about.
+      gone: nodes that it takes out.
+      made: nodes that it puts in their place.
+    """
+
+    at: int
+    kind: int
+    entries: int
+    span: int
+    gone: list[Node]
+    made: list[Node]
+
+
+class Measured(NamedTuple):
+    """What the actions of a snapshot change, in nats per token of the horizon.
+
+    Attributes:
+      nll: loss behind the unchanged context.
+      delta_nll: change of the loss by each action; negative is a gain.
+      delta_kl: divergence of the predictions after it from those before.
+      drop_delta_nll: change of the loss when what the action is about is left out altogether; NaN
+        where that was not measured.
+    """
+
+    nll: float
+    delta_nll: Float[np.ndarray, " a"]
+    delta_kl: Float[np.ndarray, " a"]
+    drop_delta_nll: Float[np.ndarray, " a"]
+
+
+def actions(layout: Layout, tiling: Tiling) -> list[Action]:
+    """All legal actions, in the order of the history; of one node the expand comes first."""
+    may, b, found = _legal(layout, tiling), layout.branching, []
+    expand, collapse = np.asarray(may.expand), np.asarray(may.collapse)
+    for at, (level, index) in enumerate(tl.nodes(tiling)):
+        node, span = (level, index), int(layout.widths[level]) * layout.block
+        if expand[at]:
+            finer = [(0, index)] if level == 1 else [(level - 1, index * b + i) for i in range(b)]
+            cost = int(layout.expand_costs[level])
+            found.append(Action(at, EXPANDED, cost, span, [node], finer))
+        if collapse[at]:
+            group = [(level, index + i) for i in range(b if level else 1)]
+            coarser = (level + 1, index // b if level else index)
+            freed = int(layout.collapse_gains[level])
+            found.append(Action(at, COLLAPSED, -freed, span * len(group), group, [coarser]))
+    return found
+
+
+class Counterfactuals:
+    """Measures actions on one memory.
+
+    Args:
+      memory: the history with its gists.
+      budget: entries of the working context, W; sets the compiled shape.
+      rows: contexts that are read at once.
+    """
+
+    def __init__(self, memory: Memory, budget: int, rows: int = 8):
+        layout = memory.model.layout
+        self.memory, self.budget, self.rows = memory, budget, rows
+        made = [layout.expand_costs + layout.costs, np.append(layout.costs[1:], 0)]
+        self._capacity = budget + rows * int(np.max(made))
+        self._read = jax.jit(self._branches, static_argnames=("horizon",))
+
+    def measure(
+        self, nodes: Sequence[Node], todo: Sequence[Action], ids: Int[np.ndarray, " t"],
+        start: int, horizon: int, drops: bool = False, progress: Any = None,
+    ) -> Measured:  # fmt: skip
+        """Loss and divergence over the last ``horizon`` tokens of ``ids`` for every action.
+
+        Args:
+          nodes: the context without its protected tail.
+          todo: actions on them.
+          ids: the protected tail, then the horizon.
+          start: position in the history of the first of them.
+          drops: also measure leaving out what each action is about.
+          progress: called as progress(done, total) after each batch.
+        """
+        shared = self.memory.gather(nodes, start)
+        costs = self.memory.model.layout.costs
+        stops = np.cumsum([int(costs[level]) for level, _ in nodes])
+        spans = dict(zip(nodes, zip(np.append(0, stops[:-1]), stops, strict=True), strict=False))
+        # Drops come last, so that batches of actions alone need no more room than they make.
+        branches = [(action, True) for action in todo]
+        branches += [(action, False) for action in todo] if drops else []
+        nll, kl, before = [], [], float("nan")
+        for first in range(0, max(len(branches), 1), self.rows):
+            part = branches[first : first + self.rows]
+            pool, mask = self._pool(shared, spans, part, start)
+            first_position = int(self.memory.positions(np.asarray([start]), start)[0])
+            found = self._read(
+                self.memory.base, pool.k, pool.v, pool.positions, mask, np.asarray(ids, np.int32),
+                first_position, horizon=horizon,
+            )  # fmt: skip
+            losses, divergence = (np.asarray(x, np.float64) for x in found)
+            before = float(losses[0])
+            nll += (losses[1 : len(part) + 1] - before).tolist()
+            kl += divergence[1 : len(part) + 1].tolist()
+            if progress is not None:
+                progress(min(first + self.rows, len(branches)), len(branches))
+        n = len(todo)
+        drop = np.asarray(nll[n:]) if drops else np.full(n, np.nan)
+        return Measured(before, np.asarray(nll[:n]), np.asarray(kl[:n]), drop)
+
+    def _pool(self, shared, spans, part, start) -> tuple[Entries, Bool[np.ndarray, "r m"]]:
+        """The shared entries, then what each branch makes; row 0 of the mask is unchanged."""
+        width = len(shared.positions)
+        mask = np.zeros((self.rows + 1, self._capacity), bool)
+        mask[:, :width] = True
+        pieces, at = [shared], width
+        for row, (action, exchange) in enumerate(part, 1):
+            for node in action.gone:
+                mask[row, slice(*spans[node])] = False
+            if exchange:
+                found = self.memory.gather(action.made, start)
+                mask[row, at : at + len(found.positions)] = True
+                at += len(found.positions)
+                pieces.append(found)
+        columns = zip(*pieces, strict=True)
+        joined = Entries(
+            *(np.concatenate(x, axis=a) for x, a in zip(columns, (1, 1, 0), strict=True))
+        )
+        return joined.padded(self._capacity), mask
+
+    def _branches(
+        self, base: Any, k: Array, v: Array, at: Int[Array, " m"], mask: Bool[Array, "r m"],
+        ids: Int[Array, " t"], first: Int[Array, ""], horizon: int,
+    ) -> tuple[Float[Array, " r"], Float[Array, " r"]]:  # fmt: skip
+        """Loss of every row, and ``KL(row 0 || row)``, means over the horizon."""
+        decoder, rows = self.memory.decoder, mask.shape[0]
+        placed = place(decoder, Gists(k[:, None], v[:, None]), at[None], jnp.ones((1, at.size)))
+        wide = lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))  # noqa: E731
+        prefix = KV(wide(placed.k), wide(placed.v), mask)
+        ids = jnp.broadcast_to(ids, (rows, ids.size))
+        where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden = read_on(decoder, base, self.memory.sink, prefix, ids, where)
+        hidden = hidden[:, -horizon - 1 : -1]
+        logits = decoder.apply({"params": base}, hidden, method="unembed")
+        log = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(log, ids[:, -horizon:, None], axis=-1)[..., 0]
+        kl = jnp.sum(jnp.exp(log[:1]) * (log[:1] - log), axis=-1)
+        return nll.mean(1), kl.mean(1)

@@ -1,0 +1,156 @@
+"""The focus over a stored history: which nodes a policy brings into the working context.
+
+Needs the tree and no language model, unless the policy is a lens with a prompt to look at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError, StoreError
+from latent_jax.systems.megacontext import policies, telemetry
+from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
+from latent_jax.systems.megacontext.config import MEASURED, POLICIES
+from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.lens import LensNet
+from latent_jax.systems.megacontext.sight import Node, Sight
+from latent_jax.systems.megacontext.store import GistTree
+from latent_jax.systems.megacontext.tiling import Tiling
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """The working context of a runtime."""
+
+    budget: int = field(default=512, ge=1, help="entries of the working context, W")
+    policy: str = field(default="bm25", help=f"what scores the nodes: {', '.join(POLICIES)}")
+    iterations: int = field(default=64, ge=1, help="focus iterations until a question is read")
+    focus: FocusConfig = field(
+        # Between one question and the next nothing has to rest.
+        default_factory=lambda: FocusConfig(residency=1, cooldown=0, hysteresis=0.0),
+        help="how eagerly the focus moves",
+    )
+
+
+class Lens(NamedTuple):
+    """A trained lens.
+
+    Attributes:
+      net: the module.
+      params: its parameters.
+      sight: what it looks at.
+    """
+
+    net: LensNet
+    params: Any
+    sight: Sight
+
+
+class Focus:
+    """Moves the focus of one working context.
+
+    Args:
+      tree: the history.
+      layout: sizes.
+      config: size and policy of the working context.
+      lens: for the policy ``lens``.
+
+    Raises:
+      ConfigError: there is no such policy, it needs losses that only a measurement has, or a lens
+        that is not there.
+    """
+
+    def __init__(
+        self, tree: GistTree, layout: Layout, config: RuntimeConfig, lens: Lens | None = None
+    ):
+        self.tree, self.layout, self.config, self.lens = tree, layout, config, lens
+        usable = [name for name in POLICIES if name != MEASURED]
+        if config.policy not in usable:
+            raise ConfigError(f"policy {config.policy!r}: a runtime can use {', '.join(usable)}")
+        net = None if lens is None else (lens.net, {"params": lens.params})
+        self.policy = policies.make(config.policy, layout, config.budget, net)
+        self._score = jax.jit(self.policy)
+        self.history: telemetry.History | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks of the history."""
+        return len(self.tree) // self.layout.block
+
+    def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
+        """BM25 of the first blocks with a query, padded to a power of two."""
+        size = self.layout.block
+        ids = self.tree.tokens(0, blocks * size).reshape(blocks, size)
+        room = 1 << max(blocks - 1, 1).bit_length()
+        return np.pad(policies.bm25(ids, query), (0, room - blocks))
+
+    def settle(
+        self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0,
+        newer: Float[np.ndarray, "k s w"] | None = None, iterations: int | None = None,
+    ) -> Tiling:  # fmt: skip
+        """Focuses on a history of ``blocks`` for a query, until nothing changes any more.
+
+        The actions are kept in ``history`` for telemetry.
+
+        Args:
+          query: tokens that ``bm25`` looks for.
+          blocks: how much of the history there is; all of it by default.
+          seed: of the policy ``random``.
+          newer: records of gists of what follows the history, for a lens.
+          iterations: at most so many; the configuration's by default.
+
+        Raises:
+          ConfigError: W is too small for the history.
+          StoreError: the history has no whole block.
+        """
+        c = self.config
+        blocks = self.blocks if blocks is None else blocks
+        if not blocks:
+            raise StoreError(
+                f"{self.tree.path}: the history of {len(self.tree)} tokens has no whole block of "
+                f"{self.layout.block}: ingest text first"
+            )
+        tiling = tl.start(self.layout, blocks, c.budget)
+        features: dict[str, Any] = {}
+        if c.policy == "bm25":
+            features["overlap"] = jnp.asarray(self.overlap(query, blocks))
+        if c.policy == "lens":
+            features["tail"] = self.lens.sight.tail(blocks, newer)
+        traces, tilings, key = [], [], jax.random.key(seed)
+        for i in range(iterations or c.iterations):
+            if c.policy == "lens":
+                features["entry"] = self._entries(tiling)
+            scores = self._score(tiling, features, jax.random.fold_in(key, i))
+            tiling, trace = refocus(self.layout, c.focus, c.budget, tiling, scores)
+            traces.append(trace)
+            tilings.append(tiling)
+            if not int(trace.count):
+                break
+        self.history = telemetry.gather(traces, tilings)
+        return tiling
+
+    def _entries(self, tiling: Tiling) -> Float[np.ndarray, "n f"]:
+        found = self.lens.sight.nodes(tl.nodes(tiling))
+        return np.pad(found, [(0, tiling.level.shape[0] - len(found)), (0, 0)])
+
+    def nodes(self, tiling: Tiling) -> tuple[list[Node], int]:
+        """Nodes before the protected tail, and the first token that is read live."""
+        return before_tail(self.layout, tiling)
+
+
+def before_tail(layout: Layout, tiling: Tiling) -> tuple[list[Node], int]:
+    """Nodes before the protected tail, and the first token that is read live."""
+    found = tl.nodes(tiling)
+    level, index = found[-1]
+    blocks = (index + 1) * int(layout.widths[level])
+    start = max(blocks - layout.protected, 0)
+    kept = [(n, i) for n, i in found if n or i < start]
+    return kept, start * layout.block

@@ -1,0 +1,119 @@
+"""What `latent-jax mega` asks of a trained run: gists, answers and labels for a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from latent_jax import __version__
+from latent_jax.core import config as configs
+from latent_jax.core.errors import RunError
+from latent_jax.systems.megacontext import labels, telemetry
+from latent_jax.systems.megacontext.labelling import LabelConfig, label
+from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
+
+
+class StoreHooks:
+    """Mixed into the system; needs its ``config`` and ``backbone``."""
+
+    config: Any
+    backbone: Any
+
+    def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
+        """A store as this run's base, GistNet and lens see it.
+
+        Raises:
+          StoreError: there is none, or it belongs to something else.
+        """
+        backbone = dataclasses.replace(self.backbone, params=frozen["base"])
+        params = variables["params"]["gist"]
+        return Memory.open(
+            store, backbone, self.config.model, params, digest(params), writable,
+            variables["params"].get("lens"),
+        )  # fmt: skip
+
+    def build_gists(self, variables, frozen, store: str, progress=None) -> str:
+        """Makes all gists of a store that are missing or of another version."""
+        with self.memory(variables, frozen, store, writable=True) as memory:
+            began = time.perf_counter()
+            made = memory.build(progress)
+            seconds = time.perf_counter() - began
+            rate = made.get(1, 0) * self.config.model.layout.block / max(seconds, 1e-9)
+        each = ", ".join(f"{n:,} of level {level}" for level, n in sorted(made.items()))
+        return f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
+
+    def recall(
+        self, variables, frozen, store: str, prompt: str, budget: int = 512,
+        policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Continues a prompt behind a working context that was focused for it.
+
+        Raises:
+          StoreError, ConfigError: what is wrong with the store or the options.
+          RunError: the trace could not be written; said before anything is generated.
+        """
+        if trace is not None and not Path(trace).absolute().parent.is_dir():
+            raise RunError(f"--trace {trace}: no such folder; make it first")
+        with self.memory(variables, frozen, store) as memory:
+            runtime = Runtime(memory, RuntimeConfig(budget, policy))
+            answer = runtime.answer(prompt, max_new_tokens)
+            if trace is not None:
+                telemetry.save(trace, runtime.layout, runtime.history, budget)
+            levels = [level for level, _ in answer.nodes]
+            counts = {f"level {n}": levels.count(n) for n in sorted(set(levels))}
+            raw = " ".join(str(index) for level, index in answer.nodes if level == 0)
+            return {
+                "answer": answer.text,
+                "history": f"{len(memory.tree):,} tokens",
+                "nodes": ", ".join(f"{n} of {name}" for name, n in counts.items()),
+                "raw blocks": raw or "none but the tail",
+                "seconds": ", ".join(f"{k} {v:.2f}" for k, v in answer.seconds.items()),
+            }
+
+    def label(
+        self, variables, frozen, store: str, to: str, options: LabelConfig, progress=None,
+        run: Path = Path(),
+    ) -> dict[str, Any]:  # fmt: skip
+        """Writes a table of counterfactual utilities of a store.
+
+        Args:
+          to: Parquet file.
+          options: which contexts.
+          progress: as in `labelling.label`.
+          run: directory of this run, for the record.
+        """
+        with self.memory(variables, frozen, store) as memory:
+            began = time.perf_counter()
+            table, provenance = label(memory, options, progress)
+            seconds = time.perf_counter() - began
+        provenance |= {
+            "run": str(Path(run).resolve()), "config": configs.to_dict(self.config),
+            "version": __version__,
+        }  # fmt: skip
+        labels.write(to, table, provenance)
+        deltas = np.asarray([row["delta_nll"] for row in table if row["kind"] > 0])
+        losses = np.asarray([row["delta_nll"] for row in table if row["kind"] < 0])
+        count = len(deltas) + len(losses)
+        return {
+            "table": to,
+            "snapshots": options.places,
+            "actions": f"{count:,} ({count / seconds:.1f} per second)",
+            "expand": _spread(deltas),
+            "collapse": _spread(losses),
+            "gists": provenance["gists"],
+        }
+
+
+def _spread(deltas: np.ndarray) -> str:
+    if not len(deltas):
+        return "none"
+    low, middle, high = np.quantile(deltas, [0.1, 0.5, 0.9])
+    return (
+        f"{len(deltas):,}; change of the loss {middle:+.4f} nats per token (median; 10 % below "
+        f"{low:+.4f}, 10 % above {high:+.4f})"
+    )
