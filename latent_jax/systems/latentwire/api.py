@@ -21,7 +21,7 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.config import parse, to_dict
-from latent_jax.core.errors import CheckpointError, DataError, WireError
+from latent_jax.core.errors import CheckpointError, DataError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.baselines import Compressed
@@ -33,7 +33,14 @@ from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, s
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.scoring import context_width, decode
 from latent_jax.systems.latentwire.training_free import Selected, model_config
-from latent_jax.systems.latentwire.wire import Origin, is_wire, read_bytes, read_header, unpack
+from latent_jax.systems.latentwire.wire import (
+    Origin,
+    check_origin,
+    is_wire,
+    read_bytes,
+    read_header,
+    unpack,
+)
 
 #: What asks for a text of a compressor that was never trained to rebuild one.
 AGAIN = "\nThe same text again:\n"
@@ -246,7 +253,7 @@ class LatentWire:
           WireError: damaged or foreign bytes, or another encoder's.
         """
         header, _ = read_header(data, name)
-        self._check_origin(header.origin, name)
+        check_origin(header.origin, self.origin, name)
         wire, header, _ = unpack(data, self.centre, name)
         return Message(wire, self.origin, header.ratio, header.segment, self.centre, header.form)
 
@@ -257,24 +264,6 @@ class LatentWire:
           WireError: as `unpack`, or no such file.
         """
         return self.unpack(read_bytes(path), str(path))
-
-    def _check_origin(self, theirs: Origin, name: str) -> None:
-        ours = self.origin
-        if theirs.encoder_sha256 == ours.encoder_sha256:
-            return
-        who = f"{theirs.encoder} ({theirs.encoder_sha256[:12]})"
-        us = f"{ours.encoder} ({ours.encoder_sha256[:12]})"
-        if theirs.family != ours.family:
-            raise WireError(
-                f"{name}: made by {who} for {theirs.reader} ({theirs.family}); {ours.reader} "
-                f"({ours.family}) has no adapter for it: compress the text with {us}"
-            )
-        if theirs.encoder == ours.encoder:
-            raise WireError(
-                f"{name}: made by another version of {who}; this one is {us}: compress the text "
-                "again, or load that version"
-            )
-        raise WireError(f"{name}: made by the encoder {who}; this is {us}: load {theirs.encoder}")
 
     def answer(
         self, wire: Message | Wire, questions: str | Sequence[str], max_new_tokens: int = 24
@@ -327,7 +316,7 @@ class LatentWire:
         """Bare latents with the ratio and segment they were made with."""
         if isinstance(wire, Wire):
             return wire, self.config.ratio, self.config.segment
-        self._check_origin(wire.origin, "these latents")
+        check_origin(wire.origin, self.origin, "these latents")
         return wire.wire, wire.ratio, wire.segment
 
     def _decode(self, wire, task, prompt, max_new_tokens, stop_ids):

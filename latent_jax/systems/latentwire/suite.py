@@ -32,10 +32,10 @@ def final_evaluation(
     e, model, builder = config.eval, config.model, system.builder
     metrics: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
-    if e.segments:
+    # Without the task's embedding nothing asks the reader for the text.
+    if e.segments and "reconstruct" in wire.tasks:
         found, rows = evaluate_ae(
             wire.backbone, wire.latents, system.eval_data()[: e.segments],
-            task="reconstruct" if "reconstruct" in wire.tasks else None,
             batch_size=e.batch_size, segment=model.segment, seed=config.seed, progress=progress,
             arms=("latent", *(("cramming",) if "cramming" in e.arms else ()), "shuffled", "zero"),
             cramming_steps=e.cramming_steps,
@@ -75,11 +75,10 @@ def quality_against_bits(
         sent = bits.Rounded(wire.latents, None if centre is None else jnp.asarray(centre), form)
         found: dict[str, Any] = {}
         f1: list[float] = []
-        if e.segments:
+        if e.segments and "reconstruct" in wire.tasks:
             found, _ = evaluate_ae(
                 wire.backbone, sent, system.eval_data()[: e.segments], arms=("latent",), samples=0,
-                task="reconstruct" if "reconstruct" in wire.tasks else None, progress=progress,
-                name="ae", **shared,
+                progress=progress, **shared,
             )  # fmt: skip
         if e.questions:
             answers, rows = evaluate_qa(

@@ -167,6 +167,34 @@ def check_form(form: str) -> None:
         raise WireError(f"no wire format {form!r}; known: {', '.join(codec.FORMATS)}")
 
 
+def check_origin(theirs: Origin, ours: Origin, name: str) -> None:
+    """Refuses latents that another encoder made.
+
+    Args:
+      theirs: who made them.
+      ours: who would read them.
+      name: what they are called, for messages.
+
+    Raises:
+      WireError: saying whose they are and what would read them.
+    """
+    if theirs.encoder_sha256 == ours.encoder_sha256:
+        return
+    who = f"{theirs.encoder} ({theirs.encoder_sha256[:12]})"
+    us = f"{ours.encoder} ({ours.encoder_sha256[:12]})"
+    if theirs.family != ours.family:
+        raise WireError(
+            f"{name}: made by {who} for {theirs.reader} ({theirs.family}); {ours.reader} "
+            f"({ours.family}) has no adapter for it: compress the text with {us}"
+        )
+    if theirs.encoder == ours.encoder:
+        raise WireError(
+            f"{name}: made by another version of {who}; this one is {us}: compress the text "
+            "again, or load that version"
+        )
+    raise WireError(f"{name}: made by the encoder {who}; this is {us}: load {theirs.encoder}")
+
+
 def is_wire(path: str | Path) -> bool:
     """Whether a file begins as a stored wire does."""
     try:
