@@ -31,6 +31,7 @@ def headed(request, tiny):
     return system, variables, Rows(rows, digits, there, None, None)
 
 
+@pytest.mark.slow
 def test_where_the_heads_gradients_go(headed):
     system, variables, out = headed
     head = system.config.top.head
@@ -66,6 +67,7 @@ def test_where_the_heads_gradients_go(headed):
     assert float(aux["top.mse_mean"].value) < float(value["top_mse"]) * 1.5
 
 
+@pytest.mark.slow
 def test_the_likeliest_digits_are_those_of_the_quantised_row(headed):
     system, variables, out = headed
     if system.config.top.head == "mixed":
@@ -97,6 +99,7 @@ def test_the_likeliest_digits_are_those_of_the_quantised_row(headed):
     np.testing.assert_allclose(row[1], trained[1, 2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_figures_of_predicted_rows_by_hand(headed):
     system, variables, out = headed
     code = np.asarray(variables["codebook"]["quantiser"]["code"])[0]

@@ -56,6 +56,7 @@ def climb(two):
     )
 
 
+@pytest.mark.slow
 def test_a_level_reads_the_quantised_rows_below_and_no_later_ones(two, climb):
     system, variables, batch = two
     low, high = climb(batch["ids"])
@@ -112,6 +113,7 @@ def test_where_the_gradients_of_a_level_go(two):
     assert labels == {"compressor", "expander", "compressor1", "expander1", "top"}
 
 
+@pytest.mark.slow
 def test_the_expander_says_digits_in_order(two, climb):
     system, variables, batch = two
     low, high = climb(batch["ids"])
@@ -219,6 +221,7 @@ def slow(two):
     return run
 
 
+@pytest.mark.slow
 def test_cached_is_uncached_on_both_levels(two, climb, slow):
     system, variables, _ = two
     generator = Generator(system.model)
@@ -239,6 +242,7 @@ def test_cached_is_uncached_on_both_levels(two, climb, slow):
         assert found[i] == slow(mine, prompt, 50), prompt
 
 
+@pytest.mark.slow
 def test_three_levels_have_their_shapes(tiny):
     tree = config(tiny)
     tree["above"] = [ABOVE, {**ABOVE, "children": 2, "row_width": 8, "codes": 6}]
