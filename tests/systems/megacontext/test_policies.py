@@ -127,5 +127,5 @@ def test_names():
         assert callable(policies.make(name, LAYOUT, BUDGET))
     with pytest.raises(ConfigError, match="policy 'lens': this run has no lens"):
         policies.make("lens", LAYOUT, BUDGET)
-    with pytest.raises(ConfigError, match="policy 'oracel' is unknown; there are bm25, lens, oracle"):
+    with pytest.raises(ConfigError, match="'oracel' is unknown; there are bm25, lens, oracle"):
         policies.make("oracel", LAYOUT, BUDGET)
