@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from latent_jax import backbones, cli
-from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
@@ -160,26 +159,6 @@ def test_what_cannot_be_asked_is_refused(memory):
         Runtime(memory, RuntimeConfig(budget=48)).answer("")
     with pytest.raises(ConfigError, match="a runtime can use recency"):
         Runtime(memory, RuntimeConfig(budget=48, policy="oracle"))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run that has hardly learned, and a store of its gists made by the commands."""
-    folder = tmp_path_factory.mktemp("trained")
-    overrides = {
-        "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0, "train.phases": [],
-        "data.rows": 8, "out": str(folder / "run"),
-    }  # fmt: skip
-    runs.train(runs.resolve("megacontext/tiny", overrides))
-    texts = folder / "texts"
-    texts.mkdir()
-    (texts / "a.txt").write_text("The mill at Dunmore burned down in 1911. " * 20)
-    (texts / "b.txt").write_text("Nobody was hurt when the bridge fell. " * 20)
-    run, store = str(folder / "run"), str(folder / "store")
-    first = call("mega", "ingest", str(texts), "--store", store, "--run", run)
-    assert first.exit_code == 0, first.output
-    assert "gists made" in first.output
-    return run, store, str(texts)
 
 
 def call(*arguments):

@@ -78,6 +78,12 @@ def test_both_phases_were_trained(results):
         ({"eval.arms": ["gist", "full"]}, "add both"),
         ({"eval.policies": ["nearest"]}, "eval.policies: unknown"),
         ({"eval.budgets": [16], "eval.long": 64}, "at their coarsest"),
+        ({"train.phases": [{"data": "lens", "train": ["lens"]}]}, "trains model.lens; set it"),
+        ({"train.phases": [{"data": "lens"}], "model.lens.width": 8}, "trains nothing else"),
+        ({"model.lens.width": 8, "model.lens.heads": 3}, "heads=3 do not divide"),
+        ({"eval.budgets": [200], "eval.policies": ["lens"]}, "lens needs model.lens"),
+        ({"eval.tasks": ["riddle"]}, "eval.tasks: unknown"),
+        ({"eval.tasks": ["passkey"]}, "need eval.budgets"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, said):

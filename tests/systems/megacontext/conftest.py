@@ -1,0 +1,30 @@
+"""A run and a store that several files of tests look at."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from latent_jax import cli
+from latent_jax import run as runs
+
+
+@pytest.fixture(scope="package")
+def trained(tmp_path_factory):
+    """A run that has hardly learned, and a store of its gists made by the commands."""
+    folder = tmp_path_factory.mktemp("trained")
+    overrides = {
+        "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0, "train.phases": [],
+        "data.rows": 8, "out": str(folder / "run"),
+    }  # fmt: skip
+    runs.train(runs.resolve("megacontext/tiny", overrides))
+    texts = folder / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("The mill at Dunmore burned down in 1911. " * 20)
+    (texts / "b.txt").write_text("Nobody was hurt when the bridge fell. " * 20)
+    run, store = str(folder / "run"), str(folder / "store")
+    command = ["mega", "ingest", str(texts), "--store", store, "--run", run]
+    first = CliRunner().invoke(cli.app, command)
+    assert first.exit_code == 0, first.output
+    assert "gists made" in first.output
+    return run, store, str(texts)
