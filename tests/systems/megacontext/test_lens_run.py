@@ -33,6 +33,7 @@ def overrides(run, table, out):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_only_the_lens_is_trained_and_can_be_asked(trained, table, tmp_path, capsys):
     run, store, _ = trained
     config = runs.resolve("megacontext/tiny_lens", overrides(run, table, tmp_path / "lens"))
