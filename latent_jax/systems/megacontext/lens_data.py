@@ -15,7 +15,6 @@ from latent_jax.systems.megacontext import labels
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.labels import Snapshot
 from latent_jax.systems.megacontext.memory import digest, spec_fields
-from latent_jax.systems.megacontext.policies import squash
 from latent_jax.systems.megacontext.sight import Sight
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.train.init_from import read_weights
@@ -68,7 +67,7 @@ class LensRows:
         self.nodes = layout.capacity(budget)
 
     def row(self, sight: Sight, found: Snapshot) -> dict[str, Any]:
-        """One snapshot, padded; the labels are `policies.squash` of its utilities."""
+        """One snapshot, padded. NumPy alone: it is called in a reading thread."""
         count, room = len(found.level), self.nodes - len(found.level)
         shift = found.first // self._widths[found.level]
         nodes = list(zip(found.level.tolist(), (found.index + shift).tolist(), strict=True))
@@ -79,7 +78,7 @@ class LensRows:
             "count": np.int32(count),
             "entry": np.pad(sight.nodes(nodes), [(0, room), (0, 0)]),
             "tail": tail.feature, "tail_at": tail.at, "tail_mask": tail.mask,
-            "utility": np.pad(np.asarray(squash(found.utility, found.measured)), (0, room)),
+            "utility": np.pad(found.utility, (0, room)),
             "measured": np.pad(found.measured, (0, room)),
         }  # fmt: skip
 

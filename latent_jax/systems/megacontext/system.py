@@ -24,6 +24,7 @@ from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, 
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
+from latent_jax.systems.megacontext.policies import squash
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import Recovery
 from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
@@ -184,7 +185,8 @@ class MegaContextSystem(StoreHooks):
 
     def _lens_terms(self, params, batch):
         scores, tilings, mask = self._lens_scores(params, batch)
-        layout, worth, measured = self.config.model.layout, batch["utility"], batch["measured"]
+        layout, measured = self.config.model.layout, batch["measured"]
+        worth = jax.vmap(squash)(batch["utility"], measured)  # in the unit of the scores
         adds, frees = jax.vmap(functools.partial(action_entries, layout))(tilings)
         terms = lens_losses.lens_terms(scores, worth, measured, mask, adds, frees)
         return terms, lens_losses.ordered(scores, worth, measured & mask)

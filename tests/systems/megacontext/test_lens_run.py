@@ -33,6 +33,7 @@ def overrides(run, table, out):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_only_the_lens_is_trained_and_can_be_asked(trained, table, tmp_path, capsys):
     run, store, _ = trained
     config = runs.resolve("megacontext/tiny_lens", overrides(run, table, tmp_path / "lens"))
@@ -45,7 +46,7 @@ def test_only_the_lens_is_trained_and_can_be_asked(trained, table, tmp_path, cap
     rows = system.lens_rows
     assert (len(rows.train), len(rows.held_out)) == (5, 1)
     row = rows.row(*rows.train[0])
-    assert np.abs(row["utility"]).max() <= 1 and row["measured"].sum() == row["count"] - 1
+    assert np.abs(row["utility"]).max() > 0 and row["measured"].sum() == row["count"] - 1
     assert cli.main(["mega", "ask", store, "The mill burned", "--run", str(out), "--policy", "lens",
                      "--budget", "160", "--max-new-tokens", "2"]) == 0  # fmt: skip
     assert "raw blocks" in capsys.readouterr().out
