@@ -162,6 +162,8 @@ def training_record(run: str | Path) -> dict[str, Any]:
 
 def _with_every_task(params: dict[str, Any]) -> dict[str, Any]:
     """Tasks that are younger than the compressor start with the vector of ``continue``."""
+    if "tasks" not in params:
+        return params
     tasks = np.asarray(params["tasks"])
     missing = len(TASKS) - len(tasks)
     start = np.repeat(tasks[TASKS.index("continue")][None], missing, axis=0)
