@@ -160,7 +160,7 @@ def training_record(run: str | Path) -> dict[str, Any]:
     }
 
 
-def _with_every_task(params: dict[str, Any]) -> dict[str, Any]:
+def with_every_task(params: dict[str, Any]) -> dict[str, Any]:
     """Tasks that are younger than the compressor start with the vector of ``continue``."""
     if "tasks" not in params:
         return params
@@ -190,7 +190,7 @@ def _read_file(directory: Path) -> Stored:
             raise CheckpointError(f"{directory / CENTRE}: not a readable centre ({e})") from e
     return Stored(
         parse(ModelConfig, json.loads(meta["model"]), f"{path}: model"),
-        _with_every_task(trees.unflatten(flat)),
+        with_every_task(trees.unflatten(flat)),
         json.loads(meta["backbone"]),
         tuple(json.loads(meta["tasks"])),
         json.loads(record.read_text()) if record.exists() else {},
@@ -230,7 +230,7 @@ def read_compressor(name: str | Path) -> Stored:
         run = parse(LatentWireRun, tree, str(name))
         variables, _ = load_variables(name)
         reader = {"name": run.backbone.name, "sha256": ""}
-        params = _with_every_task(variables["params"])
+        params = with_every_task(variables["params"])
         return Stored(run.model, params, reader, trained_tasks(run), {}, run.prompt)
     raise CheckpointError(
         f"{name}: no packaged compressor ({', '.join(packaged()) or 'none'}), no directory with "

@@ -26,6 +26,7 @@ from latent_jax.systems.latentwire.assets import (
     save_compressor,
     trained_tasks,
     training_record,
+    with_every_task,
 )
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
@@ -207,8 +208,8 @@ class LatentWireSystem:
     def wire(self, variables, frozen) -> LatentWire:
         """The compressor with these weights, as users hold it."""
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
-        tasks = trained_tasks(self.config)
-        return LatentWire(backbone, self.config.model, variables["params"], self.builder, tasks)
+        params, tasks = with_every_task(variables["params"]), trained_tasks(self.config)
+        return LatentWire(backbone, self.config.model, params, self.builder, tasks)
 
     def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
         """Mean latent of the first training texts, which integer wires take off."""

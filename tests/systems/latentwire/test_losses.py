@@ -162,3 +162,10 @@ def test_a_question_has_the_prompt_before_it(system, params):
     wire = system.wire({"params": params}, system.frozen)
     np.testing.assert_array_equal(wire.latents.task("answer", 1)[0], params["prompt"])
     assert wire.latents.task("reconstruct", 1).shape == (1, 1, system.backbone.config.hidden_size)
+
+
+def test_a_run_from_before_a_task_existed_is_read(system, params):
+    older = {**params, "tasks": params["tasks"][:3]}
+    wire = system.wire({"params": older}, system.frozen)
+    np.testing.assert_array_equal(wire.latents.task("reconstruct", 1)[0, 0], params["tasks"][0])
+    np.testing.assert_array_equal(wire.params["tasks"][3], params["tasks"][1])
