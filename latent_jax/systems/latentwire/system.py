@@ -35,7 +35,7 @@ from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
 from latent_jax.systems.latentwire.losses import batch_terms, forced, neighbour_cosine
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
-from latent_jax.systems.latentwire.tuned import init_prompt, instruction_ids, train_controls
+from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
 
 _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
@@ -103,8 +103,8 @@ class LatentWireSystem:
         params = make(reader, ids, jnp.ones(ids.shape, bool))
         model = self.config.model
         if model.prompt_tokens:
-            ids = instruction_ids(self.backbone.tokenizer)
-            params |= init_prompt(reader["embed"], ids, model.prompt_tokens)
+            tokenizer = self.backbone.tokenizer
+            params |= init_prompt(reader["embed"], tokenizer, model.prompt_tokens)
         start = {}
         if model.start is not None:
             start = load_compressor(model.start, self.backbone).params

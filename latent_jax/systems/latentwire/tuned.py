@@ -36,16 +36,11 @@ TUNABLE = (*baselines.TEXT_ARMS, *baselines.FROZEN_ARMS)
 INSTRUCTION = "\nAnswer the question briefly with words from the text above."
 
 
-def instruction_ids(tokenizer: Any) -> list[int]:
-    """Tokens of `INSTRUCTION`."""
-    return tokenizer.encode(INSTRUCTION)
-
-
 def init_prompt(
-    table: Float[Array, "v d"], ids: Sequence[int], tokens: int
+    table: Float[Array, "v d"], tokenizer: Any, tokens: int
 ) -> dict[str, Float[Array, "n d"]]:
-    """Soft tokens that start as an instruction's embeddings, repeated to ``tokens``."""
-    chosen = np.resize(np.asarray(ids, np.int32), tokens)
+    """Soft tokens that start as the embeddings of `INSTRUCTION`, repeated to ``tokens``."""
+    chosen = np.resize(np.asarray(tokenizer.encode(INSTRUCTION), np.int32), tokens)
     return {"prompt": jnp.asarray(table)[chosen].astype(jnp.float32)}
 
 
@@ -115,9 +110,8 @@ class SoftPromptSystem:
 
     def init(self, rngs: Any, batch: Any) -> dict[str, Any]:
         """Soft tokens at their start."""
-        ids = instruction_ids(self.backbone.tokenizer)
-        tokens = self.config.eval.tuned_tokens
-        return {"params": init_prompt(self.backbone.params["embed"], ids, tokens)}
+        reader, tokens = self.backbone, self.config.eval.tuned_tokens
+        return {"params": init_prompt(reader.params["embed"], reader.tokenizer, tokens)}
 
     def param_labels(self, params: Any) -> Any:
         """All of it is trained."""

@@ -84,9 +84,7 @@ def test_a_control_trains_through_the_trainer(reader, run, tmp_path):
     builder = PromptBuilder(reader.tokenizer, run.prompt)
     assert tuned.answer_steps(run) == 3
     prompts = tuned.train_controls(run, reader, builder, ["no_context"], fit, tmp_path)
-    start = tuned.init_prompt(
-        reader.params["embed"], reader.tokenizer.encode(tuned.INSTRUCTION), 3
-    )["prompt"]
+    start = tuned.init_prompt(reader.params["embed"], reader.tokenizer, 3)["prompt"]
     assert prompts["no_context"].shape == (3, reader.config.hidden_size)
     assert float(jnp.abs(prompts["no_context"] - start).max()) > 1e-4
     assert (tmp_path / "no_context" / "metrics.jsonl").is_file()
