@@ -6,7 +6,7 @@ of path regexes (`Rules`) and the logical axis names (`LOGICAL_AXES`).
 
 from __future__ import annotations
 
-from latent_jax.sharding.distributed import initialize_distributed
+from latent_jax.sharding.distributed import await_processes, initialize_distributed
 from latent_jax.sharding.mesh import (
     AXES,
     MeshConfig,
@@ -31,6 +31,7 @@ __all__ = [
     "LOGICAL_AXES",
     "MeshConfig",
     "Rules",
+    "await_processes",
     "batch_sharding",
     "check_batch",
     "constrain",

@@ -62,6 +62,30 @@ def initialize_distributed(
     return True
 
 
+def await_processes(name: str, timeout: int = 3600) -> None:
+    """Returns when every process has come to the place ``name``; at once if there is only one.
+
+    It asks the coordination service. A collective would not do: gloo gives up 30 s after its first
+    caller, and processes that compile on shared cores may be further apart than that.
+
+    Args:
+      name: of the place; each can be met once.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      MeshError: some process did not come in time, or has ended.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost
+
+    try:
+        multihost.get_barrier_sync_fn()(key=name, timeout_ms=1000 * timeout)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MeshError(f"waiting for the other processes at {name!r}: {reason}") from None
+
+
 def resolve(
     env: Mapping[str, str],
     coordinator: str | None = None,

@@ -16,7 +16,14 @@ import jax
 from jax.sharding import Mesh
 
 from latent_jax.core.errors import ConfigError, RunError
-from latent_jax.sharding import check_batch, make_mesh, replicated, shard_batch, tree_shardings
+from latent_jax.sharding import (
+    await_processes,
+    check_batch,
+    make_mesh,
+    replicated,
+    shard_batch,
+    tree_shardings,
+)
 from latent_jax.train.checkpoints import Checkpoints, resume_hash
 from latent_jax.train.config import RunBase
 from latent_jax.train.guards import Guards
@@ -89,6 +96,8 @@ class _Run:
         self.cfg = config.train
         self._progress = progress
         self._main = jax.process_index() == 0
+        # What depends on the clock must not decide anything where clocks may disagree.
+        self._alone = jax.process_count() == 1
         self.selection = Selection(self.cfg.checkpoint)
         rules = (*self.cfg.guards, *getattr(system, "guards", ()))
         self.guards = Guards(rules, self.cfg.max_nonfinite,
@@ -169,6 +178,17 @@ class _Run:
             )
         return self._steps[index]
 
+    def _take_step(
+        self, index: int, state: TrainState, batch: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        first = index not in self._steps
+        step = self._step_fn(index)
+        if first and not self._alone:
+            # Nobody runs a collective before all have compiled; the call below finds the program.
+            step.lower(state, self.frozen, batch).compile()
+            await_processes(f"latent_jax/step/{self.step}/phase/{index}")
+        return step(state, self.frozen, batch)
+
     def _next_batch(self, name: str) -> Mapping[str, Any]:
         if name not in self._data:
             self._data[name] = self.system.train_data(name, self._data_states.get(name))
@@ -208,14 +228,14 @@ class _Run:
             batch = self._next_batch(phase.data)
             units = self._units(batch)
             self._meter.count(units)
-            state, metrics = self._step_fn(index)(state, self.frozen, shard_batch(batch, self.mesh))
+            state, metrics = self._take_step(index, state, shard_batch(batch, self.mesh))
             self.step += 1
             self._pending.append((self.step, phase.name, metrics, units))
             if len(self._pending) > _MAX_IN_FLIGHT:
                 jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
             if self.step % cfg.log_every == 0:
                 self._log(keep=1)
-            elif time.perf_counter() - self._logged > _LOG_SECONDS:
+            elif self._alone and time.perf_counter() - self._logged > _LOG_SECONDS:
                 self._log(keep=self._running())  # slow steps: what is finished, without waiting
             last = self.step == total
             due = last or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0)
@@ -295,10 +315,10 @@ class _Run:
         self._report(rows[-1][0])
 
     def _time_to_save(self) -> bool:
-        """True when ``train.checkpoint.minutes`` have gone by; clocks of hosts may not agree."""
+        """True when ``train.checkpoint.minutes`` have gone by."""
         minutes = self.cfg.checkpoint.minutes
         return bool(
-            minutes and jax.process_count() == 1
+            minutes and self._alone
             and time.perf_counter() - self._saved_at > 60 * minutes
         )
 

@@ -25,9 +25,13 @@ from latent_jax.core.errors import UserError
 from latent_jax.train import fit
 from latent_jax.train.testing import ToyData, ToySystem, toy_config
 
+late = float(sys.argv[6]) if index else 0.0
+
 class Part(ToyData):
     def __next__(self):
-        time.sleep(0.02)
+        global late
+        time.sleep(late or 0.02)
+        late = 0.0
         batch = super().__next__()
         rows = len(batch["x"]) // count
         return {k: v[index * rows : (index + 1) * rows] for k, v in batch.items()}
@@ -48,15 +52,18 @@ except UserError as e:
 """
 
 
-def spawn(out, steps, count=2):
+def spawn(out, steps, count=2, devices=1, late=0.0):
+    """Children of one run: ``devices`` in each, all but the first one ``late`` by some seconds."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     root = Path(__file__).parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(port), str(i), str(out), str(steps), str(count)],
+            [sys.executable, "-c", CHILD, str(port), str(i), str(out), str(steps), str(count),
+             str(late)],
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(count)
@@ -90,3 +97,16 @@ def test_two_processes_equal_one_and_are_preempted_together(tmp_path):
     )
     rows = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(r)["step"] for r in rows] == list(range(1, 301))
+
+
+@pytest.mark.slow
+def test_four_devices_each_equal_eight_of_one_process_though_one_starts_late(tmp_path):
+    codes, text = finish(spawn(tmp_path / "one", 40, count=1, devices=8))
+    assert codes == [0], text
+    # gloo gives up after 30 s: a slow compile (or data) in one process must not end the others.
+    codes, text = finish(spawn(tmp_path / "two", 40, devices=4, late=35.0))
+    assert codes == [0, 0], text
+    logs = [(tmp_path / d / "metrics.jsonl").read_text().splitlines() for d in ("one", "two")]
+    losses = [[json.loads(row)["loss"] for row in log] for log in logs]
+    assert len(losses[0]) == 40
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
