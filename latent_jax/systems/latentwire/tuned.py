@@ -25,7 +25,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import baselines, recipe
-from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.config import EvalConfig, LatentWireRun
 from latent_jax.systems.latentwire.given import Asked, answer_hidden
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
@@ -157,7 +157,11 @@ def answer_steps(config: LatentWireRun) -> int:
 
 
 def control_config(config: LatentWireRun, arm: str, lr: float = 5e-3) -> LatentWireRun:
-    """The run's config with a soft prompt's training: its own optimizer, no phases or guards."""
+    """The run's config with a soft prompt's training: its own optimizer, no phases or guards.
+
+    How the run is evaluated is not part of it, so that an evaluation of other questions, or in
+    other batches, finds the controls of the one before.
+    """
     steps = answer_steps(config)
     train = TrainConfig(
         steps=steps,
@@ -168,7 +172,10 @@ def control_config(config: LatentWireRun, arm: str, lr: float = 5e-3) -> LatentW
         log=dataclasses.replace(config.train.log, tensorboard=False, wandb=None, mlflow=None),
         log_every=config.train.log_every,
     )
-    return dataclasses.replace(config, name=f"{config.name}-{arm}-tuned", train=train)
+    kept = EvalConfig(tuned_tokens=config.eval.tuned_tokens)
+    return dataclasses.replace(
+        config, name=f"{config.name}-{arm}-tuned", train=train, eval=kept
+    )
 
 
 def train_controls(

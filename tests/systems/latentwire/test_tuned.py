@@ -96,3 +96,7 @@ def test_latent_arms_are_not_tunable(reader, run):
     longer = dataclasses.replace(run, eval=dataclasses.replace(run.eval, tuned_steps=9))
     assert tuned.answer_steps(longer) == 9
     assert tuned.control_config(longer, "full_text").train.steps == 9
+    batches = dataclasses.replace(run, eval=dataclasses.replace(run.eval, batch_size=2))
+    same = tuned.control_config(run, "full_text")
+    assert tuned.control_config(batches, "full_text") == same
+    assert tuned.control_config(longer, "full_text") != same

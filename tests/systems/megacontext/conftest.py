@@ -14,7 +14,8 @@ def trained(tmp_path_factory):
     """A run that has hardly learned, and a store of its gists made by the commands."""
     folder = tmp_path_factory.mktemp("trained")
     overrides = {
-        "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0, "train.phases": [],
+        "mesh.data": 1, "train.steps": 1, "train.batch_size": 8, "train.eval_every": 0,
+        "train.phases": [],
         "data.rows": 8, "out": str(folder / "run"),
     }  # fmt: skip
     runs.train(runs.resolve("megacontext/tiny", overrides))

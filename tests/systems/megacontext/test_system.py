@@ -15,6 +15,8 @@ from latent_jax.systems.megacontext.system import MegaContextSystem
 from latent_jax.train.load import load_variables
 
 SMALL = {
+    # one device: eight virtual ones only share these cores, and compile for longer
+    "mesh.data": 1,
     "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
     "eval.arms": ["full", "gist", "dropped"], "data.rows": 400,
     "eval.budgets": [80], "eval.policies": ["full", "uniform", "bm25"], "eval.long": 24,
