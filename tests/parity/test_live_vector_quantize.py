@@ -60,7 +60,11 @@ def compare(module, torch_module, variables, steps, mask=None):
     return variables
 
 
-@pytest.mark.parametrize("case", ["plain", "masked", "cosine", "sizes", "projected"])
+@pytest.mark.parametrize(
+    "case",
+    ["plain", "masked", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cosine", "sizes")),
+     "projected"],
+)  # fmt: skip
 def test_a_hundred_training_steps(case):
     kw, options, codes = {}, {}, K
     if case == "cosine":

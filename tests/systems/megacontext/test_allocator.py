@@ -75,8 +75,12 @@ def test_does_what_the_slow_reference_does(layout, budget, config, count):
     assert listed > count / 2 and kinds == {(1, False), (-1, False), (-1, True)}
 
 
-def test_invariants_through_a_hundred_thousand_random_steps():
-    walkers, steps, longest = 400, 250, 75
+@pytest.mark.parametrize(
+    "count", [20_000, pytest.param(100_000, marks=pytest.mark.slow)]
+)
+def test_invariants_through_random_steps(count):
+    steps, longest = 250, 75
+    walkers = count // steps
     config = FocusConfig(residency=2, cooldown=4)
     assert cover_cost(SMALL, longest, 3) <= BUDGET < cover_cost(SMALL, longest + 27, 3)
     empty = tl.start(SMALL, 0, BUDGET)
@@ -111,10 +115,10 @@ def test_invariants_through_a_hundred_thousand_random_steps():
         return facts.all((0, 1)), counts.sum((0, 1))
 
     facts, (expands, chosen, forced, grown) = jax.tree.map(np.asarray, walk(jax.random.key(0)))
-    assert walkers * steps == 100_000
     names = (*tl.Check._fields, "at most N_diff", "whole trace", "entries add up")
     assert facts.all(), dict(zip(names, facts.tolist(), strict=True))
-    assert expands > 10_000 and chosen > 1.5 * expands and forced > 10_000 and grown > 10_000
+    often = count / 10
+    assert expands > often and chosen > 1.5 * expands and forced > often and grown > often
 
 
 def full() -> Tiling:

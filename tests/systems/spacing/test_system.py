@@ -129,7 +129,7 @@ def test_diagnosis_without_slots(done):
     assert found["findings"] == ["no slots: only the likelihood by height is diagnosed"]
 
 
-@pytest.mark.parametrize("kind", ["prefix", "postfix"])
+@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "postfix"])
 def test_diagnosis_of_slots(kind, tmp_path):
     memory = {"kind": kind, "slots": 3, "cuts": 4}
     tree = {**TINY, "model": {**TINY["model"], "memory": memory}}
