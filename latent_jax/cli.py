@@ -76,6 +76,27 @@ def train(
 
 
 @app.command()
+def plan(
+    config: Config,
+    devices: Annotated[int, typer.Option(help="How many; none has to be there.")] = 1,
+    chip: Annotated[str | None, typer.Option(help="a100, h100, h200, v5e or v5p.")] = None,
+    hbm: Annotated[float | None, typer.Option(help="Memory of a device, GiB.")] = None,
+    peak: Annotated[float | None, typer.Option(help="Peak of a device, TFLOP/s.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that a step reaches.")] = 0.4,
+    table: Annotated[bool, typer.Option("--table", help="Also every array, how split.")] = False,
+    set_: Set = None,
+) -> None:
+    """Bytes, FLOPs and time of a run on devices that need not be there; loads no weights."""
+    from latent_jax import run as runs
+    from latent_jax.commands import plan as plans
+    from latent_jax.commands.show import console
+
+    machine = plans.Machine.of(devices, chip, hbm, peak, mfu)
+    found = plans.plan(runs.resolve(config, _overrides(set_)), machine)
+    plans.show(found, console(), machine, table)
+
+
+@app.command()
 def sweep(
     config: Config,
     grid: Annotated[

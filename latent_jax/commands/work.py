@@ -8,20 +8,40 @@ from collections.abc import Iterator
 from typing import Any
 
 from latent_jax import run as runs
-from latent_jax.commands.plan import plan
+from latent_jax.commands import plan as plans
 from latent_jax.commands.show import EvalProgress, console, present, results_table
+from latent_jax.core.config import config_hash
 from latent_jax.report import record
 from latent_jax.report.directory import out_dir
-from latent_jax.sharding import initialize_distributed
+from latent_jax.sharding import check_agreement, initialize_distributed, make_mesh
 from latent_jax.train.checkpoints import resume_hash
+from latent_jax.train.footprint import footprint
+from latent_jax.train.phases import phase_at
 from latent_jax.train.preemption import Preempted
 from latent_jax.train.progress import make_progress
 
 
 def resolve(config: str, overrides: list[str]) -> Any:
-    """Joins the other processes of a job, before anything touches a device; then the config."""
+    """Joins the other processes of a job, before anything touches a device; then the config.
+
+    Raises:
+      MeshError: the others cannot be reached, or have another configuration or other code.
+    """
     initialize_distributed()
-    return runs.resolve(config, overrides)
+    resolved = runs.resolve(config, overrides)
+    agree(resolved)
+    return resolved
+
+
+def agree(config: Any) -> None:
+    """Refuses processes that would not compute the same thing."""
+    check_agreement(
+        {
+            "configuration": config_hash(config, exclude=()),
+            "versions": " ".join(f"{name} {v}" for name, v in record.versions().items()),
+            "source": record.source_digest(),
+        }
+    )
 
 
 def train(config: Any, quiet: bool) -> Any:
@@ -63,16 +83,20 @@ def evaluate(
     run: str, overrides: list[str], checkpoint: str, out: str | None, quiet: bool
 ) -> None:
     """Evaluates an existing run and shows the results."""
-    initialize_distributed()
+    if initialize_distributed():
+        agree(runs.open_run(run, overrides)[1])
     with evaluating(quiet) as progress:
         results = runs.evaluate(run, overrides, checkpoint, out, progress)
     show(results)
 
 
 def dry_run(config: Any) -> None:
-    """Builds the system, prints the memory plan, and writes nothing."""
+    """Builds the system, reads its first batch, prints the plan, and writes nothing."""
+    mesh = make_mesh(config.mesh)
     system = runs.system_class(config.system)(config)
-    console().print(plan(config, system).table())
+    next(iter(system.train_data(phase_at(config.train, 0)[1].data, None)))
+    found = footprint(config, system, mesh, *plans.without_remat(config))
+    plans.show(found, console(), plans.Machine(mesh.size))
     print(f"configuration {resume_hash(config)} is valid; it would write {out_dir(config)}")
 
 

@@ -6,10 +6,15 @@ of path regexes (`Rules`) and the logical axis names (`LOGICAL_AXES`).
 
 from __future__ import annotations
 
-from latent_jax.sharding.distributed import await_processes, initialize_distributed
+from latent_jax.sharding.distributed import (
+    await_processes,
+    check_agreement,
+    initialize_distributed,
+)
 from latent_jax.sharding.mesh import (
     AXES,
     MeshConfig,
+    abstract_mesh,
     batch_sharding,
     check_batch,
     make_mesh,
@@ -21,6 +26,7 @@ from latent_jax.sharding.rules import (
     Rules,
     constrain,
     follow_params,
+    logical_axes,
     sharding_table,
     spec_for,
     tree_shardings,
@@ -31,12 +37,15 @@ __all__ = [
     "LOGICAL_AXES",
     "MeshConfig",
     "Rules",
+    "abstract_mesh",
     "await_processes",
     "batch_sharding",
+    "check_agreement",
     "check_batch",
     "constrain",
     "follow_params",
     "initialize_distributed",
+    "logical_axes",
     "make_mesh",
     "replicated",
     "shard_batch",
