@@ -57,7 +57,8 @@ def out_of_chunks(x: Float[Array, "k c"], n: int) -> Float[Array, " n"]:
 
 
 def _plain(body, frozen, h, y):
-    logits = body.apply({"params": frozen}, h[None], method="unembed")[0]
+    # Rows first: they are what a mesh splits.
+    logits = body.apply({"params": frozen}, h[:, None], method="unembed")[:, 0]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
     return nll, jnp.argmax(logits, -1) == y
 

@@ -49,8 +49,9 @@ def substitution(
 
     def rows(args):
         f, g, y = args
-        logits = decoder.apply({"params": params}, jnp.stack([f, g]), method="unembed")
-        target, log = jax.nn.log_softmax(logits)
+        # Rows first: they are what a mesh splits.
+        logits = decoder.apply({"params": params}, jnp.stack([f, g], axis=1), method="unembed")
+        target, log = jnp.unstack(jax.nn.log_softmax(logits), axis=1)
         target = jax.lax.stop_gradient(target)
         kl = optax.losses.kl_divergence_with_log_targets(log, target)
         pick = lambda x: -jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731

@@ -140,6 +140,9 @@ def notes(found: Footprint, machine: Machine) -> list[str]:
         lines.append(
             f"time: FLOP / ({found.mesh.size} x {machine.peak:g} TFLOP/s x {machine.mfu:g})"
         )
+    if found.collectives:
+        each = (f"{c.kind} over {' and '.join(c.axes)} ({c.why})" for c in found.collectives)
+        lines.append(f"exchanges: {', '.join(each)}")
     fits = fit_line(found, machine.hbm)
     return [*lines, fits] if fits else lines
 

@@ -44,11 +44,11 @@ def agree(config: Any) -> None:
     )
 
 
-def train(config: Any, quiet: bool) -> Any:
+def train(config: Any, quiet: bool, profile: bool = False) -> Any:
     """Trains with a progress bar on a terminal; returns (system, state, directory)."""
     progress = make_progress(quiet or not record.primary())
     try:
-        return runs.train(config, progress)
+        return runs.train(config, progress, profile)
     finally:
         if progress is not None:
             progress.close()
@@ -71,9 +71,9 @@ def evaluating(quiet: bool) -> Iterator[Any]:
             progress.close()
 
 
-def run(config: Any, quiet: bool) -> None:
+def run(config: Any, quiet: bool, profile: bool = False) -> None:
     """Trains, evaluates and shows the results."""
-    system, state, out = train(config, quiet)
+    system, state, out = train(config, quiet, profile)
     with evaluating(quiet) as progress:
         results = runs.finish(system, state.variables, config, out, progress)
     show(results)

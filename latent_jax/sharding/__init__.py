@@ -6,6 +6,7 @@ of path regexes (`Rules`) and the logical axis names (`LOGICAL_AXES`).
 
 from __future__ import annotations
 
+from latent_jax.sharding.collectives import Collective, collectives
 from latent_jax.sharding.distributed import (
     await_processes,
     check_agreement,
@@ -35,6 +36,7 @@ from latent_jax.sharding.rules import (
 __all__ = [
     "AXES",
     "LOGICAL_AXES",
+    "Collective",
     "MeshConfig",
     "Rules",
     "abstract_mesh",
@@ -42,6 +44,7 @@ __all__ = [
     "batch_sharding",
     "check_agreement",
     "check_batch",
+    "collectives",
     "constrain",
     "follow_params",
     "initialize_distributed",

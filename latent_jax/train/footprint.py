@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +16,13 @@ from latent_jax.core import rng as rng_lib
 from latent_jax.core import trees
 from latent_jax.core.flops import matmul_flops
 from latent_jax.core.types import PyTree
-from latent_jax.sharding import logical_axes, sharding_table, tree_shardings
+from latent_jax.sharding import (
+    Collective,
+    collectives,
+    logical_axes,
+    sharding_table,
+    tree_shardings,
+)
 from latent_jax.sharding.mesh import batch_shards, check_batch
 from latent_jax.train.config import PhaseConfig, RunBase
 from latent_jax.train.optimizers import GroupedOptimizer
@@ -90,12 +96,14 @@ class Footprint:
       steps: what a step takes, by phase and kind of batch.
       gathered: bytes on a device for the weights of one layer (or one table) while it is computed,
         where weights are sharded over ``fsdp``.
+      collectives: what the devices may exchange in a step, and nothing else.
     """
 
     mesh: Mesh | AbstractMesh
     rows: tuple[ArrayRow, ...]
     steps: tuple[StepCost, ...]
     gathered: int
+    collectives: tuple[Collective, ...]
 
     @property
     def parts(self) -> dict[str, tuple[int | None, int | None, int]]:
@@ -146,6 +154,7 @@ def footprint(
     first = specs[phases[0].data][0]
     variables = variable_shapes(system, config.seed, first.arrays)
     state, shardings, optimizer = abstract_state(system, config, mesh, variables)
+    rules = system.logical_rules
     rows = tuple(_rows(system, optimizer, state, shardings, mesh, cfg.accumulate))
     kinds = [(phase, spec) for phase in phases for spec in specs[phase.data]]
     steps = [_cost(config, system, optimizer, *kind, state, mesh) for kind in kinds]
@@ -154,7 +163,10 @@ def footprint(
         bare = _cost(config, plain, optimizer, *kinds[worst], state, mesh)
         saved = max(0, bare.kept - steps[worst].kept)
         steps[worst] = steps[worst]._replace(working=saved // layers)
-    return Footprint(mesh, rows, tuple(steps), _gathered(rows, mesh))
+    held = (system.frozen, state.params, state.collections)
+    splits = [place.spec for place in jax.tree.leaves(tree_shardings(held, rules, mesh))]
+    exchanged = collectives(mesh, splits)
+    return Footprint(mesh, rows, tuple(steps), _gathered(rows, mesh), exchanged)
 
 
 def variable_shapes(system: System, seed: int, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +238,7 @@ def _cost(
     inputs = (trained, held, state.collections, system.frozen, micro)
     flops, residuals = matmul_flops(gradient, *inputs)
     # Parameters and inputs among the residuals are there anyway.
-    known = collections.Counter(_key(leaf) for leaf in jax.tree.leaves(inputs))
+    known = Counter(_key(leaf) for leaf in jax.tree.leaves(inputs))
     kept = 0
     for leaf in jax.tree.leaves(residuals):
         if known[_key(leaf)]:
