@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
+
+import jax
 
 from latent_jax import run as runs
 from latent_jax.commands import plan as plans
 from latent_jax.commands.show import EvalProgress, console, present, results_table
 from latent_jax.core.config import config_hash
+from latent_jax.core.errors import BackboneError
 from latent_jax.report import record
 from latent_jax.report.directory import out_dir
 from latent_jax.sharding import check_agreement, initialize_distributed, make_mesh
@@ -46,12 +50,33 @@ def agree(config: Any) -> None:
 
 def train(config: Any, quiet: bool, profile: bool = False) -> Any:
     """Trains with a progress bar on a terminal; returns (system, state, directory)."""
+    warn_if_short(config)
     progress = make_progress(quiet or not record.primary())
     try:
         return runs.train(config, progress, profile)
     finally:
         if progress is not None:
             progress.close()
+
+
+def warn_if_short(config: Any) -> None:
+    """Says, before anything is loaded, that a run will not fit the devices it is started on."""
+    room = memory_limit()
+    if not room or not record.primary():
+        return
+    try:
+        found = plans.plan(config, plans.Machine(jax.device_count()))
+    except BackboneError:
+        return  # its shape is known when it has been loaded
+    line = plans.fit_line(found, room / 2**30)
+    if line is not None and line.startswith("warning"):
+        print(line, file=sys.stderr)
+
+
+def memory_limit() -> int:
+    """Bytes of the smallest device of this process; 0 where a device does not tell (a CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min((int(s.get("bytes_limit", 0)) for s in stats), default=0)
 
 
 @contextlib.contextmanager

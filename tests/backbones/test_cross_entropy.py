@@ -24,7 +24,7 @@ def problem(vocab, b=3, t=7, tied=True, dtype=jnp.float32):
     d = config.hidden_size
     keys = jax.random.split(jax.random.key(0), 4)
     name, shape = ("embed", (vocab, d)) if tied else ("head", (d, vocab))
-    frozen = {"embed": jnp.zeros((1, d)), name: jax.random.normal(keys[0], shape, dtype)}
+    frozen = {"embed": jnp.zeros((vocab, d)), name: jax.random.normal(keys[0], shape, dtype)}
     hidden = jax.random.normal(keys[1], (b, t, d), dtype)
     targets = jax.random.randint(keys[2], (b, t), 0, vocab)
     weight = jax.random.uniform(keys[3], (b, t)) * (jnp.arange(t) > 1)  # some are not supervised

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from latent_jax import backbones, cli
+from latent_jax.commands import work
 from latent_jax.core.config import dump_yaml
 from tests.toy_cli import TOY
 
@@ -43,6 +44,7 @@ def test_eight_billion_parameters_are_planned_without_an_array(capsys, monkeypat
     assert "8,030,261,248" in out and "data 8 x fsdp 8 x tensor 1" in out
     assert "of 16 GiB on each device" in out and "197 TFLOP/s x 0.4" in out
     row = next(line for line in out.splitlines() if "reader/layers/q/kernel" in line)
+    assert "all-gather over fsdp (a layer's weights)" in out
     assert "layers, embed, heads" in row and "-, fsdp" in row and "134 MB" in row
 
 
@@ -75,3 +77,13 @@ def test_what_cannot_be_planned_is_one_line(toy, capsys, arguments, says):
 def test_an_unknown_architecture_is_refused(capsys):
     code, _, err = call(capsys, POD, "--devices", "8", "--set", "backbone.name=who/Knows-7B")
     assert code == 2 and "who/Knows-7B: its architecture is not known" in err
+
+
+def test_a_run_that_will_not_fit_is_told_before_it_starts(toy, capsys, monkeypatch, tmp_path):
+    command = ["train", toy, "--quiet", "--out", str(tmp_path / "run"), "--set", "train.steps=1"]
+    monkeypatch.setattr(work, "memory_limit", lambda: 1024)
+    assert cli.main(command) == 0
+    _, err = capsys.readouterr()
+    assert err.startswith("warning: does not fit") and err.count("\n") == 1
+    monkeypatch.setattr(work, "memory_limit", lambda: 2**40)
+    assert cli.main(command) == 0 and not capsys.readouterr().err
