@@ -65,7 +65,10 @@ class _Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if lora is not None:
-            y += (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+            # Small: gathered whole, except along what the kernel's own product is split by.
+            out = None if self.name in ("o", "down") else "heads"
+            a, b = constrain(lora["a"], None, None), constrain(lora["b"], None, out)
+            y += (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y
 
 

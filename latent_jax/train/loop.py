@@ -257,7 +257,9 @@ class _Run:
                 with self._waiting():
                     jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
             if self._profile is not None:
+                began = time.perf_counter()
                 text = self._profile.after(self.step, metrics["loss"], self._meter.busy)
+                self._meter.pause(time.perf_counter() - began)
                 if text:
                     self.message(text)
             if self.step % cfg.log_every == 0:

@@ -25,7 +25,9 @@ from latent_jax.train.testing import toy_config
 _OPERATION = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-\w+)(?:-start)?\((.*)"
 )
-_GROUPS = re.compile(r"replica_groups=(\{[^a-z]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)")
+_GROUPS = re.compile(
+    r"replica_groups=(\{[^a-z]*\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?|mesh\[.*?\].*?\{.*?\})"
+)
 
 
 class Prompted:
@@ -87,14 +89,32 @@ def exchanged(text, mesh):
 
 
 def members(text, count):
-    """Device numbers of each group: ``{{0,1},{2,3}}``, ``[2,2]<=[4]``, ``[2,2]<=[2,2]T(1,0)``."""
-    if text.startswith("{"):
+    """Device numbers of each group, in the three ways in which XLA writes them."""
+    if text.startswith("{"):  # {{0,1},{2,3}}
         rows = [row.split(",") for row in re.findall(r"\{([\d,]+)\}", text)]
         return [[int(n) for n in row] for row in rows] or [list(range(count))]
-    shape, source, order = re.fullmatch(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*)\))?", text).groups()
-    numbers = lambda s: [int(n) for n in s.split(",")]  # noqa: E731
-    devices = np.arange(count).reshape(numbers(source))
-    return (devices.transpose(numbers(order)) if order else devices).reshape(numbers(shape))
+    if text.startswith("["):  # [2,2]<=[4], [2,2]<=[2,2]T(1,0)
+        shape, source, order = re.fullmatch(r"\[(.*?)\]<=\[(.*?)\](?:T\((.*)\))?", text).groups()
+        return numbered(count, source, order).reshape(integers(shape))
+    # mesh['axis_0'=4,'axis_1'=2], device_ids=([4,2]T(1,0)) {'axis_1'}
+    sizes, source, order, along = re.fullmatch(
+        r"mesh\[(.*?)\](?:, device_ids=\(\[(.*?)\](?:T\((.*?)\))?\))? \{(.*)\}", text
+    ).groups()
+    shape = {name: int(n) for name, n in re.findall(r"('\w+')=(\d+)", sizes)}
+    inside = [list(shape).index(name) for name in along.split(",")]
+    places = numbered(count, source or str(count), order).reshape(list(shape.values()))
+    last = np.moveaxis(places, inside, range(-len(inside), 0))
+    return last.reshape(-1, math.prod(places.shape[i] for i in inside))
+
+
+def integers(text):
+    return [int(n) for n in text.split(",")]
+
+
+def numbered(count, shape, order):
+    """Device numbers as an array of a shape, with its axes in another order."""
+    places = np.arange(count).reshape(integers(shape))
+    return places.transpose(integers(order)) if order else places
 
 
 def compiled(system, config, mesh):
@@ -136,6 +156,9 @@ def test_groups_of_devices_are_read_as_xla_writes_them():
         ("[4,2]<=[4,2]T(1,0)", ("fsdp",)),
         ("[4,2]<=[2,2,2]T(0,2,1)", ("fsdp",)),
         ("{}", ("data", "fsdp", "tensor")),
+        ("mesh['axis_0'=4,'axis_1'=2] {'axis_1'}", ("tensor",)),
+        ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_0'}", ("data", "fsdp")),
+        ("mesh['a'=1,'b'=2,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'b'}", ("fsdp",)),
     ):
         line = f"  %x = f32[4] all-reduce(f32[4] %y), channel_id=1, replica_groups={text}, use"
         assert exchanged(line, mesh) == {("all-reduce", axes)}, text
