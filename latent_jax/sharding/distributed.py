@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -55,6 +57,8 @@ def initialize_distributed(
     if local_device_ids is not None:
         settings["local_device_ids"] = list(local_device_ids)
     timeout = timeout or _int(os.environ, "LATENT_JAX_TIMEOUT") or 300
+    if settings.get("process_id"):
+        _await_coordinator(settings["coordinator_address"], timeout)
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **settings)
     except (RuntimeError, ValueError) as error:
@@ -62,6 +66,27 @@ def initialize_distributed(
         reason = " ".join(str(error).split())[:200]
         raise MeshError(f"distributed start-up: cannot join {where}: {reason}") from None
     return True
+
+
+def _await_coordinator(address: str, timeout: float) -> None:
+    """Returns when something listens at an address. (JAX aborts the process when nothing does.)
+
+    Raises:
+      MeshError: nothing did in time.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise MeshError(
+                    f"distributed start-up: cannot join {address} in {timeout:g} s: "
+                    f"{error.strerror or error}; is process 0 running, and reachable from here?"
+                ) from None
+        time.sleep(0.5)
 
 
 def check_agreement(facts: Mapping[str, str], timeout: int = 300) -> None:
