@@ -17,7 +17,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from latent_jax.core.errors import ConfigError, PeerLost, RunError
+from latent_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    MeshError,
+    PeerLost,
+    RunError,
+)
 from latent_jax.sharding import (
     await_processes,
     check_batch,
@@ -220,7 +226,7 @@ class _Run:
         try:
             state = self._loop(state, watch)
             done = True
-        except jax.errors.JaxRuntimeError as error:
+        except (jax.errors.JaxRuntimeError, CheckpointError, MeshError) as error:
             lost = not self._alone and bool(_LOST.search(str(error)))
             if not lost:
                 raise
