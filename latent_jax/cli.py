@@ -32,6 +32,7 @@ Out = Annotated[str | None, typer.Option(help="Where the files go.")]
 Seed = Annotated[int | None, typer.Option(help="Root of every random stream.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
+Profile = Annotated[bool, typer.Option("--profile", help="Trace a few steps, sum them up.")]
 Checkpoint = Annotated[str, typer.Option(help="last, best, peak or a step.")]
 Compressor = Annotated[
     str | None, typer.Option(help="What reads a stored wire; default the one it names.")
@@ -47,7 +48,7 @@ def _overrides(set_: list[str] | None, **options: Any) -> list[str]:
 @app.command()
 def run(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
-    dry_run: DryRun = False,
+    dry_run: DryRun = False, profile: Profile = False,
 ) -> None:  # fmt: skip
     """Train, evaluate and report; continues by itself where the directory holds this run."""
     from latent_jax.commands import work
@@ -56,13 +57,13 @@ def run(
     if dry_run:
         work.dry_run(resolved)
     else:
-        work.run(resolved, quiet)
+        work.run(resolved, quiet, profile)
 
 
 @app.command()
 def train(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
-    dry_run: DryRun = False,
+    dry_run: DryRun = False, profile: Profile = False,
 ) -> None:  # fmt: skip
     """Train only; continues by itself where the directory holds this run."""
     from latent_jax.commands import work
@@ -71,8 +72,29 @@ def train(
     if dry_run:
         work.dry_run(resolved)
     else:
-        _, state, where = work.train(resolved, quiet)
+        _, state, where = work.train(resolved, quiet, profile)
         print(f"trained {int(state.step)} steps: {where}")
+
+
+@app.command()
+def plan(
+    config: Config,
+    devices: Annotated[int, typer.Option(help="How many; none has to be there.")] = 1,
+    chip: Annotated[str | None, typer.Option(help="a100, h100, h200, v5e or v5p.")] = None,
+    hbm: Annotated[float | None, typer.Option(help="Memory of a device, GiB.")] = None,
+    peak: Annotated[float | None, typer.Option(help="Peak of a device, TFLOP/s.")] = None,
+    mfu: Annotated[float, typer.Option(help="Share of the peak that a step reaches.")] = 0.4,
+    table: Annotated[bool, typer.Option("--table", help="Also every array, how split.")] = False,
+    set_: Set = None,
+) -> None:
+    """Bytes, FLOPs and time of a run on devices that need not be there; loads no weights."""
+    from latent_jax import run as runs
+    from latent_jax.commands import plan as plans
+    from latent_jax.commands.show import console
+
+    machine = plans.Machine.of(devices, chip, hbm, peak, mfu)
+    found = plans.plan(runs.resolve(config, _overrides(set_)), machine)
+    plans.show(found, console(), machine, table)
 
 
 @app.command()
@@ -359,7 +381,19 @@ def main(args: list[str] | None = None) -> int:
 
 def entry() -> None:
     """Console script."""
-    sys.exit(main())
+    code = main()
+    if code and _among_others():
+        # Leaving in order would wait for the other processes, which may never come.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _among_others() -> bool:
+    """Whether this process has joined a job of several."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 if __name__ == "__main__":

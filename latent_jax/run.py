@@ -154,12 +154,15 @@ def open_run(
     return path, resolve(path / "config.yaml", overrides)
 
 
-def train(config: Any, progress: Any = None) -> tuple[Any, Any, Path]:
+def train(
+    config: Any, progress: Any = None, profile: bool = False
+) -> tuple[Any, Any, Path]:
     """Trains a resolved config (or continues its run).
 
     Args:
       config: from `resolve`.
       progress: called with `train.progress.ProgressEvent`s.
+      profile: trace a few steps into ``profile/`` of the run's directory.
 
     Returns:
       (system, final TrainState, the run's directory).
@@ -172,14 +175,17 @@ def train(config: Any, progress: Any = None) -> tuple[Any, Any, Path]:
     out = prepare(config)
     system = system_class(config.system)(config)
     rates: dict[str, float] = {}
+    costs: dict[str, float] = {}
 
     def watch(event: Any) -> None:
         rates.update(event.rates)
+        if event.host is not None:
+            costs["throughput.host_share"] = event.host
         if progress is not None:
             progress(event)
 
-    state = fit(system, config, out, mesh, watch)
-    throughput = {f"throughput.{unit}_per_second": rate for unit, rate in rates.items()}
+    state = fit(system, config, out, mesh, watch, profile)
+    throughput = {f"throughput.{unit}_per_second": rate for unit, rate in rates.items()} | costs
     if throughput and record.primary():
         files.write_json(out / "throughput.json", throughput)
     record.history(out, "train", config, began, {"step": int(state.step), **throughput})

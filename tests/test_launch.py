@@ -29,6 +29,31 @@ def test_processes_share_a_coordinator_and_differ_in_their_number():
         assert f"JAX_PROCESS_ID={index} latent-jax train CONFIG" in line
 
 
+def test_one_machine_is_one_process(tmp_path):
+    found = start("local.sh", "--dry-run", "run", "CONFIG", "--out", "a b")
+    assert found.stdout.split(" ", 1) == [
+        "LATENT_JAX_DISTRIBUTED=off", "latent-jax run CONFIG --out a\\ b\n"
+    ]  # fmt: skip
+    # With RETRY a command that asks to be continued is, and any other end is the script's.
+    command = tmp_path / "bin" / "latent-jax"
+    command.parent.mkdir()
+    command.write_text('#!/bin/sh\necho x >>"$1"\n[ "$(wc -l <"$1")" -ge 3 ] && exit 2\nexit 75\n')
+    command.chmod(0o755)
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "setup.sh").write_text("latent_jax_setup() { echo \"setup $1\"; }\n")
+    (tmp_path / "launch" / "local.sh").write_text((LAUNCH / "local.sh").read_text())
+    path = f"{command.parent}:{os.environ['PATH']}"
+    for retry, code, times in (("", 75, 1), ("1", 2, 3)):
+        log = tmp_path / f"log{retry}"
+        done = subprocess.run(
+            ["bash", str(tmp_path / "launch" / "local.sh"), str(log)],
+            env=os.environ | {"PATH": path, "RETRY": retry, "EXTRAS": "cuda"},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code and done.stdout == "setup cuda\n"
+        assert log.read_text().count("x") == times
+
+
 def test_slurm_has_a_process_per_gpu_or_per_node_and_an_array_of_seeds():
     arguments = ("--dry-run", "train", "CONFIG", "--out", "runs/x")
     gpu = start("slurm.sbatch", *arguments, SLURM_SUBMIT_DIR=str(LAUNCH.parent))
@@ -60,6 +85,7 @@ def test_a_pod_runs_one_commit_on_all_workers():
         ("slurm.sbatch", (), {}),
         ("slurm.sbatch", ("train", "CONFIG"), {"SLURM_ARRAY_TASK_ID": "1"}),
         ("tpu_pod.sh", ("train",), {}),
+        ("local.sh", (), {}),
     ],
 )
 def test_a_wrong_call_is_refused(script, arguments, env):

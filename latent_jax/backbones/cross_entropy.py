@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,26 +20,62 @@ def token_cross_entropy(
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
     """Per-token cross-entropy (nats) and whether the greedy choice is right.
 
+    The gradient of a row's loss in its state, ``(softmax - one-hot) @ vocabulary``, needs nothing
+    that comes later, so it is taken while the logits are there: they are never kept for the
+    backward pass nor computed again. The vocabulary is frozen and gets no gradient.
+
     Args:
-      chunk: rows of the vocabulary product done at once; each is recomputed in the backward pass,
-        so that the ``b x t x vocabulary`` logits never exist. None does all at once, which is
-        faster where they fit.
+      chunk: rows whose logits exist at once, so that the ``b x t x vocabulary`` logits never do.
+        None does all at once.
     """
-
-    def rows(h, y):
-        logits = body.apply({"params": frozen}, h[None], method="unembed")[0]
-        nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return nll, jnp.argmax(logits, -1) == y
-
     b, t, d = hidden.shape
     n = b * t
-    h, y = hidden.reshape(n, d), targets.reshape(n)
+    flat = hidden.reshape(n, d), targets.reshape(n)
     if chunk is None or chunk >= n:
-        nll, hit = rows(h, y)
+        nll, hit = _rows(body, frozen, *flat)
     else:
-        pad = -n % chunk
-        h = jnp.pad(h, ((0, pad), (0, 0))).reshape(-1, chunk, d)
-        y = jnp.pad(y, (0, pad)).reshape(-1, chunk)
-        nll, hit = jax.lax.map(lambda a: jax.checkpoint(rows)(*a), (h, y))
-        nll, hit = nll.reshape(-1)[:n], hit.reshape(-1)[:n]
+        h, y = (in_chunks(x, chunk) for x in flat)
+        nll, hit = jax.lax.map(lambda part: _rows(body, frozen, *part), (h, y))
+        nll, hit = (out_of_chunks(x, n) for x in (nll, hit))
     return nll.reshape(b, t), hit.reshape(b, t)
+
+
+def in_chunks(x: Array, chunk: int) -> Array:
+    """``[n ...]`` rows as ``[k c ...]`` chunks, padded with zeros.
+
+    A chunk is every ``k``-th row: where rows are split over devices each has its part of every
+    chunk, and none waits for the others.
+    """
+    parts = -(-x.shape[0] // chunk)
+    x = jnp.pad(x, [(0, -x.shape[0] % parts)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def out_of_chunks(x: Float[Array, "k c"], n: int) -> Float[Array, " n"]:
+    """Undoes `in_chunks`."""
+    return jnp.swapaxes(x, 0, 1).reshape(-1)[:n]
+
+
+def _plain(body, frozen, h, y):
+    # Rows first: they are what a mesh splits.
+    logits = body.apply({"params": frozen}, h[:, None], method="unembed")[:, 0]
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    return nll, jnp.argmax(logits, -1) == y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rows(body, frozen, h, y):
+    return _plain(body, frozen, h, y)
+
+
+def _forward(body, frozen, h, y) -> tuple[Any, Any]:
+    nll, pull, hit = jax.vjp(lambda h: _plain(body, frozen, h, y), h, has_aux=True)
+    # Rows do not touch each other: their own gradients are what a cotangent of ones pulls back.
+    return (nll, hit), pull(jnp.ones_like(nll))[0]
+
+
+def _backward(body, gradient, cotangents) -> tuple[None, Any, None]:
+    return None, (cotangents[0][:, None] * gradient).astype(gradient.dtype), None
+
+
+_rows.defvjp(_forward, _backward)

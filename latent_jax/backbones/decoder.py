@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.ops import attention, rope
+from latent_jax.sharding.rules import constrain
 
 
 class KV(NamedTuple):
@@ -64,7 +65,10 @@ class _Dense(nn.Module):
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if lora is not None:
-            y += (x @ lora["a"].astype(x.dtype)) @ lora["b"].astype(x.dtype)
+            # Small: gathered whole, except along what the kernel's own product is split by.
+            out = None if self.name in ("o", "down") else "heads"
+            a, b = constrain(lora["a"], None, None), constrain(lora["b"], None, out)
+            y += (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y
 
 
@@ -85,19 +89,32 @@ class _Layer(nn.Module):
         q = dense("q", c.num_heads * c.head_dim, h, c.qkv_bias)
         k = dense("k", c.num_kv_heads * c.head_dim, h, c.qkv_bias)
         v = dense("v", c.num_kv_heads * c.head_dim, h, c.qkv_bias)
-        q = q.reshape(b, t, c.num_heads, c.head_dim)
-        k = k.reshape(b, t, c.num_kv_heads, c.head_dim)
-        v = v.reshape(b, t, c.num_kv_heads, c.head_dim)
+        q = _by_heads(q.reshape(b, t, c.num_heads, c.head_dim), c)
+        k = _by_heads(k.reshape(b, t, c.num_kv_heads, c.head_dim), c)
+        v = _by_heads(v.reshape(b, t, c.num_kv_heads, c.head_dim), c)
         if c.qk_norm:
             q, k = _Norm(c.norm_eps, name="q_norm")(q), _Norm(c.norm_eps, name="k_norm")(k)
         q, k = rope.rotate(q, positions, inv_freq), rope.rotate(k, positions, inv_freq)
         out = attention.attend(q, k, v, mask, prefix_k, prefix_v, prefix_mask)
-        x = x + dense("o", c.hidden_size, out.reshape(b, t, -1))
+        x = constrain(x + dense("o", c.hidden_size, out.reshape(b, t, -1)), *_STREAM)
 
         h = _Norm(c.norm_eps, name="mlp_norm")(x)
         gate = dense("gate", c.intermediate_size, h)
         up = dense("up", c.intermediate_size, h)
-        return x + dense("down", c.hidden_size, nn.silu(gate) * up), (k, v)
+        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
+        return constrain(x + dense("down", c.hidden_size, inner), *_STREAM), (k, v)
+
+
+# The residual stream is split by examples alone: each device then gathers a layer's weights, and
+# never trades parts of activations with the others.
+_STREAM = ("batch", "length", None)
+
+
+def _by_heads(x, config: DecoderConfig):
+    """Keeps ``[b t heads d]`` split by groups of heads, where the mesh divides them; else whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and config.num_kv_heads % mesh.shape.get("tensor", 1) == 0
+    return constrain(x, "batch", "length", "heads" if split else None, None)
 
 
 class Decoder(nn.Module):
@@ -164,27 +181,26 @@ class Decoder(nn.Module):
             attention_mask = attention.causal_mask(mask)
         pk, pv, pm = prefix if prefix is not None else (None, None, None)
         shared = (positions, attention_mask, pm, jnp.asarray(self.inv_freq))
+        inputs_embeds = constrain(inputs_embeds, *_STREAM)
         x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, shared)
         return DecoderOutput(self.final_norm(x), KV(k, v, mask))
 
     def embed(self, ids: Int[Array, "b t"], dtype=None) -> Float[Array, "b t d"]:
         """Input embeddings of token ids."""
-        x = jnp.take(self.embedding, ids, axis=0)
+        table = constrain(self.embedding, "vocab", None)
+        x = constrain(jnp.take(table, ids, axis=0), *_STREAM)
         return x if dtype is None else x.astype(dtype)
 
     def unembed(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Logits of hidden states, fp32."""
-        if self.config.tie_embeddings:
-            return jnp.einsum(
-                "btd,vd->btv", hidden, self.embedding.astype(hidden.dtype),
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
-        return jnp.einsum(
-            "btd,dv->btv",
-            hidden,
-            self.head.astype(hidden.dtype),
+        tied = self.config.tie_embeddings
+        axes = ("vocab", None) if tied else (None, "vocab")
+        table = constrain(self.embedding if tied else self.head, *axes)
+        logits = jnp.einsum(
+            "btd,vd->btv" if tied else "btd,dv->btv", hidden, table.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
-        )
+        )  # fmt: skip
+        return constrain(logits, "batch", "length", "vocab")
 
 
 def inverse_frequencies(config: DecoderConfig):

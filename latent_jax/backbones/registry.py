@@ -117,13 +117,24 @@ def locate(name_or_path: str | Path) -> Path:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if path.suffix or name.count("/") != 1 or name.startswith((".", "~", "/")):
+    if is_path(name):
         known = ", ".join([*PACKAGED, *FETCHED])
         raise BackboneError(
             f"{name}: no such model; known names: {known}; otherwise give a directory, a "
             ".gguf, a .bin or a hub id."
         )
     return _download(name)
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is that of a file or directory, and not a hub id (which may have dots)."""
+    path = Path(name).expanduser()
+    return (
+        path.exists()
+        or path.suffix in (".gguf", ".bin", ".safetensors", ".json")
+        or name.count("/") != 1
+        or name.startswith((".", "~", "/"))
+    )
 
 
 def _gguf_in(path: Path) -> Path:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.backbones.cross_entropy import in_chunks, out_of_chunks
 from latent_jax.backbones.decoder import Decoder
 
 
@@ -48,8 +49,9 @@ def substitution(
 
     def rows(args):
         f, g, y = args
-        logits = decoder.apply({"params": params}, jnp.stack([f, g]), method="unembed")
-        target, log = jax.nn.log_softmax(logits)
+        # Rows first: they are what a mesh splits.
+        logits = decoder.apply({"params": params}, jnp.stack([f, g], axis=1), method="unembed")
+        target, log = jnp.unstack(jax.nn.log_softmax(logits), axis=1)
         target = jax.lax.stop_gradient(target)
         kl = optax.losses.kl_divergence_with_log_targets(log, target)
         pick = lambda x: -jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731
@@ -62,8 +64,7 @@ def substitution(
     if chunk is None or chunk >= n:
         found = rows(flat)
     else:
-        pad = -n % chunk
-        flat = jax.tree.map(lambda x: jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)), flat)
-        flat = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), flat)
-        found = jax.lax.map(jax.checkpoint(rows), flat)
-    return jax.tree.map(lambda x: x.reshape(-1)[:n].reshape(b, t), found)
+        parts = tuple(in_chunks(x, chunk) for x in flat)
+        found = jax.lax.map(jax.checkpoint(rows), parts)
+        found = jax.tree.map(lambda x: out_of_chunks(x, n), found)
+    return jax.tree.map(lambda x: x.reshape(b, t), found)

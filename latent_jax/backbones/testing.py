@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from latent_jax.backbones.architectures import param_shapes
 from latent_jax.backbones.config import FAMILIES, DecoderConfig, RopeScaling
-from latent_jax.backbones.decoder import Decoder
 from latent_jax.core.errors import BackboneError
 
 
@@ -61,17 +61,6 @@ def tiny_config(family: str = "llama", **overrides: Any) -> DecoderConfig:
         known = ", ".join((*FAMILIES, "llama3"))
         raise BackboneError(f"no tiny config for family {family!r}: choose from {known}")
     return dataclasses.replace(base, **overrides)
-
-
-def param_shapes(config: DecoderConfig) -> Any:
-    """Parameter tree of shapes and dtypes; nothing is allocated, whatever the size."""
-    decoder = Decoder(config)
-
-    def init() -> Any:
-        x = jnp.zeros((1, 2, config.hidden_size))
-        return decoder.init(jax.random.key(0), x)["params"]
-
-    return jax.eval_shape(init)
 
 
 def random_params(config: DecoderConfig, key: Array, dtype: Any = jnp.float32) -> Any:

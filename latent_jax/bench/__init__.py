@@ -67,6 +67,13 @@ register(
 )
 
 
+register(
+    "all",
+    "latent_jax.bench.everything",
+    "all of these in one process, beside the machine's own speed: one table, one JSON",
+)
+
+
 def names() -> list[str]:
     """Names of all benchmarks."""
     return sorted(BENCHES)

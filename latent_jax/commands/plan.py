@@ -1,153 +1,189 @@
-"""`--dry-run`: what a run would hold in memory, from shapes alone. Nothing is compiled."""
+"""`latent-jax plan` and `--dry-run`: what a run would hold and compute, from shapes alone."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
+from rich.console import Console
 from rich.table import Table
 
-from latent_jax.core import rng, trees
-from latent_jax.core.types import PyTree
+from latent_jax import run as runs
+from latent_jax.backbones import skeleton
+from latent_jax.backbones.config import BackboneConfig
+from latent_jax.commands.chips import chip as chip_named
+from latent_jax.core.errors import ConfigError
 from latent_jax.report.tables import size
-from latent_jax.sharding import make_mesh, tree_shardings
-from latent_jax.sharding.mesh import batch_shards, check_batch
-from latent_jax.train.optimizers import GroupedOptimizer
-from latent_jax.train.phases import phase_at
-from latent_jax.train.step import DEFAULT_RNGS
+from latent_jax.sharding import abstract_mesh
+from latent_jax.train.footprint import Footprint, footprint
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """Bytes by part: in all, and on the fullest device.
+class Machine:
+    """Devices of a plan.
 
     Attributes:
-      parts: name → (parameters or None, bytes, bytes per device).
-      devices: how many devices the mesh has.
+      count: how many.
+      hbm: memory of each, GiB; None if it is not known.
+      peak: dense products of each at their best, 1e12 operations/s; None if it is not known.
+      mfu: share of it that the step reaches.
     """
 
-    parts: dict[str, tuple[int | None, int, int]]
-    devices: int
+    count: int
+    hbm: float | None = None
+    peak: float | None = None
+    mfu: float = 0.4
 
-    @property
-    def per_device(self) -> int:
-        """Bytes on a device, all parts together."""
-        return sum(part[2] for part in self.parts.values())
+    @classmethod
+    def of(
+        cls, count: int, chip: str | None, hbm: float | None, peak: float | None, mfu: float
+    ) -> Machine:
+        """From the command line: a chip's figures, replaced by those that are given.
 
-    def table(self) -> Table:
-        """The plan as a terminal table."""
-        grid = Table(title=f"Memory plan, {self.devices} device(s)", title_justify="left")
-        for column in ("", "parameters", "bytes", "per device"):
-            grid.add_column(column, justify="left" if not column else "right")
-        for name, (count, whole, each) in self.parts.items():
-            grid.add_row(name, "" if count is None else f"{count:,}", size(whole), size(each))
-        grid.add_row("all", "", "", size(self.per_device), style="bold")
-        return grid
+        Raises:
+          ConfigError: figures out of range, or a chip that is not known.
+        """
+        known = (None, None) if chip is None else chip_named(chip)
+        hbm, peak = known[0] if hbm is None else hbm, known[1] if peak is None else peak
+        for name, value in (("--devices", count), ("--hbm", hbm), ("--peak", peak), ("--mfu", mfu)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} = {value}: allowed: more than 0")
+        if mfu > 1:
+            raise ConfigError(f"--mfu = {mfu}: allowed: at most 1, a share of the peak")
+        return cls(count, hbm, peak, mfu)
 
 
-def plan(config: Any, system: Any) -> Plan:
-    """Sizes of everything that training holds.
+def plan(config: Any, machine: Machine) -> Footprint:
+    """Plans a run on a machine that need not be there; no weight is loaded.
 
-    Activations are what the backward pass keeps of one micro-batch, before XLA fuses anything: an
-    upper bound, without the workspace of single operations.
+    Raises:
+      MeshError: the mesh or the batch does not divide.
+      BackboneError: a backbone whose architecture is not known here.
     """
-    mesh = make_mesh(config.mesh)
-    check_batch(config.train.batch_size, mesh)
-    _, phase = phase_at(config.train, 0)
-    batch = dict(next(iter(system.train_data(phase.data, None))))
-    names = tuple(getattr(system, "rng_names", DEFAULT_RNGS))
-    rngs = rng.named(config.seed, ("params", *names))
-    variables = _variables(system, rngs, batch)
-    params = variables["params"]
-    labels = system.param_labels(params)
-    optimizer = GroupedOptimizer.create(config.train.optimizer, labels, config.train.steps)
-    moments = jax.eval_shape(optimizer.init, params)
-    rules = system.logical_rules
+    mesh = abstract_mesh(config.mesh, machine.count)
+    return footprint(config, outlined(config), mesh, *without_remat(config))
 
-    flat_labels = trees.flatten(labels)
-    trained = {p: x for p, x in trees.flatten(params).items() if flat_labels[p] != "frozen"}
-    parts: dict[str, tuple[int | None, int, int]] = {}
 
-    def add(name: str, tree: PyTree, counted: bool = True) -> None:
-        shardings = tree_shardings(tree, rules, mesh)
-        each = sum(
-            _bytes(leaf, where.shard_shape(tuple(leaf.shape)))
-            for leaf, where in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+def outlined(config: Any) -> Any:
+    """A run's system around a backbone without weights, where it has one."""
+    made = runs.system_class(config.system)
+    wanted = getattr(config, "backbone", None)
+    return made(config, skeleton(wanted)) if isinstance(wanted, BackboneConfig) else made(config)
+
+
+def without_remat(config: Any) -> tuple[Any, int]:
+    """The system that recomputes nothing, and its layers; (None, 1) where the run is that one."""
+    model = getattr(config, "model", None)
+    if not getattr(model, "remat", False):
+        return None, 1
+    bare = outlined(dataclasses.replace(config, model=dataclasses.replace(model, remat=False)))
+    return bare, bare.backbone.config.num_layers
+
+
+def show(found: Footprint, out: Console, machine: Machine, table: bool = False) -> None:
+    """Prints a plan; with ``table`` every array, too."""
+    if table:
+        out.print(arrays_table(found))
+    out.print(memory_table(found, machine))
+    out.print(steps_table(found, machine))
+    for line in notes(found, machine):
+        out.print(line, markup=False)
+
+
+def memory_table(found: Footprint, machine: Machine) -> Table:
+    """Bytes by part."""
+    shape = " x ".join(f"{name} {count}" for name, count in found.mesh.shape.items())
+    idle = machine.count - found.mesh.size
+    unused = f" ({idle} unused)" if idle else ""
+    grid = _grid(
+        f"Memory plan, {found.mesh.size} device(s): {shape}{unused}",
+        "", "parameters", "bytes", "per device",
+    )  # fmt: skip
+    for name, (count, whole, each) in found.parts.items():
+        counted = count if name.endswith(("parameters", "frozen")) else None
+        grid.add_row(
+            name, "" if counted is None else f"{counted:,}", "" if whole is None else size(whole),
+            size(each),
+        )  # fmt: skip
+    grid.add_row("all", "", "", size(found.per_device), style="bold")
+    return grid
+
+
+def steps_table(found: Footprint, machine: Machine) -> Table:
+    """Operations and time of a step, by phase and kind of batch."""
+    grid = _grid("A step", "phase", "batch", "share", "TFLOP", "activations", "time", right=2)
+    for step in found.steps:
+        total = sum(other.share for other in found.steps if other.phase == step.phase)
+        grid.add_row(
+            step.phase, step.kind, f"{step.share / total:.0%}", f"{step.flops / 1e12:,.3g}",
+            size(step.kept), _time(step.flops, found, machine),
+        )  # fmt: skip
+    return grid
+
+
+def _time(flops: float, found: Footprint, machine: Machine) -> str:
+    if machine.peak is None:
+        return ""
+    seconds = flops / (found.mesh.size * machine.peak * 1e12 * machine.mfu)
+    return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:,.3g} s"
+
+
+def notes(found: Footprint, machine: Machine) -> list[str]:
+    """What the figures mean, and whether the run fits."""
+    lines = [
+        "FLOP: 2mnk of every matrix product in the step's trace: 4N per token through frozen "
+        "weights, 6N through trained ones, attention, and what is recomputed",
+        "activations: residuals of the backward pass of one micro-batch before fusion, split over "
+        "data x fsdp",
+    ]
+    if machine.peak is not None:
+        lines.append(
+            f"time: FLOP / ({found.mesh.size} x {machine.peak:g} TFLOP/s x {machine.mfu:g})"
         )
-        whole = sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
-        count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
-        parts[name] = (count if counted else None, whole, each)
-
-    add("frozen", system.frozen)
-    add("trained parameters", trees.unflatten(trained))
-    held = {p: x for p, x in trees.flatten(params).items() if p not in trained}
-    if held:
-        add("held parameters", trees.unflatten(held))
-    collections_ = {k: v for k, v in variables.items() if k != "params"}
-    if jax.tree.leaves(collections_):
-        add("collections", collections_)
-    whole, each = parts["trained parameters"][1:]
-    parts["gradients"] = (None, whole, each)
-    moment_bytes = sum(_bytes(leaf) for leaf in jax.tree.leaves(moments))
-    # Moments follow their parameters' sharding.
-    parts["optimizer state"] = (None, moment_bytes, int(moment_bytes * each / max(whole, 1)))
-    shards = batch_shards(mesh)
-    batch_bytes = sum(_bytes(leaf) for leaf in batch.values())
-    parts["batch"] = (None, batch_bytes, -(-batch_bytes // shards))
-    micro = {k: v[: -(-len(v) // config.train.accumulate)] for k, v in batch.items()}
-    kept = _activations(system, variables, micro, {n: rngs[n] for n in names})
-    parts["activations (upper bound)"] = (None, kept, -(-kept // shards))
-    return Plan(parts, mesh.size)
+    if found.collectives:
+        each = (f"{c.kind} over {' and '.join(c.axes)} ({c.why})" for c in found.collectives)
+        lines.append(f"exchanges: {', '.join(each)}")
+    fits = fit_line(found, machine.hbm)
+    return [*lines, fits] if fits else lines
 
 
-def _variables(system: Any, rngs: Any, batch: Mapping[str, Any]) -> Any:
-    try:
-        return jax.eval_shape(lambda r: system.init(r, batch), rngs)
-    except (jax.errors.JAXTypeError, TypeError):
-        if getattr(system, "jit_init", True):
-            raise
-        return system.init(rngs, batch)  # needs values, such as statistics of the data
-
-
-def _activations(system: Any, variables: Any, batch: Any, rngs: Any) -> int:
-    """Bytes that the backward pass keeps: the residuals of the vector-Jacobian product."""
-    weights = [name for name, weight in system.weights.items() if weight is not None]
-
-    def residuals(params: PyTree, frozen: PyTree, batch: Any, rngs: Any) -> Any:
-        def loss(params: PyTree) -> Any:
-            terms, _, _ = system.loss_terms(
-                {**variables_rest, "params": params}, frozen, batch, rngs, True
-            )
-            return sum(term.value for name, term in terms.items() if name in weights)
-
-        return jax.vjp(loss, params)[1]
-
-    variables_rest = {
-        k: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), v)
-        for k, v in variables.items()
-        if k != "params"
-    }
-    kept = jax.eval_shape(residuals, variables["params"], system.frozen, batch, rngs)
-    # Parameters and inputs among the residuals are there anyway.
-    known = collections.Counter(
-        (tuple(x.shape), str(x.dtype))
-        for x in jax.tree.leaves((variables["params"], system.frozen, batch))
+def fit_line(found: Footprint, hbm: float | None) -> str | None:
+    """One line: whether a device's memory (GiB) holds the plan."""
+    if hbm is None:
+        return None
+    need, room = found.per_device, hbm * 2**30
+    if need <= room:
+        return f"fits: {_gib(need)} of {hbm:.4g} GiB on each device ({need / room:.0%})"
+    name, each = max(((k, v[2]) for k, v in found.parts.items()), key=lambda part: part[1])
+    cure = (
+        "a larger train.accumulate, model.remat=true, a losses.chunk or a smaller train.batch_size"
+        if name in ("batch", "activations (upper bound)", "a layer recomputed")
+        else "a larger mesh.fsdp or mesh.tensor, or backbone.dtype=bfloat16"
     )
-    total = 0
-    for leaf in jax.tree.leaves(kept):
-        key = (tuple(leaf.shape), str(leaf.dtype))
-        if known[key]:
-            known[key] -= 1
-        else:
-            total += _bytes(leaf)
-    return total
+    return (
+        f"warning: does not fit: {_gib(need)} of {hbm:.4g} GiB on each device ({need / room:.0%}); "
+        f"most of it: {name}, {_gib(each)} GiB; try {cure}"
+    )
 
 
-def _bytes(leaf: Any, shape: tuple[int, ...] | None = None) -> int:
-    shape = tuple(leaf.shape) if shape is None else shape
-    itemsize = getattr(leaf.dtype, "itemsize", 4)
-    return int(np.prod(shape, dtype=np.int64)) * itemsize
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.3g}"
+
+
+def arrays_table(found: Footprint) -> Table:
+    """Every array: logical axes, how it is split, bytes on each device."""
+    grid = _grid(
+        "Arrays", "part", "path", "shape", "logical axes", "split over", "per device", right=5
+    )
+    for row in found.rows:
+        axes = ", ".join("+".join(a) if isinstance(a, tuple) else str(a or "-") for a in row.axes)
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        grid.add_row(row.part, row.path, shape, axes or "-", row.spec, size(row.each))
+    return grid
+
+
+def _grid(title: str, *columns: str, right: int = 1) -> Table:
+    grid = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="right" if i >= right else "left", overflow="fold")
+    return grid

@@ -4,34 +4,79 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from latent_jax import run as runs
-from latent_jax.commands.plan import plan
+from latent_jax.commands import plan as plans
 from latent_jax.commands.show import EvalProgress, console, present, results_table
+from latent_jax.core.config import config_hash
+from latent_jax.core.errors import BackboneError
 from latent_jax.report import record
 from latent_jax.report.directory import out_dir
-from latent_jax.sharding import initialize_distributed
+from latent_jax.sharding import check_agreement, initialize_distributed, make_mesh
 from latent_jax.train.checkpoints import resume_hash
+from latent_jax.train.footprint import footprint
+from latent_jax.train.phases import phase_at
 from latent_jax.train.preemption import Preempted
 from latent_jax.train.progress import make_progress
 
 
 def resolve(config: str, overrides: list[str]) -> Any:
-    """Joins the other processes of a job, before anything touches a device; then the config."""
+    """Joins the other processes of a job, before anything touches a device; then the config.
+
+    Raises:
+      MeshError: the others cannot be reached, or have another configuration or other code.
+    """
     initialize_distributed()
-    return runs.resolve(config, overrides)
+    resolved = runs.resolve(config, overrides)
+    agree(resolved)
+    return resolved
 
 
-def train(config: Any, quiet: bool) -> Any:
+def agree(config: Any) -> None:
+    """Refuses processes that would not compute the same thing."""
+    check_agreement(
+        {
+            "configuration": config_hash(config, exclude=()),
+            "versions": " ".join(f"{name} {v}" for name, v in record.versions().items()),
+            "source": record.source_digest(),
+        }
+    )
+
+
+def train(config: Any, quiet: bool, profile: bool = False) -> Any:
     """Trains with a progress bar on a terminal; returns (system, state, directory)."""
+    warn_if_short(config)
     progress = make_progress(quiet or not record.primary())
     try:
-        return runs.train(config, progress)
+        return runs.train(config, progress, profile)
     finally:
         if progress is not None:
             progress.close()
+
+
+def warn_if_short(config: Any) -> None:
+    """Says, before anything is loaded, that a run will not fit the devices it is started on."""
+    room = memory_limit()
+    if not room or not record.primary():
+        return
+    try:
+        found = plans.plan(config, plans.Machine(jax.device_count()))
+    except BackboneError:
+        return  # its shape is known when it has been loaded
+    line = plans.fit_line(found, room / 2**30)
+    if line is not None and line.startswith("warning"):
+        print(line, file=sys.stderr)
+
+
+def memory_limit() -> int:
+    """Bytes of the smallest device of this process; 0 where a device does not tell (a CPU)."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min((int(s.get("bytes_limit", 0)) for s in stats), default=0)
 
 
 @contextlib.contextmanager
@@ -51,9 +96,9 @@ def evaluating(quiet: bool) -> Iterator[Any]:
             progress.close()
 
 
-def run(config: Any, quiet: bool) -> None:
+def run(config: Any, quiet: bool, profile: bool = False) -> None:
     """Trains, evaluates and shows the results."""
-    system, state, out = train(config, quiet)
+    system, state, out = train(config, quiet, profile)
     with evaluating(quiet) as progress:
         results = runs.finish(system, state.variables, config, out, progress)
     show(results)
@@ -63,16 +108,20 @@ def evaluate(
     run: str, overrides: list[str], checkpoint: str, out: str | None, quiet: bool
 ) -> None:
     """Evaluates an existing run and shows the results."""
-    initialize_distributed()
+    if initialize_distributed():
+        agree(runs.open_run(run, overrides)[1])
     with evaluating(quiet) as progress:
         results = runs.evaluate(run, overrides, checkpoint, out, progress)
     show(results)
 
 
 def dry_run(config: Any) -> None:
-    """Builds the system, prints the memory plan, and writes nothing."""
+    """Builds the system, reads its first batch, prints the plan, and writes nothing."""
+    mesh = make_mesh(config.mesh)
     system = runs.system_class(config.system)(config)
-    console().print(plan(config, system).table())
+    next(iter(system.train_data(phase_at(config.train, 0)[1].data, None)))
+    found = footprint(config, system, mesh, *plans.without_remat(config))
+    plans.show(found, console(), plans.Machine(mesh.size))
     print(f"configuration {resume_hash(config)} is valid; it would write {out_dir(config)}")
 
 

@@ -37,6 +37,12 @@ class MeshError(UserError):
     """A device mesh that the present devices cannot form."""
 
 
+class PeerLost(UserError):
+    """Another process of the job has ended: the same command continues from the last checkpoint."""
+
+    exit_code = 75
+
+
 class FetchError(UserError):
     """A download that failed, or whose content is not what was pinned."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -42,6 +43,15 @@ def versions(packages: tuple[str, ...] = _PACKAGES) -> dict[str, str]:
             if name == "latent-jax":
                 found[name] = latent_jax.__version__
     return found
+
+
+def source_digest() -> str:
+    """Short sha256 of the package's Python files, installed or checked out."""
+    root, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def commit() -> str | None:

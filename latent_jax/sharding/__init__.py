@@ -6,10 +6,16 @@ of path regexes (`Rules`) and the logical axis names (`LOGICAL_AXES`).
 
 from __future__ import annotations
 
-from latent_jax.sharding.distributed import await_processes, initialize_distributed
+from latent_jax.sharding.collectives import Collective, collectives
+from latent_jax.sharding.distributed import (
+    await_processes,
+    check_agreement,
+    initialize_distributed,
+)
 from latent_jax.sharding.mesh import (
     AXES,
     MeshConfig,
+    abstract_mesh,
     batch_sharding,
     check_batch,
     make_mesh,
@@ -21,6 +27,7 @@ from latent_jax.sharding.rules import (
     Rules,
     constrain,
     follow_params,
+    logical_axes,
     sharding_table,
     spec_for,
     tree_shardings,
@@ -29,14 +36,19 @@ from latent_jax.sharding.rules import (
 __all__ = [
     "AXES",
     "LOGICAL_AXES",
+    "Collective",
     "MeshConfig",
     "Rules",
+    "abstract_mesh",
     "await_processes",
     "batch_sharding",
+    "check_agreement",
     "check_batch",
+    "collectives",
     "constrain",
     "follow_params",
     "initialize_distributed",
+    "logical_axes",
     "make_mesh",
     "replicated",
     "shard_batch",

@@ -6,7 +6,10 @@ The environment variable ``LATENT_JAX_DISTRIBUTED`` (``off``, ``flags``, ``slurm
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -27,7 +30,7 @@ def initialize_distributed(
     mode: Mode | None = None,
     layout: Layout = "auto",
     local_device_ids: Sequence[int] | None = None,
-    timeout: int = 300,
+    timeout: int | None = None,
 ) -> bool:
     """Joins this process to the others; call it before anything touches a device.
 
@@ -39,7 +42,7 @@ def initialize_distributed(
       layout: under SLURM, whether a task owns one GPU or all of its node's. ``auto`` counts the
         tasks per node. (Left to itself, JAX gives a lone task a single GPU of its node.)
       local_device_ids: the devices of this process, if not all.
-      timeout: seconds to wait for the others.
+      timeout: seconds to wait for the others (default ``LATENT_JAX_TIMEOUT``, else 300).
 
     Returns:
       True if several processes were joined; False for an ordinary single process, where nothing
@@ -53,6 +56,9 @@ def initialize_distributed(
         return settings is not None
     if local_device_ids is not None:
         settings["local_device_ids"] = list(local_device_ids)
+    timeout = timeout or _int(os.environ, "LATENT_JAX_TIMEOUT") or 300
+    if settings.get("process_id"):
+        _await_coordinator(settings["coordinator_address"], timeout)
     try:
         jax.distributed.initialize(initialization_timeout=timeout, **settings)
     except (RuntimeError, ValueError) as error:
@@ -60,6 +66,74 @@ def initialize_distributed(
         reason = " ".join(str(error).split())[:200]
         raise MeshError(f"distributed start-up: cannot join {where}: {reason}") from None
     return True
+
+
+def _await_coordinator(address: str, timeout: float) -> None:
+    """Returns when something listens at an address. (JAX aborts the process when nothing does.)
+
+    Raises:
+      MeshError: nothing did in time.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise MeshError(
+                    f"distributed start-up: cannot join {address} in {timeout:g} s: "
+                    f"{error.strerror or error}; is process 0 running, and reachable from here?"
+                ) from None
+        time.sleep(0.5)
+
+
+def check_agreement(facts: Mapping[str, str], timeout: int = 300) -> None:
+    """Returns when all processes of the job have stated the same facts; at once if there is one.
+
+    It asks the coordination service and touches no device, so that processes which could not even
+    compute together are told apart. Once per job.
+
+    Args:
+      facts: name -> value, such as the hash of the configuration.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      MeshError: in every process, where one of them differs; or one did not come in time.
+    """
+    # Neither jax nor Orbax has a public name for the client.
+    from jax._src.distributed import global_state
+
+    client, count = global_state.client, global_state.num_processes
+    if client is None or count == 1:
+        return
+    where, limit = "latent_jax/agreement", 1000 * timeout
+    try:
+        client.key_value_set(f"{where}/{global_state.process_id}", json.dumps(dict(facts)))
+        if global_state.process_id == 0:
+            all_ = [client.blocking_key_value_get(f"{where}/{i}", limit) for i in range(count)]
+            found = _disagreement([json.loads(text) for text in all_])
+            client.key_value_set(f"{where}/found", json.dumps(found))
+        found = json.loads(client.blocking_key_value_get(f"{where}/found", limit))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MeshError(f"comparing the processes of this job: {reason}") from None
+    if found:
+        raise MeshError(found)
+
+
+def _disagreement(facts: Sequence[Mapping[str, str]]) -> str:
+    """One line on the first process that differs from process 0; empty if none does."""
+    for index, other in enumerate(facts):
+        wrong = [name for name in facts[0] if facts[0][name] != other.get(name)]
+        if wrong:
+            shown = ", ".join(f"{n} ({facts[0][n]} and {other.get(n)})" for n in wrong)
+            return (
+                f"processes 0 and {index} differ in {shown}: start all of them with the same "
+                "command and the same installed code"
+            )
+    return ""
 
 
 def await_processes(name: str, timeout: int = 3600) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from latent_jax.core.config import field
@@ -76,6 +76,15 @@ def make_mesh(
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:wanted])
 
 
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh that `make_mesh` would build of ``count`` devices, for planning: none is needed.
+
+    Raises:
+      MeshError: a mesh that does not divide the devices.
+    """
+    return AbstractMesh(_resolve(config.shape, count), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def _devices(require: str | None) -> list[jax.Device]:
     try:
         return jax.devices()
@@ -123,22 +132,24 @@ def _divisors(count: int) -> str:
     return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The leading axis split over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, P(tuple(a for a in BATCH_AXES if a in mesh.axis_names)))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Number of pieces `batch_sharding` cuts the batch into."""
     return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.axis_names)
 
 
-def check_batch(batch_size: int, mesh: Mesh, where: str = "train.batch_size") -> None:
+def check_batch(
+    batch_size: int, mesh: Mesh | AbstractMesh, where: str = "train.batch_size"
+) -> None:
     """Raises MeshError if a global batch does not split evenly over the mesh."""
     pieces = batch_shards(mesh)
     if batch_size % pieces:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from latent_jax.core import trees
@@ -46,7 +46,7 @@ LOGICAL_AXES: dict[str, Axis] = {
 }
 
 
-def _mesh_axes(name: Axis, mesh: Mesh) -> tuple[str, ...]:
+def _mesh_axes(name: Axis, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Resolves one entry of a rule to mesh axes."""
     if name is None:
         return ()
@@ -62,7 +62,7 @@ def _mesh_axes(name: Axis, mesh: Mesh) -> tuple[str, ...]:
     raise ValueError(f"sharding rule: unknown axis {name!r}; allowed: {known}")
 
 
-def spec_for(shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh) -> P:
+def spec_for(shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh | AbstractMesh) -> P:
     """Fits a rule's axes to a shape.
 
     A mesh axis is used at most once, and only where the dimension divides by it; a dimension that
@@ -92,7 +92,16 @@ def spec_for(shape: Sequence[int], axes: Sequence[Axis], mesh: Mesh) -> P:
     return P(*entries)
 
 
-def tree_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+def logical_axes(tree: PyTree, rules: Rules) -> dict[str, tuple[Axis, ...]]:
+    """``{path: axes}`` of every array in a tree: the first rule that matches, ``()`` for none."""
+    rows = tuple((re.compile(pattern), axes) for pattern, axes in rules)
+    return {
+        path: next((axes for pattern, axes in rows if pattern.search(path)), ())
+        for path in trees.paths(tree)
+    }
+
+
+def tree_shardings(tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh) -> PyTree:
     """Returns the NamedSharding of every array in a tree.
 
     Args:
@@ -100,18 +109,17 @@ def tree_shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
       rules: the table; the first match wins.
       mesh: the mesh.
     """
-    rows = tuple((re.compile(pattern), axes) for pattern, axes in rules)
+    axes = logical_axes(tree, rules)
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        for pattern, axes in rows:
-            if pattern.search(path):
-                return NamedSharding(mesh, spec_for(leaf.shape, axes, mesh))
-        return NamedSharding(mesh, P())
+        return NamedSharding(mesh, spec_for(leaf.shape, axes[path], mesh))
 
     return trees.map_with_path(place, tree)
 
 
-def follow_params(tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh) -> PyTree:
+def follow_params(
+    tree: PyTree, params: PyTree, shardings: PyTree, mesh: Mesh | AbstractMesh
+) -> PyTree:
     """Shards a tree that mirrors ``params`` (an optimizer state) like the parameters.
 
     A leaf whose path ends in a parameter's path and that has its shape takes its sharding, whatever

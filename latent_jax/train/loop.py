@@ -7,15 +7,23 @@ and then only those of finished steps.
 from __future__ import annotations
 
 import collections
+import contextlib
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    MeshError,
+    PeerLost,
+    RunError,
+)
 from latent_jax.sharding import (
     await_processes,
     check_batch,
@@ -31,6 +39,7 @@ from latent_jax.train.init_from import apply_init_from
 from latent_jax.train.meter import Meter
 from latent_jax.train.phases import active_labels, phase_at
 from latent_jax.train.preemption import Preempted, PreemptionWatch
+from latent_jax.train.profile import StepProfile
 from latent_jax.train.progress import ProgressEvent, ProgressFn
 from latent_jax.train.protocol import System
 from latent_jax.train.selection import Selection
@@ -46,6 +55,9 @@ _MAX_IN_FLIGHT = 8
 # With slow steps the log is also written after so long, not only every log_every steps.
 _LOG_SECONDS = 2.0
 
+# How a collective fails, or the coordination service answers, when another process has ended.
+_LOST = re.compile(r"gloo|connection (closed|reset)|heartbeat|unavailable|nccl", re.IGNORECASE)
+
 # Step, phase, metrics still on the device, units of the batch.
 _Row = tuple[int, str, dict[str, jax.Array], dict[str, int]]
 
@@ -56,6 +68,7 @@ def fit(
     out: str | Path,
     mesh: Mesh | None = None,
     progress: ProgressFn | None = None,
+    profile: bool = False,
 ) -> TrainState:
     """Trains a system to ``config.train.steps``, resuming by itself.
 
@@ -67,6 +80,7 @@ def fit(
       out: run directory; made if missing.
       mesh: device mesh; default from ``config.mesh``.
       progress: called with `ProgressEvent`s.
+      profile: trace a few steps into ``profile/``.
 
     Returns:
       The final state. If ``out`` holds checkpoints of the same config, training continues from the
@@ -84,17 +98,17 @@ def fit(
         raise RunError(f"cannot make the run directory {out}: {e.strerror}") from e
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     with jax.set_mesh(mesh), PreemptionWatch() as watch:
-        return _Run(system, config, out, mesh, progress).train(watch)
+        return _Run(system, config, out, mesh, progress, profile).train(watch)
 
 
 class _Run:
     """One call of `fit`."""
 
     def __init__(self, system: System, config: RunBase, out: Path, mesh: Mesh,
-                 progress: ProgressFn | None) -> None:
+                 progress: ProgressFn | None, profile: bool) -> None:
         self.system, self.config, self.out, self.mesh = system, config, out, mesh
         self.cfg = config.train
-        self._progress = progress
+        self._progress, self._profiled = progress, profile
         self._main = jax.process_index() == 0
         # What depends on the clock must not decide anything where clocks may disagree.
         self._alone = jax.process_count() == 1
@@ -110,6 +124,7 @@ class _Run:
         self._pending: collections.deque[_Row] = collections.deque()
         self._latest: dict[str, float] = {}
         self._meter = Meter()
+        self._profile: StepProfile | None = None
         self._began = time.perf_counter()
         self.writers: Writers | None = None
         self._restore_warning: str | None = None
@@ -207,12 +222,21 @@ class _Run:
             self.writers = open_writers(self.cfg.log, self.out, self.config.name, self.step)
         if self._restore_warning:
             self.guards.warn(self.step, "checkpoint", "checkpoint", 0.0, self._restore_warning)
-        done = False
+        done = lost = False
         try:
             state = self._loop(state, watch)
             done = True
+        except (jax.errors.JaxRuntimeError, CheckpointError, MeshError) as error:
+            lost = not self._alone and bool(_LOST.search(str(error)))
+            if not lost:
+                raise
+            reason = " ".join(str(error).split())[:120]
+            raise PeerLost(
+                f"another process of this job has ended near step {self.step} ({reason}); start "
+                "all of them again with the same command: they resume from the last checkpoint"
+            ) from None
         finally:
-            self._finish(done)
+            self._finish(done, lost)
         return state
 
     def _loop(self, state: TrainState, watch: PreemptionWatch) -> TrainState:
@@ -222,6 +246,10 @@ class _Run:
         self._logged = self._saved_at = time.perf_counter()
         if self.step < total:
             self._report(self.step, "compiling")
+        if self._profiled and self._main:
+            self._profile = StepProfile.of(self.out / "profile", self.step, total)
+            if self._profile is None:
+                self.message(f"no step is left to profile: {self.step} of {total} are done")
         while self.step < total and self.guards.stop_reason is None:
             index, phase = phase_at(cfg, self.step)
             self.phase = phase.name
@@ -232,7 +260,14 @@ class _Run:
             self.step += 1
             self._pending.append((self.step, phase.name, metrics, units))
             if len(self._pending) > _MAX_IN_FLIGHT:
-                jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
+                with self._waiting():
+                    jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
+            if self._profile is not None:
+                began = time.perf_counter()
+                text = self._profile.after(self.step, metrics["loss"], self._meter.busy)
+                self._meter.pause(time.perf_counter() - began)
+                if text:
+                    self.message(text)
             if self.step % cfg.log_every == 0:
                 self._log(keep=1)
             elif self._alone and time.perf_counter() - self._logged > _LOG_SECONDS:
@@ -301,7 +336,8 @@ class _Run:
         if not rows:
             return
         self._logged = time.perf_counter()
-        values = jax.device_get([metrics for _, _, metrics, _ in rows])
+        with self._waiting():
+            values = jax.device_get([metrics for _, _, metrics, _ in rows])
         self._meter.seen(rows[-1][0])
         for (step, phase, _, units), row in zip(rows, values, strict=True):
             row = drop_empty({k: float(v) for k, v in row.items()})
@@ -313,6 +349,13 @@ class _Run:
         if self.writers is not None:
             self.writers.flush()
         self._report(rows[-1][0])
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Time in which the host only waits for the device."""
+        began = time.perf_counter()
+        yield
+        self._meter.wait(time.perf_counter() - began)
 
     def _time_to_save(self) -> bool:
         """True when ``train.checkpoint.minutes`` have gone by."""
@@ -344,9 +387,18 @@ class _Run:
         self._saved_at = time.perf_counter()
         self._meter.pause(self._saved_at - began)
 
-    def _finish(self, done: bool) -> None:
-        """Makes rows and pending saves durable, also on the way out of an error."""
+    def _finish(self, done: bool, lost: bool) -> None:
+        """Makes rows and pending saves durable, also on the way out of an error.
+
+        A save needs all processes: where one is lost it is not waited for.
+        """
+        if lost:
+            if self.writers is not None:
+                self.writers.close()
+            return
         try:
+            if self._profile is not None:
+                self._profile.close()
             if not done:
                 self._log_quietly()
             self.checkpoints.wait()
@@ -376,5 +428,8 @@ class _Run:
         rates = self._meter.rates()
         eta = (self.cfg.steps - step) / rates["steps"] if rates.get("steps") else None
         self._progress(
-            ProgressEvent(step, self.cfg.steps, phase or self.phase, self._latest, rates, eta)
+            ProgressEvent(
+                step, self.cfg.steps, phase or self.phase, self._latest, rates, eta,
+                self._meter.host,
+            )
         )

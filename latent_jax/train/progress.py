@@ -20,6 +20,7 @@ class ProgressEvent:
       metrics: latest values (the names in ``metrics.jsonl``).
       rates: units per second, e.g. ``{"steps": 3.2, "tokens": 13107.2}``, without compile time.
       eta: seconds left, ``None`` while unknown.
+      host: share of the time in which the loop kept the host busy, ``None`` while unknown.
       message: a line to show once (resume, warning, saved checkpoint), else ``None``.
     """
 
@@ -29,6 +30,7 @@ class ProgressEvent:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
     eta: float | None = None
+    host: float | None = None
     message: str | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
@@ -30,6 +30,20 @@ class DataIterator(Protocol):
         """Goes to a position that ``get_state`` returned."""
 
 
+class BatchSpec(NamedTuple):
+    """One kind of training batch, without its content.
+
+    Attributes:
+      name: of the kind.
+      share: of the batches that are of this kind.
+      arrays: name -> shape and dtype of the whole batch, over all processes.
+    """
+
+    name: str
+    share: float
+    arrays: Mapping[str, jax.ShapeDtypeStruct]
+
+
 class System(Protocol):
     """A model, its losses and its data, as pure functions for the trainer.
 
@@ -54,6 +68,10 @@ class System(Protocol):
     * ``quick_eval(variables, frozen) -> dict[str, float]``: called every ``train.eval_every``
       steps; logged as ``eval.<name>`` and usable as ``train.checkpoint.metric``.
     * ``guards: tuple[GuardConfig, ...]``: added to ``train.guards``.
+    * ``batch_specs(phase) -> tuple[BatchSpec, ...]``: the kinds of batches that ``train_data`` of a
+      phase may give, so that a run can be planned without its data (``()``: they must be read).
+    * ``init_shapes(batch) -> variables``: shapes of what ``init`` returns, where that cannot be
+      traced.
     * ``jit_init: bool``: set False if ``init`` must run outside jit (it reads files or large
       constants such as pretrained weights).
     """

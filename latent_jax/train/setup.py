@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from latent_jax.core import rng as rng_lib
 from latent_jax.core import trees
@@ -39,6 +39,25 @@ class StatePlan:
     create: Callable[[], TrainState]
 
 
+def abstract_state(
+    system: System, config: RunBase, mesh: Mesh | AbstractMesh, variables: dict[str, Any]
+) -> tuple[TrainState, TrainState, GroupedOptimizer]:
+    """Shapes of the state, its shardings and its optimizer, from the variables' shapes."""
+    optimizer = GroupedOptimizer.create(
+        config.train.optimizer, system.param_labels(variables["params"]), config.train.steps
+    )
+    abstract = jax.eval_shape(lambda v: _fresh(system, config, optimizer, v), variables)
+    return abstract, state_shardings(abstract, system.logical_rules, mesh), optimizer
+
+
+def _fresh(
+    system: System, config: RunBase, optimizer: GroupedOptimizer, variables: dict[str, Any]
+) -> TrainState:
+    """The state at step 0."""
+    tables = (system.weights, *(phase.weights for phase in config.train.phases))
+    return create_state(variables, optimizer.init(variables["params"]), init_gates(*tables))
+
+
 def plan_state(
     system: System, config: RunBase, mesh: Mesh, batch: Mapping[str, Any]
 ) -> StatePlan:
@@ -50,26 +69,18 @@ def plan_state(
       mesh: where.
       batch: one (host) batch, for shapes.
     """
-    cfg = config.train
     names = ("params", *getattr(system, "rng_names", DEFAULT_RNGS))
     rngs = rng_lib.named(config.seed, names)
     batch = shard_batch(batch, mesh)
-    tables = (system.weights, *(phase.weights for phase in cfg.phases))
     in_jit = getattr(system, "jit_init", True)
     if in_jit:
         variables = jax.eval_shape(lambda r: system.init(r, batch), rngs)
     else:
         variables = jax.tree.map(jnp.asarray, system.init(rngs, batch))
-    optimizer = GroupedOptimizer.create(
-        cfg.optimizer, system.param_labels(variables["params"]), cfg.steps
-    )
+    abstract, shardings, optimizer = abstract_state(system, config, mesh, variables)
 
     def fresh(variables: dict[str, Any]) -> TrainState:
-        moments = optimizer.init(variables["params"])
-        return create_state(variables, moments, init_gates(*tables))
-
-    abstract = jax.eval_shape(fresh, variables)
-    shardings = state_shardings(abstract, system.logical_rules, mesh)
+        return _fresh(system, config, optimizer, variables)
 
     def create() -> TrainState:
         if in_jit:

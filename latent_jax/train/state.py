@@ -7,7 +7,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
 from latent_jax.core.types import PyTree
@@ -49,7 +49,9 @@ def create_state(variables: dict[str, Any], opt_state: PyTree, gates: PyTree) ->
     return TrainState(step, variables["params"], collections, opt_state, gates, guard)
 
 
-def state_shardings(abstract: TrainState, rules: Any, mesh: Mesh) -> TrainState:
+def state_shardings(
+    abstract: TrainState, rules: Any, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Returns a TrainState of NamedShardings.
 
     Parameters and collections follow the logical rules. An optimizer leaf takes the sharding of the

@@ -5,7 +5,7 @@ There is no branch per system: what differs is behind `latent_jax.train.protocol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -83,14 +83,8 @@ def make_train_step(
         def objective(part: PyTree, collections: Any, batch: Any, micro: Any, counts: Any) -> Any:
             params = trees.merge(part, held)
             terms, new, aux = forward(params, state, collections, frozen, batch, micro)
-            used = {n: t for n, t in terms.items() if n in scale}
-            if not used:
-                raise ConfigError(
-                    f"none of the loss terms ({', '.join(sorted(terms))}) has a weight; "
-                    f"weights: {', '.join(sorted(scale)) or 'none'}"
-                )
             loss = jnp.zeros((), jnp.float32)
-            for name, term in used.items():
+            for name, term in weighted(terms, scale).items():
                 count = term.count if counts is None else counts[name]
                 count = jax.lax.stop_gradient(jnp.maximum(jnp.asarray(count, jnp.float32), 1.0))
                 value = jnp.asarray(term.sum, jnp.float32) / count
@@ -154,6 +148,22 @@ def make_train_step(
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metric_sharding))
+
+
+def weighted(terms: Mapping[str, Mean], weights: Iterable[str]) -> dict[str, Mean]:
+    """The terms that have a weight, of which the loss is made.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    names = set(weights)
+    used = {name: term for name, term in terms.items() if name in names}
+    if not used:
+        raise ConfigError(
+            f"none of the loss terms ({', '.join(sorted(terms))}) has a weight; "
+            f"weights: {', '.join(sorted(names)) or 'none'}"
+        )
+    return used
 
 
 def _accumulated(

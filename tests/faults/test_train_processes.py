@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ count = int(sys.argv[5])
 if count > 1:
     jax.distributed.initialize(f"localhost:{port}", count, index)
 from latent_jax.core.errors import UserError
+from latent_jax.sharding import MeshConfig, make_mesh
 from latent_jax.train import fit
 from latent_jax.train.testing import ToyData, ToySystem, toy_config
 
@@ -44,7 +46,8 @@ class System(ToySystem):
         return data
 
 try:
-    fit(System(), toy_config(steps=steps, checkpoint={"every": 5}), out,
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1) if sys.argv[7] == "fsdp" else None)
+    fit(System(), toy_config(steps=steps, checkpoint={"every": 5}), out, mesh,
         progress=lambda e: print(e.step, flush=True))
 except UserError as e:
     print(e, flush=True)
@@ -52,8 +55,10 @@ except UserError as e:
 """
 
 
-def spawn(out, steps, count=2, devices=1, late=0.0):
-    """Children of one run: ``devices`` in each, all but the first one ``late`` by some seconds."""
+def spawn(out, steps, count=2, devices=1, late=0.0, split="data"):
+    """Children of one run: ``devices`` in each, all but the first one ``late`` by some seconds;
+    ``split`` is the mesh axis that they form.
+    """
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -63,7 +68,7 @@ def spawn(out, steps, count=2, devices=1, late=0.0):
     return [
         subprocess.Popen(
             [sys.executable, "-c", CHILD, str(port), str(i), str(out), str(steps), str(count),
-             str(late)],
+             str(late), split],
             env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(count)
@@ -110,3 +115,24 @@ def test_four_devices_each_equal_eight_of_one_process_though_one_starts_late(tmp
     losses = [[json.loads(row)["loss"] for row in log] for log in logs]
     assert len(losses[0]) == 40
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_what_two_processes_saved_is_continued_on_one_device_and_on_eight(tmp_path):
+    children = spawn(tmp_path / "two", 300, devices=4, split="fsdp")
+    for line in children[0].stdout:
+        if line.strip().isdigit() and int(line) >= 10:
+            break
+    children[0].send_signal(signal.SIGTERM)
+    codes, text = finish(children)
+    assert codes == [75, 75], text
+    step = load_variables(tmp_path / "two")[1]["step"]
+    ends = []
+    for devices in (1, 8):
+        out = tmp_path / str(devices)
+        shutil.copytree(tmp_path / "two", out)
+        codes, text = finish(spawn(out, 300, count=1, devices=devices, split="fsdp"))
+        told = [int(line) for line in text.splitlines() if line.isdigit()]
+        assert codes == [0] and told[0] == step, text
+        ends.append(load_variables(out)[0]["params"]["hidden"]["kernel"])
+    np.testing.assert_allclose(ends[0], ends[1], rtol=1e-3, atol=1e-4)

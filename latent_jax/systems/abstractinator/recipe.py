@@ -13,6 +13,7 @@ from latent_jax import data
 from latent_jax.core.errors import DataError
 from latent_jax.systems.abstractinator import tokenizer
 from latent_jax.systems.abstractinator.config import AbstractDataConfig, AbstractRun
+from latent_jax.train.protocol import BatchSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,18 @@ def load(config: AbstractDataConfig, split: str, shortest: int = 1) -> Windows:
     start, stop = np.concatenate(starts), np.concatenate(stops)
     kept = stop > start
     return Windows(np.concatenate(parts), start[kept], stop[kept], config.window)
+
+
+def batch_specs(config: AbstractRun, phase: str) -> tuple[BatchSpec, ...]:
+    """Shapes of the batches of `train_stream`, from the configuration alone."""
+    rows, window = config.train.batch_size, config.data.window
+    arrays = {
+        "ids": jax.ShapeDtypeStruct((rows, window), np.int32),
+        "there": jax.ShapeDtypeStruct((rows, window), bool),
+    }
+    if phase != "main":
+        arrays[phase] = jax.ShapeDtypeStruct((rows,), bool)
+    return (BatchSpec(phase, 1.0, arrays),)
 
 
 def train_stream(config: AbstractRun, windows: Windows, phase: str):

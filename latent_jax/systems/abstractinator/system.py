@@ -149,6 +149,10 @@ class AbstractinatorSystem:
             stream.set_state(start_state)
         return stream
 
+    def batch_specs(self, phase: str):
+        """See `recipe.batch_specs`."""
+        return recipe.batch_specs(self.config, phase)
+
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Bytes that are not padding."""
         return {"bytes": int(np.asarray(batch["there"]).sum())}

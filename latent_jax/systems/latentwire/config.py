@@ -215,7 +215,7 @@ class LossConfig:
         default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
     )
     chunk: int | None = field(
-        default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
+        default=None, ge=1, help="tokens whose logits exist at once; none: all"
     )
 
     @property

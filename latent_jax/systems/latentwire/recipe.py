@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from latent_jax.core.errors import DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.train.protocol import BatchSpec
 
 
 def text_segments(
@@ -106,7 +108,7 @@ def _recall_records(config: LatentWireRun, tokenizer):
         cue = int(rng.integers(min(2, d.cue), d.cue + 1))
         begin = int(rng.integers(0, d.recall - cue - d.continuation + 1))
         stretch = windows[i][begin : begin + cue + d.continuation]
-        return {**_record(windows[i], stretch, d.continuation), "recalled": np.True_}
+        return _record(windows[i], stretch, d.continuation)
 
     return get, len(windows)
 
@@ -124,7 +126,7 @@ def _answer_records(config: LatentWireRun, builder: PromptBuilder):
             f"data.qa={d.qa}: no question with its answer fits data.max_prompt={d.max_prompt} and "
             f"data.max_answer={d.max_answer} tokens"
         )
-    return (lambda i: {**_record(*rows[i]), "asked": np.True_}), len(rows)
+    return (lambda i: _record(*rows[i])), len(rows)
 
 
 def _bucket(n: int, segment: int) -> int:
@@ -132,56 +134,115 @@ def _bucket(n: int, segment: int) -> int:
     return n if n <= segment else -(-n // segment) * segment
 
 
-def train_stream(
-    config: LatentWireRun, tokenizer, builder: PromptBuilder, phase: str = "main"
-):
-    """The endless, resumable mixture of the tasks with a positive share.
+class Kind(NamedTuple):
+    """Batches of one task and one length of text.
 
-    A task on texts has one stream per length of ``data.lengths``, of equal share; its batches have
-    equally many tokens, not rows. Batches of questions carry ``asked``, of recall ``recalled``. In
-    the phase ``prompt`` there are only questions, which carry ``raw`` as well: they are about the
-    text, not its latents.
+    Attributes:
+      task: of `TASKS`.
+      share: of the batches.
+      rows: examples of a batch.
+      length: of the texts, tokens.
+      context: static length that they are padded to.
+      inputs: static length of what the reader is fed.
+    """
+
+    task: str
+    share: float
+    rows: int
+    length: int
+    context: int
+    inputs: int
+
+
+def kinds(config: LatentWireRun, phase: str = "main") -> dict[str, Kind]:
+    """The kinds of batches of a phase.
+
+    A task on texts has one per length of ``data.lengths``, of equal share; its batches have equally
+    many tokens, not rows.
     """
     d, rows = config.data, config.train.batch_size
-    mix, marks = (d.mix, {}) if phase == "main" else ({"answer": 1.0}, {"raw": np.True_})
-    streams, shares = {}, {}
+    mix = d.mix if phase == "main" else {"answer": 1.0}
+    found: dict[str, Kind] = {}
 
-    def add(name, share, task, records, rows, context, inputs):
-        get, size = records
-        context = _bucket(context, config.model.segment)
-        sizes = {"context": context, "inputs": inputs}
-        buckets = {**sizes, **{f"{k}_mask": n for k, n in sizes.items()}, "supervised": inputs}
-        shares[name] = share
-        streams[name] = data.pipeline(
-            _with(get, {"task": np.int32(TASKS.index(task)), **marks}),
-            rows,
-            size=size,
-            buckets=buckets,
-            seed=config.seed + len(streams),
-            remainder="drop" if size >= rows else "wrap",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        )
+    def add(name, task, share, rows, length, inputs):
+        context = _bucket(length, config.model.segment)
+        found[name] = Kind(task, share, rows, length, context, inputs)
 
     for task in TASKS:
         share = mix.get(task)
         if not share:
             continue
         if task == "answer":
-            records = _answer_records(config, builder)
-            add(task, share, task, records, rows, d.max_context, d.max_prompt)
-            continue
-        if task == "recall":
-            records = _recall_records(config, tokenizer)
-            add(task, share, task, records, rows, d.recall, d.cue + d.continuation)
-            continue
-        lengths = d.lengths or (d.length,)
-        for length in lengths:
-            records = _text_records(config, tokenizer, task, length)
-            inputs = length if task == "reconstruct" else d.continuation
-            name = f"{task}-{length}"
-            n = rows * d.length // length
-            add(name, share / len(lengths), task, records, n, length, inputs)
+            add(task, task, share, rows, d.max_context, d.max_prompt)
+        elif task == "recall":
+            add(task, task, share, rows, d.recall, d.cue + d.continuation)
+        else:
+            lengths = d.lengths or (d.length,)
+            for length in lengths:
+                inputs = length if task == "reconstruct" else d.continuation
+                n = rows * d.length // length
+                add(f"{task}-{length}", task, share / len(lengths), n, length, inputs)
+    return found
+
+
+def _marks(task: str, phase: str) -> tuple[str, ...]:
+    """Fields whose presence says what a batch is."""
+    own = {"answer": ("asked",), "recall": ("recalled",)}.get(task, ())
+    return own if phase == "main" else (*own, "raw")
+
+
+def batch_specs(config: LatentWireRun, phase: str = "main") -> tuple[BatchSpec, ...]:
+    """Shapes of the batches of `train_stream`, from the configuration alone."""
+    specs = []
+    for name, kind in kinds(config, phase).items():
+        sizes = {
+            "context": (kind.context, np.int32), "context_mask": (kind.context, bool),
+            "inputs": (kind.inputs, np.int32), "inputs_mask": (kind.inputs, bool),
+            "supervised": (kind.inputs, bool),
+        }  # fmt: skip
+        arrays = {
+            field: jax.ShapeDtypeStruct((kind.rows, size), dtype)
+            for field, (size, dtype) in sizes.items()
+        }
+        arrays["task"] = jax.ShapeDtypeStruct((kind.rows,), np.int32)
+        for mark in _marks(kind.task, phase):
+            arrays[mark] = jax.ShapeDtypeStruct((kind.rows,), bool)
+        specs.append(BatchSpec(name, kind.share, arrays))
+    return tuple(specs)
+
+
+def train_stream(
+    config: LatentWireRun, tokenizer, builder: PromptBuilder, phase: str = "main"
+):
+    """The endless, resumable mixture of `kinds`.
+
+    Batches of questions carry ``asked``, of recall ``recalled``. In the phase ``prompt`` there are
+    only questions, which carry ``raw`` as well: they are about the text, not its latents.
+    """
+    streams, shares = {}, {}
+    for name, kind in kinds(config, phase).items():
+        if kind.task == "answer":
+            get, size = _answer_records(config, builder)
+        elif kind.task == "recall":
+            get, size = _recall_records(config, tokenizer)
+        else:
+            get, size = _text_records(config, tokenizer, kind.task, kind.length)
+        buckets = {
+            "context": kind.context, "context_mask": kind.context, "inputs": kind.inputs,
+            "inputs_mask": kind.inputs, "supervised": kind.inputs,
+        }  # fmt: skip
+        fields = {mark: np.True_ for mark in _marks(kind.task, phase)}
+        shares[name] = kind.share
+        streams[name] = data.pipeline(
+            _with(get, {"task": np.int32(TASKS.index(kind.task)), **fields}),
+            kind.rows,
+            size=size,
+            buckets=buckets,
+            seed=config.seed + len(streams),
+            remainder="drop" if size >= kind.rows else "wrap",
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
     return data.mix(streams, shares, seed=config.seed, task_field=None)
 
 

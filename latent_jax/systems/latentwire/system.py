@@ -113,6 +113,19 @@ class LatentWireSystem:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         return {"params": params}
 
+    def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Shapes of what `init` returns: neither a start's weights nor the data are read."""
+        ids = batch["context"]
+        found = jax.eval_shape(
+            lambda r, i: self.model.init(jax.random.key(0), r, i, jnp.ones(i.shape, bool)),
+            self.frozen["reader"], jax.ShapeDtypeStruct(ids.shape, jnp.int32),
+        )  # fmt: skip
+        return {"params": found["params"]}
+
+    def batch_specs(self, phase: str):
+        """See `recipe.batch_specs`."""
+        return recipe.batch_specs(self.config, phase)
+
     def param_labels(self, params):
         """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt`` and
         ``bottleneck``; a bottleneck's input statistics are frozen.

@@ -116,7 +116,7 @@ class LossConfig:
         default=0.1, help="squared scores that ask for what cannot be done"
     )
     chunk: int | None = field(
-        default=None, ge=1, help="tokens whose logits exist at once; none: all (faster, larger)"
+        default=None, ge=1, help="tokens whose logits exist at once; none: all"
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Int
 from latent_jax import data
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.train.protocol import BatchSpec
 
 
 def histories(
@@ -30,6 +31,35 @@ def filler(config: MegaRun, characters: int = 1 << 22) -> str:
     return "\n\n".join(texts)[:characters]
 
 
+def _rows(config: MegaRun, phase: str) -> tuple[int, tuple[str, ...]]:
+    """Blocks of a phase's rows, and the fields whose presence says what they are.
+
+    Raises:
+      ConfigError: another name, or a level that the layout does not have.
+    """
+    layout = config.model.layout
+    if phase in ("main", "near"):
+        return config.data.blocks, () if phase == "main" else ("near",)
+    known = [f"upper{level}" for level in range(2, layout.levels + 1)]
+    if phase not in known:
+        names = ", ".join(["main", "near", *known])
+        raise ConfigError(
+            f"train.phases: no data {phase!r}; there are: {names} (a level needs its slots in "
+            "model.layout.slots)"
+        )
+    width = int(layout.widths[int(phase.removeprefix("upper"))])
+    return width + config.data.beyond, ("upper",)
+
+
+def batch_specs(config: MegaRun, phase: str) -> tuple[BatchSpec, ...]:
+    """Shapes of the batches of `train_stream`, from the configuration alone."""
+    blocks, marks = _rows(config, phase)
+    rows, tokens = config.train.batch_size, blocks * config.model.layout.block
+    arrays = {"ids": jax.ShapeDtypeStruct((rows, tokens), np.int32)}
+    arrays |= {mark: jax.ShapeDtypeStruct((rows,), bool) for mark in marks}
+    return (BatchSpec(phase, 1.0, arrays),)
+
+
 def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
     """Endless, shuffled, resumable rows.
 
@@ -41,20 +71,10 @@ def train_stream(config: MegaRun, tokenizer: Any, phase: str = "main"):
     Raises:
       ConfigError: another name, or a level that the layout does not have.
     """
-    layout, blocks, mark = config.model.layout, config.data.blocks, {}
-    if phase == "near":
-        mark = {"near": np.True_}
-    elif phase != "main":
-        known = [f"upper{level}" for level in range(2, layout.levels + 1)]
-        if phase not in known:
-            names = ", ".join(["main", "near", *known])
-            raise ConfigError(
-                f"train.phases: no data {phase!r}; there are: {names} (a level needs its slots in "
-                "model.layout.slots)"
-            )
-        blocks = int(layout.widths[int(phase.removeprefix("upper"))]) + config.data.beyond
-        mark = {"upper": np.True_}
-    rows = histories(config, tokenizer, "train", blocks * layout.block, config.data.rows)
+    blocks, marks = _rows(config, phase)
+    mark = {name: np.True_ for name in marks}
+    tokens = blocks * config.model.layout.block
+    rows = histories(config, tokenizer, "train", tokens, config.data.rows)
     return data.pipeline(
         lambda i: {"ids": rows[i], **mark},
         config.train.batch_size,

@@ -19,6 +19,7 @@ from latent_jax.data.windows import (
 )
 from latent_jax.data.zeros import Spacings, load_spacings
 from latent_jax.systems.spacing.config import SpacingDataConfig, SpacingRun
+from latent_jax.train.protocol import BatchSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,16 @@ def load(config: SpacingDataConfig) -> Gaps:
         raise DataError(f"data.source={config.source}: heights are not finite")
     values = found.values.astype(np.float32)
     return Gaps(values, height.astype(np.float32), found, split, **starts)
+
+
+def batch_specs(config: SpacingRun, phase: str) -> tuple[BatchSpec, ...]:
+    """Shapes of the batches of `train_stream`, from the configuration alone."""
+    rows, length = config.train.batch_size, config.data.train_window or config.data.window
+    arrays = {
+        "gaps": jax.ShapeDtypeStruct((rows, length), np.float32),
+        "log_height": jax.ShapeDtypeStruct((rows,), np.float32),
+    }
+    return (BatchSpec(phase, 1.0, arrays),)
 
 
 def train_stream(config: SpacingRun, gaps: Gaps):

@@ -53,7 +53,21 @@ class SpacingSystem:
         )
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh parameters of every seed."""
+        """Fresh parameters of every seed; kernels are fitted to the data."""
+        c = self.config
+        params = jax.jit(self._fresh)(rngs["params"])
+        tree = params["model"]["gaps"]
+        embed = c.model.embed
+        if embed.kernels:
+            seeds = range(c.seed, c.seed + c.seeds)
+            tree |= start.embedding(self.gaps, c.data.window, self.model.reach, embed, seeds)
+        return {"params": params}
+
+    def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Shapes of what `init` returns: nothing is fitted."""
+        return {"params": jax.eval_shape(lambda: self._fresh(jax.random.key(0)))}
+
+    def _fresh(self, key: jax.Array) -> PyTree:
         c = self.config
         t = c.data.window - 1
 
@@ -67,13 +81,7 @@ class SpacingSystem:
                 params["auxiliary"] = {"kernel": kernel, "bias": jnp.zeros(len(AUXILIARY))}
             return params
 
-        params = jax.jit(jax.vmap(one))(jax.random.split(rngs["params"], c.seeds))
-        tree = params["model"]["gaps"]
-        embed = c.model.embed
-        if embed.kernels:
-            seeds = range(c.seed, c.seed + c.seeds)
-            tree |= start.embedding(self.gaps, c.data.window, self.model.reach, embed, seeds)
-        return {"params": params}
+        return jax.vmap(one)(jax.random.split(key, c.seeds))
 
     @property
     def _auxiliary(self) -> bool:
@@ -132,6 +140,10 @@ class SpacingSystem:
         if start_state is not None:
             stream.set_state(start_state)
         return stream
+
+    def batch_specs(self, phase: str):
+        """See `recipe.batch_specs`."""
+        return recipe.batch_specs(self.config, phase)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Windows, and gaps that are predicted."""
