@@ -37,13 +37,16 @@ class SegmentConfig:
     rule: str = field(
         default="fixed:6",
         help="fixed:N; space: at the first byte after white space; entropy: where the section "
-        "entropy's model is uncertain",
+        "entropy's model is uncertain; information: where it has been surprised by enough bits",
     )
     delta: float | None = field(
         default=None, help="entropy: bits that a byte's exceeds the one before by (null: unused)"
     )
     threshold: float | None = field(
         default=None, help="entropy: bits above which a byte starts a segment (null: unused)"
+    )
+    bits: float | None = field(
+        default=None, gt=0.0, help="information: bits of surprise that a segment holds at most"
     )
     longest: int | None = field(
         default=None, ge=1, help="most bytes of a segment (null: N of fixed, else 16)"
@@ -65,6 +68,8 @@ class SegmentConfig:
             )
         if self.rule != "entropy" and limits:
             raise ConfigError(f"segments.{limits[0]} needs segments.rule=entropy")
+        if (self.rule == "information") != (self.bits is not None):
+            raise ConfigError("segments.rule=information and segments.bits need each other")
 
     @property
     def most(self) -> int:
@@ -97,17 +102,27 @@ class LevelConfig:
     lookback: int = field(default=2, ge=0, help="earlier rows that the expander reads")
     codes: int = field(default=256, ge=2, help="codes per stage")
     stages: int = field(default=4, ge=1, help="digits of a row")
+    taper: float = field(
+        default=1.0, ge=1.0,
+        help="how many times larger than the next stage's share of a row's numbers a stage's share "
+        "is; the stages then start with bytes of their own (1: no shares)",
+    )
     vq: VQConfig = field(default_factory=VQConfig, help="how codebooks are searched and learned")
 
     def validate(self) -> None:
         """Refuses what the level cannot be, or does not carry through to the expander."""
         _check_heads("level", self.width, self.heads)
+        if self.taper > 1 and (self.queries % self.stages or self.row_width % self.stages):
+            raise ConfigError(
+                f"level.taper={self.taper:g}: level.stages={self.stages} must divide level.queries="
+                f"{self.queries} and level.row_width={self.row_width}"
+            )
         if self.vq.learn != "ema" or self.vq.groups != 1:
             raise ConfigError("level.vq: a level needs learn=ema and groups=1")
-        if self.vq.bypass.used or self.vq.soft.used:
+        if self.vq.bypass.value or self.vq.soft.used:
             raise ConfigError(
-                "level.vq: bypass and soft are not for a level, whose expander reads in training "
-                "the quantised rows that it reads in generation"
+                "level.vq: soft, and a bypass that does not end at 0, are not for a level, whose "
+                "expander reads in training the quantised rows that it reads in generation"
             )
 
 
@@ -300,9 +315,10 @@ class AbstractRun(RunBase):
     def _check_entropy(self) -> None:
         kinds = [phase.data for phase in self.train.phases]
         first = kinds.index("entropy") if "entropy" in kinds else None
-        used = self.segments.rule == "entropy"
+        rule = self.segments.rule
+        used = rule in ("entropy", "information")
         if used and self.entropy is None:
-            raise ConfigError("segments.rule=entropy needs the section entropy")
+            raise ConfigError(f"segments.rule={rule} needs the section entropy")
         if self.entropy is not None and first is None and self.train.init_from is None:
             raise ConfigError(
                 "entropy: no phase of train.phases has data=entropy and trains it, and there is no "
@@ -315,7 +331,7 @@ class AbstractRun(RunBase):
         cycle = sum(phase.steps for phase in self.train.phases)
         if before or (self.train.phases[-1].steps and self.train.steps > cycle):
             raise ConfigError(
-                "train.phases: with segments.rule=entropy, data=entropy comes once and before all "
+                f"train.phases: with segments.rule={rule}, data=entropy comes once and before all "
                 "levels, whose segments would move"
             )
 

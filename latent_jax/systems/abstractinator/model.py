@@ -77,6 +77,8 @@ class Abstractinator(nn.Module):
         surprise = None
         if c.rule == "entropy":
             surprise = segment.surprising(self.entropies(ids, valid), c.delta, c.threshold)
+        elif c.rule == "information":
+            surprise = segment.informative(self.surprises(ids, valid), c.bits, c.most)
         return segment.segment(ids, valid, c.rule, c.most, budget or self.config.budget, surprise)
 
     def entropies(
@@ -85,6 +87,14 @@ class Abstractinator(nn.Module):
         """Bits of the entropy model's prediction of each byte, which boundaries are made of."""
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.foresee(ids, valid)))
         return -jnp.sum(jnp.exp(log_p) * log_p, -1) / jnp.log(2.0)
+
+    def surprises(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    ) -> Float[Array, "b t"]:
+        """Bits of each byte under the entropy model; 0 at padding."""
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.foresee(ids, valid)))
+        own = jnp.take_along_axis(log_p, jnp.where(valid, ids, 0)[..., None], -1)[..., 0]
+        return jnp.where(valid, -own, 0.0) / jnp.log(2.0)
 
     def foresee(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
         """Logits of the entropy model."""
@@ -154,6 +164,10 @@ class Abstractinator(nn.Module):
         vectors = self._part("compressor", level)(read, valid, found)
         quantised = self._part("quantiser", level)(vectors, found.rows, train=train)
         rows = self.append(quantised.indices, quantised.quantized, level)
+        bypass = self.config.levels[level].vq.bypass
+        if train and bypass.used:
+            share = bypass(self._part("quantiser", level).count.value)
+            rows = jnp.where(share > 0, quantised.quantized, rows)
         return Rows(rows, quantised.indices, found.rows, found, quantised)
 
     def pyramid(
