@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
         if name in groups
     ]
     for group, members in groups.items():
-        panels = [figures.curve(name, {name: column}) for name, column in members.items()]
+        panels = [figures.curve(name, lines) for name, lines in _by_stage(members).items()]
         made.append((_GROUPS.get(group, group.replace("_", " ").capitalize()), panels))
     if main:
         panels = [
@@ -165,6 +166,16 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     if optimiser:
         made.append(("Optimiser", optimiser))
     return made
+
+
+def _by_stage(columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Columns as panels: those that differ in the number of a stage alone are lines of one."""
+    panels: dict[str, dict[str, Any]] = {}
+    for name, column in columns.items():
+        stage = re.search(r"(?<![^.])stage\d+\.", name)
+        title = name.replace(stage.group(), "") if stage else name
+        panels.setdefault(title, {})[stage.group()[:-1] if stage else name] = column
+    return panels
 
 
 def _comparisons(

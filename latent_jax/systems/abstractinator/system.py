@@ -12,7 +12,7 @@ import numpy as np
 from latent_jax.core import trees
 from latent_jax.core.errors import CheckpointError, ConfigError, DataError
 from latent_jax.core.types import PyTree
-from latent_jax.systems.abstractinator import corrupt, losses, progress, recipe, tokenizer
+from latent_jax.systems.abstractinator import corrupt, held, losses, progress, recipe, tokenizer
 from latent_jax.systems.abstractinator.config import PEERS, AbstractRun, part
 from latent_jax.systems.abstractinator.model import Abstractinator
 from latent_jax.systems.abstractinator.segment import parse_rule
@@ -54,6 +54,7 @@ class AbstractinatorSystem:
         self._generator: Any = None
         self._measure: Any = None
         self._checked = False
+        self._held: set[str] = set()
         self._quick = jax.jit(self._held_out_terms)
 
     def windows(self, split: str) -> recipe.Windows:
@@ -137,21 +138,24 @@ class AbstractinatorSystem:
             found, seen = losses.top(self.model, variables, out[-1])
             terms, aux = terms | found, aux | seen
             if train and "progress" in variables:
-                held = variables["progress"]
-                held = {
-                    "positions": progress.add(held["positions"], out[-1].there.sum()),
-                    "bytes": progress.add(held["bytes"], valid.sum()),
+                seen = variables["progress"]
+                seen = {
+                    "positions": progress.add(seen["positions"], out[-1].there.sum()),
+                    "bytes": progress.add(seen["bytes"], valid.sum()),
                 }
-                moved = {**moved, "progress": held}
-                aux["top.effective_positions"] = progress.total(held["positions"])
+                moved = {**moved, "progress": seen}
+                aux["top.effective_positions"] = progress.total(seen["positions"])
         return terms, dict(moved), aux
 
     def train_data(self, phase: str, start_state: Any):
-        """Shuffled windows of the training text."""
+        """Shuffled windows of the training text; levels that they do not train are proved held."""
         trains = self.config.trains
         if phase != "main" and phase not in trains:
             raise ConfigError(f"no training data {phase!r}; there are: {', '.join(trains)}")
         stream = recipe.train_stream(self.config, self.windows("train"), phase)
+        if phase != "main" and phase not in self._held:
+            held.prove(self, phase)
+            self._held.add(phase)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
@@ -162,8 +166,8 @@ class AbstractinatorSystem:
 
     def eval_data(self) -> dict[str, np.ndarray]:
         """Held-out windows of the evaluation while training."""
-        held = self.windows("validation")
-        return held.batch(held.spread(self.config.eval.quick))
+        windows = self.windows("validation")
+        return windows.batch(windows.spread(self.config.eval.quick))
 
     def _held_out_terms(self, variables, batch):
         rngs = {"codes": jax.random.key(0)}

@@ -43,7 +43,10 @@ class TopLM(nn.Module):
         self.read = nn.Dense(c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.ff)
         if c.head != "discrete":
-            self.value_norm, self.value = nn.LayerNorm(), nn.Dense(self.row_width)
+            # Zero, as below: rows are much smaller than a layer's usual output, and an untrained
+            # prediction of that size is several times worse than none.
+            self.value = nn.Dense(self.row_width, kernel_init=nn.initializers.zeros)
+            self.value_norm = nn.LayerNorm()
             self.sharpness = self.param("sharpness", nn.initializers.zeros, (self.stages,))
         if c.head == "continuous":
             return
