@@ -217,3 +217,17 @@ def test_figures_are_reproducible_and_follow_the_page_colour():
 def test_long_logs_stay_small(tmp_path):
     path = make_run(tmp_path, metrics__jsonl=rows(5000))
     assert write_report(path).stat().st_size < 1_500_000
+
+
+def test_stages_are_lines_of_one_panel():
+    """Eight stages are one figure with eight lines and not eight figures."""
+    rows = [
+        {"step": s, "rvq.level0.stage0.dead": 0.1 * s, "rvq.level0.stage1.dead": 0.2 * s,
+         "rvq.level0.error": 1.0, "eval.top.stage0.accuracy": 0.5}
+        for s in (1, 2, 3)
+    ]  # fmt: skip
+    panels = dict(html.curves(rows))
+    assert len(panels["Rvq"]) == 2
+    assert all(name in panels["Rvq"][0] for name in ("level0.dead", "stage0", "stage1"))
+    assert "level0.error" in panels["Rvq"][1]
+    assert len(panels["Held out, while training"]) == 1

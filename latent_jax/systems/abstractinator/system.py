@@ -16,6 +16,7 @@ from latent_jax.systems.abstractinator import corrupt, held, losses, progress, r
 from latent_jax.systems.abstractinator.config import PEERS, AbstractRun, part
 from latent_jax.systems.abstractinator.model import Abstractinator
 from latent_jax.systems.abstractinator.segment import parse_rule
+from latent_jax.train.config import GuardConfig
 
 
 class AbstractinatorSystem:
@@ -28,6 +29,13 @@ class AbstractinatorSystem:
 
     config_class = AbstractRun
     rng_names = ("codes", "rows")
+    guards = (
+        GuardConfig(
+            metric="overflow", above=0.01, after=20, patience=3,
+            message="share of bytes beyond segments.budget, which no row holds: raise it, or "
+            "make segments longer",
+        ),
+    )
     frozen: Mapping[str, Any] = {}
     logical_rules = (
         (r"(qkv|q|kv|up|unfold)/kernel$", ("embed", "mlp")),

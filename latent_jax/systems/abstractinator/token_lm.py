@@ -44,9 +44,8 @@ def bits_per_byte(name: str, windows: Sequence[bytes], report: Any) -> dict[str,
     """
     model = backbones.load(name)
     tokenizer = model.tokenizer
-    first = tokenizer.token_to_id(_DOCUMENT)
-    if first is None:
-        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.pad_id
+    marks = (tokenizer.token_to_id(_DOCUMENT), tokenizer.bos_id, tokenizer.eos_id)
+    first = next((mark for mark in marks if mark is not None), tokenizer.pad_id)
     texts = [window.decode("utf-8", errors="ignore") for window in windows]
     size = sum(map(len, windows))
     bits = 8.0 * (size - sum(len(text.encode()) for text in texts))
