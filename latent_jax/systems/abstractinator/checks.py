@@ -12,10 +12,10 @@ def check(config: AbstractRun) -> None:
     Raises:
       ConfigError: names the setting, and what to do.
     """
+    _check_router(config)
     for phase in config.train.phases:
         _check_phase(config, phase)
     _check_entropy(config)
-    _check_router(config)
     _check_distances(config)
     _check_codes(config)
     trained = {label for phase in config.train.phases for label in phase.train}

@@ -35,9 +35,9 @@ class Measure:
             "covered": out.found.length.sum(),
             "byte_nats": jnp.sum(jnp.where(counted, nll, 0.0)),
         }
-        for i, (rows, level) in enumerate(zip(every, config.levels, strict=True)):
+        for i, rows in enumerate(every):
             sums[f"rows{i}"] = rows.there.sum()
-            sums[f"usage{i}"] = vq_metrics.histogram(rows.digits, level.codes)
+            sums[f"usage{i}"] = vq_metrics.histogram(rows.digits, rows.codes)
             error = rows.quantised.metrics["quantisation_error"]
             sums[f"mean/rvq.level{i}.quantisation_error"] = jnp.stack(list(error))
             if i:
@@ -79,7 +79,7 @@ class Measure:
     def _free_running(self, variables, ids, valid, stages):
         """Greedy bytes of rows whose digits from ``stages`` on are dropped."""
         out = self.model.apply(variables, ids, valid, method="encode")
-        kept = jnp.where(jnp.arange(out.digits.shape[-1]) < stages, out.digits, -1)
+        kept = jnp.where(jnp.arange(out.depth) < stages, out.digits, -1)
         rows = self.model.apply(variables, kept, method="append")
         return self._bytes(variables, ids, out, rows)
 
@@ -90,17 +90,17 @@ class Measure:
         """
         model, config = self.model, self.model.config
         out = model.apply(variables, ids, valid, (), level, method="pyramid")
-        digits, sums = out[level].digits, {}
-        kept = jnp.where(jnp.arange(digits.shape[-1]) < stages, digits, -1)
+        high, sums = out[level], {}
+        kept = jnp.where(jnp.arange(high.depth) < stages, high.digits, -1)
         rows = model.apply(variables, kept, level=level, method="append")
         for i in range(level, 0, -1):
             below = out[i - 1]
-            b, s, stages = below.digits.shape
-            blank = jnp.full((b, rows.shape[1], config.longest(i), stages), -1, jnp.int32)
+            b, s, depth = below.digits.shape
+            blank = jnp.full((b, rows.shape[1], config.longest(i), depth), -1, jnp.int32)
             said = say_rows(
                 model, variables, i, rows, out[i].there, blank, jax.random.key(0),
-                Choice.of(stages),
-            ).reshape(b, -1, stages)[:, :s]  # fmt: skip
+                Choice.of(depth),
+            ).reshape(b, -1, depth)[:, :s]  # fmt: skip
             known = below.digits >= 0
             if i == level:
                 sums["digits"] = known.sum()

@@ -39,6 +39,16 @@ class Rows(NamedTuple):
     quantised: Quantized
     scores: Float[Array, "b t"] | None = None
 
+    @property
+    def depth(self) -> int:
+        """Digits of a row."""
+        return self.digits.shape[-1]
+
+    @property
+    def codes(self) -> int:
+        """Codes of each digit's stage."""
+        return self.quantised.metrics["usage"].shape[-1]
+
 
 class Lookback(NamedTuple):
     """What an expander reads in place of a level's rows.

@@ -23,6 +23,7 @@ def config(tiny, **segments):
     tree["level"]["vq"] = {"init": "random"}
     phase = {"name": "entropy", "steps": 1, "data": "entropy", "train": ["entropy"]}
     tree["train"]["phases"] = [phase, *tree["train"]["phases"][:2]]
+    tree["train"]["phases"][-1]["steps"] = 0
     return tree
 
 

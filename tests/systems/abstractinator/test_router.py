@@ -31,6 +31,7 @@ def config(tiny, **sections):
     tree["level"]["vq"] = {"init": "random"}
     tree["train"]["phases"] = tree["train"]["phases"][:2]
     tree["train"]["phases"][0]["train"] = ["compressor", "expander", "router"]
+    tree["train"]["phases"][1]["steps"] = 0
     return tree
 
 
@@ -80,6 +81,7 @@ def test_rows_keep_their_bits_and_pass_a_gradient_on():
     np.testing.assert_allclose(to_p[0], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_stream_is_cut_as_the_whole_text_is(made):
     system, variables, _ = made
     # Every prefix, and every prefix followed by other bytes than the text's.
@@ -112,6 +114,7 @@ def test_a_stream_is_cut_as_the_whole_text_is(made):
     assert few.overflow[last] == len(TEXT) - found.length[last][:3].sum()
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_the_router_and_no_codebook(made):
     system, variables, batch = made
     held = variables["codebook"]["quantiser"]
@@ -166,6 +169,7 @@ def test_starts_come_to_be_as_many_as_wanted():
     assert abs(share[-10:].mean() - 1 / wanted) < 0.5 * abs(share[0] - 1 / wanted)
 
 
+@pytest.mark.slow
 def test_calibration_says_what_the_router_came_to(made):
     system, variables, _ = made
     found = system.calibrate_segments(variables, {}, 3.0, windows=40)
