@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,11 @@ class AbstractinatorSystem:
         found = dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
         return {**found, "progress": progress.fresh()}
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        """Variables without their values."""
+        return jax.eval_shape(lambda key: self.init({"params": key}, {}), jax.random.key(0))
+
     def check(self, variables: Mapping[str, Any]) -> None:
         """Refuses variables of another configuration, once.
 
@@ -86,9 +92,8 @@ class AbstractinatorSystem:
         """
         if self._checked:
             return
-        wanted = jax.eval_shape(lambda key: self.init({"params": key}, {}), jax.random.key(0))
         found = trees.flatten(variables)
-        for path, leaf in trees.flatten(wanted).items():
+        for path, leaf in trees.flatten(self.shapes).items():
             if path.startswith("progress/"):
                 continue
             if path not in found:
