@@ -181,13 +181,17 @@ def _by_stage(columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def _comparisons(
     section: tables.Section, results: Mapping[str, Any], main_reader: str
 ) -> list[Markup]:
-    """F1 of every arm: against the ratio where there are several, else as dots with intervals."""
+    """Scores against bits; F1 of every arm against the ratio, or at a single one with intervals."""
     made: list[Markup] = []
     if section.key == "wire":
         names, lines = tables.by_bits(results)
         if len(names) > 1 and lines:
             label = "number format and bytes per token of text"
             made.append(figures.against("Quality against bits", label, names, lines))
+    if section.key == "rate_distortion":
+        names, lines = tables.by_code_bits(results)
+        title = "Right bytes, free-running, by stages kept"
+        made.append(figures.against(title, "code bits per byte", names, lines))
     for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}

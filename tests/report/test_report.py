@@ -231,3 +231,20 @@ def test_stages_are_lines_of_one_panel():
     assert all(name in panels["Rvq"][0] for name in ("level0.dead", "stage0", "stage1"))
     assert "level0.error" in panels["Rvq"][1]
     assert len(panels["Held out, while training"]) == 1
+
+
+def test_bytes_are_drawn_against_the_code_bits_of_each_level(tmp_path):
+    results = {
+        f"rate_distortion.{level}stages{i}.{name}": value * i
+        for level, scale in (("", 1.0), ("level1.", 0.3))
+        for i in (1, 2)
+        for name, value in (("code_bits_per_byte", scale), ("byte_accuracy", 0.4))
+    }
+    names, lines = tables.by_code_bits(results)
+    assert names == ["0.3", "0.6", "1", "2"]
+    assert lines == {
+        "level1": {"0.3": (0.4, None), "0.6": (0.8, None)},
+        "level0": {"1": (0.4, None), "2": (0.8, None)},
+    }
+    page = write_report(make_run(tmp_path / "r", results__json=results)).read_text()
+    assert "Right bytes, free-running, by stages kept" in page
