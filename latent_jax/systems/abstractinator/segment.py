@@ -5,8 +5,9 @@ on bytes ``0 … t`` alone. So a stream is cut as the whole text is, and future 
 boundaries. ``fixed:n`` starts one every ``n`` bytes; ``space`` at the first byte after a run of
 white space, which thus ends the word before it; ``entropy`` at the byte that is hard to foresee:
 with ``H[t]`` the entropy of a byte model's prediction of byte ``t`` from those before it, where
-``H[t] > H[t-1] + delta`` or ``H[t] > threshold``. No segment is longer than ``longest``: where a
-rule would let it grow, another one starts.
+``H[t] > H[t-1] + delta`` or ``H[t] > threshold``; ``learned`` where a router's probability (see
+`router`) is above a threshold. No segment is longer than ``longest``: where a rule would let it
+grow, another one starts.
 """
 
 from __future__ import annotations
@@ -56,11 +57,11 @@ def parse_rule(rule: str) -> int | None:
     kind, _, size = rule.partition(":")
     if kind == "fixed" and size.isdecimal() and int(size) > 0:
         return int(size)
-    if rule in ("space", "entropy", "information"):
+    if rule in ("space", "entropy", "information", "learned"):
         return None
     raise ConfigError(
         f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space, entropy, "
-        "information"
+        "information, learned"
     )
 
 
@@ -70,7 +71,7 @@ def surprising(
     """Bytes whose prediction is uncertain; the first one always is.
 
     Args:
-      bits: entropy of the prediction of each byte.
+      bits: entropy of the prediction of each byte; or, learned, its probability of a start.
       delta: bits above the byte before; None is never.
       threshold: bits; None is never.
     """
@@ -115,13 +116,14 @@ def starts(
 
     Args:
       ids: byte ids.
-      rule: ``fixed:n``, ``space``, ``entropy`` or ``information``.
+      rule: ``fixed:n``, ``space``, ``entropy``, ``information`` or ``learned``.
       longest: most bytes of a segment.
-      surprise: `surprising` bytes for ``entropy``, `informative` ones for ``information``.
+      surprise: `surprising` bytes for ``entropy`` and ``learned``, `informative` ones for
+        ``information``.
     """
     at = jnp.arange(ids.shape[1])
     size = parse_rule(rule)
-    if rule in ("entropy", "information"):
+    if rule in ("entropy", "information", "learned"):
         natural = surprise
     elif size is not None:
         natural = jnp.broadcast_to(at % size == 0, ids.shape)
