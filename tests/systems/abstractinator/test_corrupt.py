@@ -46,6 +46,7 @@ def test_off_is_nothing_and_before_its_time_changes_no_bit(tiny, made, encoded):
     assert 0 < int((~after.clean).sum()) < int(out.there.sum())
 
 
+@pytest.mark.slow
 def test_noise_is_as_large_as_asked_and_leaves_other_rows_alone(tiny, encoded):
     variables, out = encoded
     # Many rows, so that the size of the noise is known well.
@@ -62,6 +63,7 @@ def test_noise_is_as_large_as_asked_and_leaves_other_rows_alone(tiny, encoded):
     assert spread == pytest.approx(0.3 * size, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_models_own_rows_are_codes_that_it_predicts(tiny, encoded):
     variables, out = encoded
     own = system_with(tiny, share={"value": 1.0}, by="model")
@@ -79,6 +81,7 @@ def test_the_models_own_rows_are_codes_that_it_predicts(tiny, encoded):
     assert np.abs(np.asarray(found.rows - out.rows))[there].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_only_segments_of_true_rows_are_scored(made, encoded):
     system, batch = made[0], made[2]
     variables, out = encoded

@@ -37,6 +37,7 @@ def test_density_and_entropy_are_those_of_a_gaussian():
     np.testing.assert_allclose(found.bits(), every.entropy().mean(-1) / np.log(2), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_either_head_cuts_and_each_has_its_loss(tiny):
     ids = jnp.asarray([list(TEXT)])
     there = jnp.ones(ids.shape, bool)
