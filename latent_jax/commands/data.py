@@ -70,7 +70,7 @@ def show(
 
 @app.command("calibrate-segments")
 def calibrate_segments(
-    run: Annotated[str, typer.Argument(help="Run with an entropy model.")],
+    run: Annotated[str, typer.Argument(help="Run with an entropy model or a router.")],
     bytes_per_segment: Annotated[float, typer.Option(min=1.0, help="Wanted mean length.")],
     delta: Annotated[
         bool, typer.Option("--delta", help="Find segments.delta, not segments.threshold.")
@@ -79,7 +79,7 @@ def calibrate_segments(
     checkpoint: Annotated[str, typer.Option(help="last, best, peak or a step.")] = "last",
     out: Annotated[str | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
-    """Find the limit of entropy segments for a wanted length, on the run's training text."""
+    """Find the limit that cuts a run's training text, by entropy or learned, to a wanted length."""
     from latent_jax.commands import inspect
     from latent_jax.commands.show import present
 

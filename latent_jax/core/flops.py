@@ -11,7 +11,9 @@ from jax.extend import core
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
-def matmul_flops(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
+def matmul_flops(
+    fn: Callable[..., Any], *args: Any, branch: Callable[[list[float]], float] = max
+) -> tuple[float, Any]:
     """Floating-point operations of all matrix products that the first result of ``fn`` needs.
 
     A product of ``[m, k]`` and ``[k, n]`` is ``2 m n k``; the body of a scan counts once per
@@ -24,6 +26,8 @@ def matmul_flops(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     Args:
       fn: a pure function that returns a pair.
       *args: arrays, or shapes of arrays (`jax.ShapeDtypeStruct`).
+      branch: what a `cond` costs, of its branches; ``min`` where the costly one is rare,
+        such as the start of a codebook.
 
     Returns:
       The operations, and the shapes of the second result, which is not counted.
@@ -37,20 +41,20 @@ def matmul_flops(fn: Callable[..., Any], *args: Any) -> tuple[float, Any]:
     needed = len(jax.tree.leaves(wanted))
     outputs = len(closed.jaxpr.outvars)
     used, _ = dce_jaxpr(closed.jaxpr, [i < needed for i in range(outputs)])
-    return _count(used), rest
+    return _count(used, branch), rest
 
 
-def _count(jaxpr: Any) -> float:
-    return float(sum(_of(eqn) for eqn in jaxpr.eqns))
+def _count(jaxpr: Any, branch: Callable[[list[float]], float]) -> float:
+    return float(sum(_of(eqn, branch) for eqn in jaxpr.eqns))
 
 
-def _of(eqn: Any) -> float:
+def _of(eqn: Any, branch: Callable[[list[float]], float]) -> float:
     if eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
         return 2.0 * depth * math.prod(eqn.outvars[0].aval.shape)
-    inner = [_count(sub) for sub in core.jaxprs_in_params(eqn.params)]
+    inner = [_count(sub, branch) for sub in core.jaxprs_in_params(eqn.params)]
     if eqn.primitive.name == "cond":  # one of its branches runs
-        return max(inner)
+        return branch(inner)
     times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
     return times * sum(inner)

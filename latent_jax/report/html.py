@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
         if name in groups
     ]
     for group, members in groups.items():
-        panels = [figures.curve(name, {name: column}) for name, column in members.items()]
+        panels = [figures.curve(name, lines) for name, lines in _by_stage(members).items()]
         made.append((_GROUPS.get(group, group.replace("_", " ").capitalize()), panels))
     if main:
         panels = [
@@ -167,16 +168,30 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     return made
 
 
+def _by_stage(columns: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Columns as panels: those that differ in the number of a stage alone are lines of one."""
+    panels: dict[str, dict[str, Any]] = {}
+    for name, column in columns.items():
+        stage = re.search(r"(?<![^.])stage\d+\.", name)
+        title = name.replace(stage.group(), "") if stage else name
+        panels.setdefault(title, {})[stage.group()[:-1] if stage else name] = column
+    return panels
+
+
 def _comparisons(
     section: tables.Section, results: Mapping[str, Any], main_reader: str
 ) -> list[Markup]:
-    """F1 of every arm: against the ratio where there are several, else as dots with intervals."""
+    """Scores against bits; F1 of every arm against the ratio, or at a single one with intervals."""
     made: list[Markup] = []
     if section.key == "wire":
         names, lines = tables.by_bits(results)
         if len(names) > 1 and lines:
             label = "number format and bytes per token of text"
             made.append(figures.against("Quality against bits", label, names, lines))
+    if section.key == "rate_distortion":
+        names, lines = tables.by_code_bits(results)
+        title = "Right bytes, free-running, by stages kept"
+        made.append(figures.against(title, "code bits per byte", names, lines))
     for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}

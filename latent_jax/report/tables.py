@@ -21,6 +21,8 @@ TITLES = {
     "continuation": "Continuation",
     "reconstruction": "Reconstruction",
     "bpb": "Bits per byte",
+    "token_lm": "Bits per byte",
+    "rate_distortion": "Reconstruction against code bits",
     "nll": "Negative log-likelihood",
     "recovery": "Recovery (0: nothing of the history, 1: all of it)",
     "nll_at_h": "Loss over the horizon, nats per token",
@@ -42,6 +44,8 @@ TITLES = {
     "throughput": "Cost",
     "memory": "Cost",
     "cost": "Cost",
+    "flops": "Cost",
+    "parameters": "Cost",
     "ratio": "Cost",
     "wire": "The wire: numbers, bytes, and what they hold",
     "train": "Training",
@@ -337,6 +341,25 @@ def by_bits(
         for measure in measures
     }
     return list(names.values()), {m: points for m, points in lines.items() if points}
+
+
+def by_code_bits(
+    results: Mapping[str, Any],
+) -> tuple[list[str], dict[str, dict[str, tuple[float, tuple[float, float] | None]]]]:
+    """Byte accuracy over the code bits that are kept: bits per byte, ascending, and level → that →
+    (score, no interval).
+    """
+    points = []
+    wanted = re.compile(r"rate_distortion\.(?:(level\d+)\.)?stages\d+\.code_bits_per_byte")
+    for name, bits in results.items():
+        match = wanted.fullmatch(name)
+        score = results.get(name.replace("code_bits_per_byte", "byte_accuracy"))
+        if match and is_number(bits) and is_number(score):
+            points.append((float(bits), match.group(1) or "level0", float(score)))
+    lines: dict[str, dict[str, tuple[float, None]]] = {}
+    for bits, level, score in sorted(points):
+        lines.setdefault(level, {})[f"{bits:.3g}"] = (score, None)
+    return list(dict.fromkeys(f"{bits:.3g}" for bits, _, _ in sorted(points))), lines
 
 
 def by_ratio(

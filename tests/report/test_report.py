@@ -217,3 +217,34 @@ def test_figures_are_reproducible_and_follow_the_page_colour():
 def test_long_logs_stay_small(tmp_path):
     path = make_run(tmp_path, metrics__jsonl=rows(5000))
     assert write_report(path).stat().st_size < 1_500_000
+
+
+def test_stages_are_lines_of_one_panel():
+    """Eight stages are one figure with eight lines and not eight figures."""
+    rows = [
+        {"step": s, "rvq.level0.stage0.dead": 0.1 * s, "rvq.level0.stage1.dead": 0.2 * s,
+         "rvq.level0.error": 1.0, "eval.top.stage0.accuracy": 0.5}
+        for s in (1, 2, 3)
+    ]  # fmt: skip
+    panels = dict(html.curves(rows))
+    assert len(panels["Rvq"]) == 2
+    assert all(name in panels["Rvq"][0] for name in ("level0.dead", "stage0", "stage1"))
+    assert "level0.error" in panels["Rvq"][1]
+    assert len(panels["Held out, while training"]) == 1
+
+
+def test_bytes_are_drawn_against_the_code_bits_of_each_level(tmp_path):
+    results = {
+        f"rate_distortion.{level}stages{i}.{name}": value * i
+        for level, scale in (("", 1.0), ("level1.", 0.3))
+        for i in (1, 2)
+        for name, value in (("code_bits_per_byte", scale), ("byte_accuracy", 0.4))
+    }
+    names, lines = tables.by_code_bits(results)
+    assert names == ["0.3", "0.6", "1", "2"]
+    assert lines == {
+        "level1": {"0.3": (0.4, None), "0.6": (0.8, None)},
+        "level0": {"1": (0.4, None), "2": (0.8, None)},
+    }
+    page = write_report(make_run(tmp_path / "r", results__json=results)).read_text()
+    assert "Right bytes, free-running, by stages kept" in page

@@ -1,4 +1,4 @@
-"""The limit of entropy segments that gives a wanted number of bytes per segment."""
+"""The limit of entropy or learned segments that gives a wanted number of bytes per segment."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _HALVINGS = 24  # of 16 bits: to a millionth of a bit
 _WIDEST = 40  # characters of a bar
 
 
-def entropies(
-    system: Any, variables: Mapping[str, Any], windows: int
+def scores(
+    system: Any, variables: Mapping[str, Any], windows: int, method: str
 ) -> tuple[Float[np.ndarray, "w t"], Bool[np.ndarray, "w t"]]:
-    """Bits of each byte of evenly spread training windows, and which are bytes."""
+    """What boundaries are made of, of evenly spread training windows, and which are bytes."""
     train = system.windows("train")
     chosen = train.spread(windows)
     measure = jax.jit(
-        lambda ids, valid: system.model.apply(variables, ids, valid, method="entropies")
+        lambda ids, valid: system.model.apply(variables, ids, valid, method=method)
     )
     bits, there = [], []
     for batch, valid in train.batches(chosen, min(_BATCH, len(chosen))):
@@ -44,41 +44,49 @@ def calibrate(
     """Finds the limit by bisection: with a higher one segments are longer.
 
     Args:
-      system: an abstractinator with an entropy model.
+      system: an abstractinator with an entropy model, or with learned segments.
       variables: trained.
       bytes_per_segment: wanted mean length on training text.
       delta: find ``segments.delta`` rather than ``segments.threshold``.
       windows: training windows that are measured, evenly spread.
 
     Returns:
-      The limit in bits under its name in a config, ``set`` (the same as an option), the mean length
-      found, the share of bytes beyond the run's budget of segments, and how long segments are.
+      The limit (bits, or a probability) under its name in a config, ``set`` (the same as an
+      option), the mean length found, with a limit in the run also the length that this one gives
+      (``bytes_per_segment_now``), the share of bytes beyond the run's budget of segments, and how
+      long segments are.
 
     Raises:
       ConfigError: no entropy model, or a length that no limit gives.
     """
     c = system.config
-    if c.entropy is None:
+    learned = c.segments.rule == "learned"
+    if c.entropy is None and not learned:
         raise ConfigError("calibrate-segments: this run has no section entropy, so no model for it")
+    if learned and delta:
+        raise ConfigError("calibrate-segments: --delta is of entropies, this run's are learned")
     if not windows >= 1:
         raise DataError(f"calibrate-segments: --windows {windows}: at least 1")
-    measured, there = entropies(system, variables, windows)
+    method = "scores" if learned else "entropies"
+    measured, there = scores(system, variables, windows, method)
     bits, valid = jnp.asarray(measured), jnp.asarray(there)
     longest = c.segments.longest or 16
 
     @jax.jit
-    def cut(limit: Float[Array, ""]) -> Array:
-        both = (limit, None) if delta else (None, limit)
-        surprise = segment.surprising(bits, *both)
+    def cut(above: Float[Array, ""], limit: Float[Array, ""]) -> Array:
+        surprise = segment.surprising(bits, above, limit)
         # Without a budget: what does not fit one is a matter of the run, not of the limit.
         found = segment.segment(valid, valid, "entropy", longest, bits.shape[1], surprise)
         return jnp.bincount(found.length.reshape(-1), length=longest + 1)
 
+    def pair(limit: float) -> tuple[float, float]:
+        return (limit, jnp.inf) if delta else (jnp.inf, limit)
+
     def mean(counts: np.ndarray) -> float:
         return float((counts * np.arange(longest + 1)).sum() / max(counts[1:].sum(), 1))
 
-    low, high = (-8.0, 8.0) if delta else (-1.0, 8.0)
-    shortest, most = mean(np.asarray(cut(low))), mean(np.asarray(cut(high)))
+    low, high = (-8.0, 8.0) if delta or c.gaussian else (-1.0, 1.0 if learned else 8.0)
+    shortest, most = (mean(np.asarray(cut(*pair(limit)))) for limit in (low, high))
     if not shortest <= bytes_per_segment <= most:
         raise ConfigError(
             f"calibrate-segments: --bytes-per-segment {bytes_per_segment:g}: limits give "
@@ -87,22 +95,29 @@ def calibrate(
         )
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if mean(np.asarray(cut(middle))) < bytes_per_segment:
+        if mean(np.asarray(cut(*pair(middle)))) < bytes_per_segment:
             low = middle
         else:
             high = middle
     limit = round(high, 5)
-    counts = np.asarray(cut(limit))
+    counts = np.asarray(cut(*pair(limit)))
     name = "segments.delta" if delta else "segments.threshold"
     budget = c.segments.budget or max(1, -(-c.data.window // 3))
-    both = (limit, None) if delta else (None, limit)
     over = segment.segment(
-        valid, valid, "entropy", longest, budget, segment.surprising(bits, *both)
+        valid, valid, "entropy", longest, budget, segment.surprising(bits, *pair(limit))
     ).overflow
+    rule = "learned" if learned else "entropy"
+    score = " --set segments.score=gaussian" if c.gaussian and not learned else ""
+    now = {}
+    if c.segments.rule in ("learned", "entropy"):
+        limits = c.segments.delta, c.segments.cut if learned else c.segments.threshold
+        found = cut(*(jnp.inf if held is None else held for held in limits))
+        now = {"bytes_per_segment_now": mean(np.asarray(found))}
     return {
         name: limit,
-        "set": f"--set segments.rule=entropy --set {name}={limit}",
+        "set": f"--set segments.rule={rule}{score} --set {name}={limit}",
         "bytes_per_segment": mean(counts),
+        **now,
         "overflow_share": float(over.sum() / max(there.sum(), 1)),
         "lengths": _bars(counts[1:]),
     }

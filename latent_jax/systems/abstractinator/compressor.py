@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.systems.abstractinator import segment
 from latent_jax.systems.abstractinator.config import LevelConfig
-from latent_jax.systems.abstractinator.layers import QueryPool, Stack, sliding_mask
+from latent_jax.systems.abstractinator.layers import QueryPool, Stack, shares, sliding_mask
 from latent_jax.systems.abstractinator.segment import Segments
 from latent_jax.systems.abstractinator.tokenizer import VOCAB
 
@@ -49,5 +49,10 @@ class Compressor(nn.Module):
         laid, there = segment.grid(x, found, self.longest)
         b, s = there.shape[:2]
         laid = laid.reshape(b * s, self.longest, -1)
-        pool = QueryPool(c.queries, c.width, c.heads, c.row_width, name="pool")
-        return pool(laid, there.reshape(b * s, -1)).reshape(b, s, -1)
+        parts = c.stages if c.taper > 1 else 1
+        pool = QueryPool(c.queries, c.width, c.heads, c.row_width, parts, name="pool")
+        rows = pool(laid, there.reshape(b * s, -1)).reshape(b, s, parts, -1)
+        # Of fixed length: rows that could grow would drown what quantising takes from them, and
+        # leave the codebooks behind.
+        rows = nn.LayerNorm(use_bias=False, use_scale=False, name="norm")(rows).reshape(b, s, -1)
+        return rows * shares(c.row_width, c.stages, c.taper)

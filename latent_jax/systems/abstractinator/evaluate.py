@@ -19,10 +19,12 @@ import numpy as np
 
 from latent_jax.core.errors import DataError
 from latent_jax.ops import vq_metrics
-from latent_jax.systems.abstractinator import progress, tokenizer
+from latent_jax.systems.abstractinator import cost, progress, token_lm, tokenizer
+from latent_jax.systems.abstractinator.config import part
 from latent_jax.systems.abstractinator.measure import Measure
 
 LN2 = math.log(2)
+_BARS = 64
 
 
 def compressed_bits_per_byte(raw: bytes) -> dict[str, float]:
@@ -53,22 +55,29 @@ def evaluate(
     Returns:
       metrics: ``bpb.codes``, with several levels ``bpb.level<i>_given_level<i+1>``,
         ``bpb.bytes_given_codes`` and their sum ``bpb.total``;
-        ``bpb.gzip|xz`` of the same bytes in one piece, ``bpb.byte_lm`` of the peer and
-        ``bpb.entropy_model`` of the model that cuts segments, if there are any;
+        ``bpb.gzip|xz`` of the same bytes in one piece, ``bpb.byte_lm|byte_lm_flops`` of the peers,
+        ``bpb.entropy_model`` of the model that cuts segments, and ``bpb.smollm2`` (see `token_lm`),
+        if there are any;
         ``reconstruction.byte_accuracy|exact_segments`` (free-running, greedy), and the same over
         ``rate_distortion.stages<i>`` with the digits after the first ``i`` dropped, beside the
         nominal ``code_bits_per_byte``; ``bytes_per_row``, ``segments.overflow`` (share of bytes);
-        ``rvq.level<l>.stage<i>.perplexity|entropy_ratio|live``; with several levels
+        ``rvq.level<l>.stage<i>.perplexity|entropy_ratio|live|resets``, ``usage`` (share of the rows
+        that each code has, the most used first, in at most 64 bars) and
+        ``rvq.level<l>.quantisation_error``; with several levels
         ``reconstruction.level<l>.byte_accuracy|exact_segments|digit_accuracy`` free-running from
-        the rows of level ``l`` alone, beside their nominal ``code_bits_per_byte``, and
+        the rows of level ``l`` alone, beside their nominal ``code_bits_per_byte``, the same over
+        ``rate_distortion.level<l>.stages<i>``, and
         ``expander.level<l>.stage<i>.accuracy`` (given the true digits before);
         ``top.accuracy|top5|top10`` of the first digit and its ``top.unigram_accuracy`` (always the
         held-out text's own favourite),
-        ``top.stage<i>.accuracy`` (given the true digits before), ``top.row_accuracy`` (all of
-        them), ``top.bits_per_row`` and ``top.unigram_bits_per_row``; ``top.mse_pre|mse_post|
+        ``top.stage<i>.accuracy|top5|top10|bits`` (given the true digits before),
+        ``top.row_accuracy`` (all of them), ``top.bits_per_row``, ``top.expected_bits_per_row`` (the
+        entropy of its predictions: the same where they are calibrated) and
+        ``top.unigram_bits_per_row``; ``top.mse_pre|mse_post|
         mse_mean|vq|margin`` of a head that predicts rows (see `losses.values`);
         ``top.effective_positions``, the rows that the row model was trained on, and
-        ``top.positions_per_byte`` of that text.
+        ``top.positions_per_byte`` of that text; costs as `cost.flops` names them, and
+        ``throughput.encode_bytes_per_second|generate_bytes_per_second``.
       artefacts: ``samples``.
     """
     c = system.config
@@ -76,22 +85,26 @@ def evaluate(
     chosen = held.spread(c.eval.windows)
     stages, levels = c.level.stages, len(c.levels)
     batches = list(held.batches(chosen, min(c.eval.batch_size, len(chosen))))
-    sums, running, above, samples = None, [None] * stages, [None] * levels, []
+    sums, running, samples = None, [None] * stages, []
+    above = [[None] * level.stages for level in c.levels]
     for number, (ids, valid) in enumerate(batches):
         sums = _add(sums, measure.likelihoods(variables, ids, valid))
         for i in range(stages):
             found, said = measure.free_running(variables, ids, valid, i + 1)
             running[i] = _add(running[i], found)
         for i in range(1, levels):
-            found, said = measure.from_above(variables, ids, valid, i)
-            above[i] = _add(above[i], found)
+            for stage in range(c.levels[i].stages):
+                found, said = measure.from_above(variables, ids, valid, stage + 1, i)
+                above[i][stage] = _add(above[i][stage], found)
         if number == 0:
             samples = _rebuilt(np.asarray(ids), np.asarray(said), c.eval.samples)
         report("windows", number + 1, len(batches))
-    raw = b"".join(held.text[held.start[i] : held.stop[i]].tobytes() for i in chosen)
-    metrics = {**_bits(sums), **compressed_bits_per_byte(raw), **_rows(sums, levels - 1)}
+    texts = [held.text[held.start[i] : held.stop[i]].tobytes() for i in chosen]
+    metrics = {
+        **_bits(sums), **compressed_bits_per_byte(b"".join(texts)), **_rows(sums, levels - 1)
+    }  # fmt: skip
     for level in range(levels):
-        metrics |= _codes(sums, level)
+        metrics |= _codes(sums, variables, level)
     for i, found in enumerate(running):
         name = f"rate_distortion.stages{i + 1}"
         metrics |= {f"{name}.{k}": v for k, v in _exactness(found).items()}
@@ -99,15 +112,28 @@ def evaluate(
     metrics |= {f"reconstruction.{k}": v for k, v in _exactness(running[-1]).items()}
     for i in range(1, levels):
         name, level = f"reconstruction.level{i}", c.levels[i]
-        metrics |= {f"{name}.{k}": v for k, v in _exactness(above[i]).items()}
-        right = above[i]["digits_right"] / max(above[i]["digits"], 1)
-        metrics[f"{name}.digit_accuracy"] = float(right)
-        metrics[f"{name}.code_bits_per_byte"] = _nominal(sums, i, level.stages, level.codes)
+        for stage, found in enumerate(above[i], 1):
+            each = _exactness(found)
+            each["digit_accuracy"] = float(found["digits_right"] / max(found["digits"], 1))
+            each["code_bits_per_byte"] = _nominal(sums, i, stage, level.codes)
+            where = f"rate_distortion.level{i}.stages{stage}"
+            metrics |= {f"{where}.{k}": v for k, v in each.items()}
+        metrics |= {f"{name}.{k}": v for k, v in each.items()}
     for name, (total, count) in ((k, v) for k, v in sums.items() if k.startswith("mean/")):
         metrics[name.removeprefix("mean/")] = float(total / max(count, 1))
     metrics |= seen_by_top(variables)
     metrics["eval.bytes"] = int(sums["bytes"])
-    return metrics, {"samples": samples}
+    metrics |= cost.flops(system, variables)
+    speed = cost.encoding_speed(measure, variables, batches)
+    metrics["throughput.encode_bytes_per_second"] = speed
+    prompts = [text[: len(text) // 2] for text in texts[: c.eval.samples]]
+    continued, found = cost.continuations(system, variables, prompts)
+    metrics |= found
+    name = token_lm.found(c.eval.token_lm)
+    if name is not None:
+        few = np.unique(np.linspace(0, len(texts) - 1, c.eval.token_lm_windows).astype(int))
+        metrics |= token_lm.bits_per_byte(name, [texts[i] for i in few], report)
+    return metrics, {"samples": [*samples, *continued]}
 
 
 def seen_by_top(variables: Mapping[str, Any]) -> dict[str, float]:
@@ -153,22 +179,26 @@ def _bits(sums: Mapping[str, Any]) -> dict[str, float]:
     for i in range(1, levels):
         for stage, right in enumerate(sums[f"right{i}"] / np.maximum(sums[f"known{i}"], 1)):
             out[f"expander.level{i}.stage{stage}.accuracy"] = float(right)
-    if "peer_nats" in sums:
-        out["bpb.byte_lm"] = float(sums["peer_nats"]) / LN2 / size
-    if "entropy_nats" in sums:
-        out["bpb.entropy_model"] = float(sums["entropy_nats"]) / LN2 / size
+    for name, nats in sums.items():
+        if name.startswith("nats/"):
+            out[f"bpb.{name.removeprefix('nats/')}"] = float(nats) / LN2 / size
     return out
 
 
-def _codes(sums: Mapping[str, Any], level: int) -> dict[str, float]:
+def _codes(sums: Mapping[str, Any], variables: Mapping[str, Any], level: int) -> dict[str, Any]:
     usage = sums[f"usage{level}"]
     figures = vq_metrics.usage(jnp.asarray(usage, jnp.float32))
+    resets = np.ravel(variables["codebook"][part("quantiser", level)]["resets"])
     out = {}
     for i in range(len(usage)):
         name = f"rvq.level{level}.stage{i}"
         out[f"{name}.perplexity"] = float(figures["perplexity"][i])
         out[f"{name}.entropy_ratio"] = float(figures["entropy_ratio"][i])
         out[f"{name}.live"] = float(1 - figures["dead"][i])
+        out[f"{name}.resets"] = int(resets[i % len(resets)])
+        share = np.sort(usage[i])[::-1] / max(usage[i].sum(), 1)
+        bars = np.array_split(share, min(_BARS, len(share)))
+        out[f"{name}.usage"] = [float(bar.sum()) for bar in bars]
     return out
 
 
@@ -179,15 +209,23 @@ def _rows(sums: Mapping[str, Any], highest: int) -> dict[str, float]:
     entropy = np.asarray(vq_metrics.entropy(jnp.asarray(usage, jnp.float32)))
     out = {
         "top.accuracy": float(sums["right"][0] / known[0]),
-        "top.top5": float(sums["top5"] / known[0]),
-        "top.top10": float(sums["top10"] / known[0]),
+        "top.top5": float(sums["top5"][0] / known[0]),
+        "top.top10": float(sums["top10"][0] / known[0]),
         "top.row_accuracy": float(sums["row_right"] / known[0]),
         "top.unigram_accuracy": float(usage[0].max() / rows),
         "top.bits_per_row": float(sums["digit_nats"].sum() / LN2 / rows),
+        "top.expected_bits_per_row": float(sums["expected_nats"] / LN2 / rows),
         "top.unigram_bits_per_row": float(entropy.sum() / LN2),
     }
-    accuracy = sums["right"] / known
-    return out | {f"top.stage{i}.accuracy": float(a) for i, a in enumerate(accuracy)}
+    stages = {
+        "accuracy": sums["right"], "top5": sums["top5"], "top10": sums["top10"],
+        "bits": sums["digit_nats"] / LN2,
+    }  # fmt: skip
+    return out | {
+        f"top.stage{i}.{name}": float(share)
+        for name, each in stages.items()
+        for i, share in enumerate(each / known)
+    }
 
 
 def _rebuilt(ids: np.ndarray, said: np.ndarray, count: int) -> list[dict[str, str]]:

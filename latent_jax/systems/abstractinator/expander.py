@@ -12,7 +12,7 @@ from latent_jax.nn.transformer import Cache
 from latent_jax.ops.attention import MASKED
 from latent_jax.systems.abstractinator.config import LevelConfig
 from latent_jax.systems.abstractinator.heads import DigitHead
-from latent_jax.systems.abstractinator.layers import Stack
+from latent_jax.systems.abstractinator.layers import Stack, shares
 from latent_jax.systems.abstractinator.tokenizer import BOS, EOP, SPOKEN, VOCAB
 
 
@@ -72,7 +72,7 @@ class _Views(nn.Module):
           last: only those of the last so many rows are said; the others are for looking back.
         """
         c = self.config
-        own = rows
+        rows = own = rows / shares(c.row_width, c.stages, c.taper)
         memory, seen = with_lookback(rows, there, c.lookback)
         if last is not None:
             at = rows.shape[1] - last

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.cross_attention import CrossAttention
 from latent_jax.nn.transformer import Block, Cache
-from latent_jax.ops.attention import attend
+from latent_jax.ops.attention import MASKED
 from latent_jax.ops.rope import inverse_frequencies
 
 ROPE_THETA = 10_000.0
@@ -83,34 +85,55 @@ class Stack(nn.Module):
         return (Cache.empty(batch, size, self.heads, self.width),) * self.layers
 
 
+def shares(width: int, stages: int, taper: float) -> Float[np.ndarray, " d"]:
+    """Scale of each number of a row: equal shares, each ``taper`` times as large as the next.
+
+    A quantiser whose first stage sees one share far larger than the rest spends that stage on it,
+    the next stage on the next share, and so on: the stages start as a product of codebooks, each
+    of which only has to tell a few bytes apart, instead of each refining all of them.
+    """
+    return taper ** -np.floor(np.arange(width) * stages / width).astype(np.float32)
+
+
 class QueryPool(nn.Module):
     """Learned queries that attend to a set and are joined into one vector.
 
     Attributes:
-      queries: how many.
+      queries: how many; each starts at a place of its own.
       width: of what is pooled.
       heads: attention heads.
       out: width of the vector.
+      parts: equal parts of the vector, each made of equally many queries and of no others.
     """
 
     queries: int
     width: int
     heads: int
     out: int
+    parts: int = 1
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "n l c"], mask: Bool[Array, "n l"]
     ) -> Float[Array, "n o"]:
         """Pools the valid entries of each set; a set without any gives a constant."""
-        n = x.shape[0]
+        n, places, _ = x.shape
         shape = (self.heads, self.width // self.heads)
         q = self.param("query", nn.initializers.normal(1.0), (self.queries, *shape))
+        bias = self.param("place", self._own_place, (self.queries, places))
         k, v = jnp.split(nn.Dense(2 * self.width, use_bias=False, name="kv")(x), 2, -1)
-        seen = attend(
-            jnp.broadcast_to(q, (n, *q.shape)), k.reshape(n, -1, *shape), v.reshape(n, -1, *shape),
-            jnp.broadcast_to(mask[:, None], (n, self.queries, mask.shape[-1])),
-        )  # fmt: skip
+        k, v = (part.reshape(n, places, *shape) for part in (k, v))
+        scores = jnp.einsum("qhd,nlhd->nhql", q * shape[1] ** -0.5, k) + bias
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), -1)
+        seen = jnp.einsum("nhql,nlhd->nqhd", weights, v)
         # An empty set has weights of masked entries; what they hold must not leak.
         seen = jnp.where(mask.any(-1)[:, None, None, None], seen, 0.0)
-        return nn.Dense(self.out, name="join")(seen.reshape(n, -1))
+        seen = seen.reshape(n, self.parts, -1)
+        shape = (self.parts, seen.shape[-1], self.out // self.parts)
+        join = self.param("join", nn.initializers.lecun_normal(batch_axis=0), shape)
+        return jnp.einsum("npi,pio->npo", seen, join).reshape(n, -1)
+
+    @nn.nowrap
+    def _own_place(self, key: Array, shape: tuple[int, int]) -> Float[Array, "q l"]:
+        own = np.arange(shape[0]) * shape[1] // shape[0]
+        return jnp.where(jnp.arange(shape[1]) == own[:, None], 4.0, 0.0)

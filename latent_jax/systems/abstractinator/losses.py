@@ -11,10 +11,13 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.types import Mean
-from latent_jax.systems.abstractinator import segment
-from latent_jax.systems.abstractinator.config import part
-from latent_jax.systems.abstractinator.model import Abstractinator, Rows
+from latent_jax.systems.abstractinator import router, segment
+from latent_jax.systems.abstractinator.config import AbstractRun, part
+from latent_jax.systems.abstractinator.model import Abstractinator, Lookback, Rows
 from latent_jax.systems.abstractinator.tokenizer import EOP
+
+# Of the codes of each stage, watched while they train; `vq_outputs.metrics` says what they are.
+_HEALTH = ("perplexity", "entropy_ratio", "dead", "stale", "resets")
 
 _nll = optax.softmax_cross_entropy_with_integer_labels
 
@@ -71,7 +74,8 @@ def values(
 
     Returns:
       terms: ``top_mse`` to the next quantised row, which is a constant, and ``top_vq`` to the
-        codes of the prediction itself; mean squares per number.
+        codes of the prediction itself; where it has a weight ``top_mse_post``, of the prediction
+        once quantised, with the gradient passed straight through; mean squares per number.
       aux: ``top.mse_post`` of the prediction once quantised; ``top.mse_mean`` of a prediction that
         is always the batch's mean; ``top.margin``, by how much the first stage's nearest wrong code
         is farther than the right one, squared, per number: positive where that stage is right.
@@ -84,6 +88,8 @@ def values(
         "top_mse": Mean.of((row - target) ** 2, each),
         "top_vq": own.losses["commitment"],
     }
+    if _weighted(model.config, "top_mse_post"):
+        terms["top_mse_post"] = Mean.of((own.quantized - target) ** 2, each)
     row, post = jax.lax.stop_gradient((row, own.quantized))
     mean = jnp.where(each, target, 0).sum((0, 1)) / jnp.maximum(there.sum(), 1)
     first = model.apply(variables, -1, method="codes")[0]
@@ -99,17 +105,40 @@ def values(
     return terms, aux
 
 
+def _weighted(config: AbstractRun, term: str) -> bool:
+    phases = config.train.phases
+    return getattr(config.losses, term) != 0.0 or any(term in phase.weights for phase in phases)
+
+
+def digit_logits(
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int,
+    rows: Float[Array, "b s d"] | None = None,
+) -> tuple[Float[Array, "b s l n k"], Int[Array, "b s l n"], Bool[Array, "b s l"]]:
+    """Logits of the digits of the rows below ``level``, these digits, and which rows there are."""
+    said, there = segment.grid(below.digits, out.found, model.config.longest(level))
+    rows = out.rows if rows is None else rows
+    return model.apply(variables, rows, out.there, said, level, method="expand"), said, there
+
+
 def rows_below(
-    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int,
+    rows: Float[Array, "b s d"] | None = None,
 ) -> tuple[Float[Array, "b s l n"], Bool[Array, "b s l n"], Bool[Array, "b s l n"]]:
     """Digits of the rows below ``level`` given those of it.
+
+    Args:
+      model: the module.
+      variables: its variables.
+      out: rows of the level.
+      below: rows of the level below.
+      level: which.
+      rows: other rows to read instead of ``out``'s.
 
     Returns:
       Nats of every digit, which are counted (of rows that are there and quantised), and which are
       predicted right.
     """
-    said, there = segment.grid(below.digits, out.found, model.config.longest(level))
-    logits = model.apply(variables, out.rows, out.there, said, level, method="expand")
+    logits, said, there = digit_logits(model, variables, out, below, level, rows)
     nll = _nll(logits, jnp.maximum(said, 0))
     return nll, there[..., None] & (said >= 0), jnp.argmax(logits, -1) == said
 
@@ -119,18 +148,36 @@ def _quantiser(out: Rows, level: int) -> tuple[dict[str, Mean], dict[str, Any]]:
     terms = {part("commit", level): q.losses["commitment"]}
     if "entropy" in q.losses:
         terms[part("entropy", level)] = q.losses["entropy"]
-    name = f"level{level}." if level else ""
-    ratio = q.metrics["entropy_ratio"]
-    aux = {f"{name}stage{i}.entropy_ratio": ratio[i] for i in range(q.indices.shape[-1])}
-    return terms, {**aux, f"{name}quantisation_error": q.metrics["quantisation_error"]}
+    aux = {
+        f"rvq.level{level}.stage{i}.{name}": q.metrics[name][i]
+        for name in _HEALTH
+        for i in range(q.indices.shape[-1])
+    }
+    return terms, {**aux, f"rvq.level{level}.quantisation_error": q.metrics["quantisation_error"]}
 
 
 def level(
-    model: Abstractinator, variables: Mapping[str, Any], ids: Array, out: Rows
+    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array, out: Rows,
+    read: Lookback | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any]]:
-    """Terms that train the level over bytes."""
-    nll, counted, is_byte, right = reconstruction(model, variables, ids, out)
+    """Terms that train the level over bytes.
+
+    Args:
+      model: the module.
+      variables: its variables.
+      ids: byte ids.
+      valid: which are bytes.
+      out: the compressed windows.
+      read: what the expander reads instead; only segments of ``clean`` rows are then scored.
+    """
+    rows = None if read is None else read.rows
+    nll, counted, is_byte, right = reconstruction(model, variables, ids, out, rows)
+    if read is not None:
+        counted, is_byte = (mask & read.clean[..., None] for mask in (counted, is_byte))
     terms, aux = _quantiser(out, 0)
+    c = model.config.segments
+    if c.rule == "learned":
+        terms["ratio"] = router.ratio_loss(out.scores, valid, c.cut, c.bytes_per_segment)
     found = out.found
     counts = found.overflow.sum() + found.length.sum()
     aux |= {
@@ -142,10 +189,14 @@ def level(
 
 
 def level_above(
-    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int
+    model: Abstractinator, variables: Mapping[str, Any], out: Rows, below: Rows, level: int,
+    read: Lookback | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any]]:
-    """Terms that train a level over rows."""
-    nll, counted, right = rows_below(model, variables, out, below, level)
+    """Terms that train a level over rows; for ``read`` see `level`."""
+    rows = None if read is None else read.rows
+    nll, counted, right = rows_below(model, variables, out, below, level, rows)
+    if read is not None:
+        counted = counted & read.clean[..., None, None]
     terms, aux = _quantiser(out, level)
     aux[f"level{level}.digit_accuracy"] = Mean.of(right, counted)
     return {part("digits", level): Mean.of(nll, counted), **terms}, aux
@@ -168,22 +219,27 @@ def top(
     return terms, aux
 
 
-def _bytes(
-    method: str, model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
-) -> Mean:
-    logits = model.apply(variables, ids, valid, method=method)
+def _byte_nats(logits: Array, ids: Array, valid: Array) -> Mean:
     return Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)
 
 
 def byte_lm(
-    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
+    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array,
+    name: str = "byte_lm",
 ) -> dict[str, Mean]:
-    """The term that trains the peer."""
-    return {"byte_lm": _bytes("peer", model, variables, ids, valid)}
+    """The term that trains a peer."""
+    logits = model.apply(variables, ids, valid, name, method="peer")
+    return {name: _byte_nats(logits, ids, valid)}
 
 
 def entropy_model(
     model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array
 ) -> dict[str, Mean]:
-    """The term that trains the model whose uncertainty cuts segments."""
-    return {"entropy_model": _bytes("foresee", model, variables, ids, valid)}
+    """The terms that train the model whose uncertainty cuts segments, one per head."""
+    found = model.apply(variables, ids, valid, method="foresee")
+    terms = {}
+    if found.logits is not None:
+        terms["entropy_model"] = _byte_nats(found.logits, ids, valid)
+    if found.gaussian is not None:
+        terms["entropy_gaussian"] = Mean.of(found.gaussian.nats(), valid)
+    return terms

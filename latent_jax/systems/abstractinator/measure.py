@@ -20,7 +20,10 @@ class Measure:
         self.model = model
         self.likelihoods = jax.jit(self._likelihoods)
         self.free_running = jax.jit(self._free_running)
-        self.from_above = jax.jit(self._from_above, static_argnums=3)
+        self.from_above = jax.jit(self._from_above, static_argnums=4)
+        self.digits = jax.jit(
+            lambda *text: model.apply(*text, method="pyramid")[-1].digits
+        )
 
     def _likelihoods(self, variables, ids, valid):
         model, config = self.model, self.model.config
@@ -32,21 +35,22 @@ class Measure:
             "covered": out.found.length.sum(),
             "byte_nats": jnp.sum(jnp.where(counted, nll, 0.0)),
         }
-        for i, (rows, level) in enumerate(zip(every, config.levels, strict=True)):
+        for i, rows in enumerate(every):
             sums[f"rows{i}"] = rows.there.sum()
-            sums[f"usage{i}"] = vq_metrics.histogram(rows.digits, level.codes)
+            sums[f"usage{i}"] = vq_metrics.histogram(rows.digits, rows.codes)
+            error = rows.quantised.metrics["quantisation_error"]
+            sums[f"mean/rvq.level{i}.quantisation_error"] = jnp.stack(list(error))
             if i:
                 nats, known, right = losses.rows_below(model, variables, rows, every[i - 1], i)
                 sums[f"nats{i}"] = jnp.sum(jnp.where(known, nats, 0.0), (0, 1, 2))
                 sums[f"right{i}"] = (right & known).sum((0, 1, 2))
                 sums[f"known{i}"] = known.sum((0, 1, 2))
         sums |= self._next_rows(variables, every[-1])
-        if config.byte_lm is not None:
-            term = losses.byte_lm(model, variables, ids, valid)["byte_lm"]
-            sums["peer_nats"] = term.sum
-        if config.entropy is not None:
+        for name in config.peers:
+            sums[f"nats/{name}"] = losses.byte_lm(model, variables, ids, valid, name)[name].sum
+        if config.entropy is not None and config.entropy.head != "gaussian":
             term = losses.entropy_model(model, variables, ids, valid)["entropy_model"]
-            sums["entropy_nats"] = term.sum
+            sums["nats/entropy_model"] = term.sum
         return sums
 
     def _next_rows(self, variables, out: Rows) -> dict[str, Array]:
@@ -55,14 +59,16 @@ class Measure:
             logits > jnp.take_along_axis(logits, jnp.maximum(out.digits, 0)[..., None], -1), -1
         )
         right = (jnp.argmax(logits, -1) == out.digits) & known
-        first = known[..., 0]
+        log_p = jax.nn.log_softmax(logits)
+        expected = -jnp.sum(jnp.exp(log_p) * log_p, -1)
         sums = {
             "digit_nats": jnp.sum(jnp.where(known, nats, 0.0), (0, 1)),
+            "expected_nats": jnp.sum(jnp.where(known, expected, 0.0)),
             "right": right.sum((0, 1)),
             "known": known.sum((0, 1)),
-            "row_right": jnp.sum(first & (right | ~known).all(-1)),
-            "top5": jnp.sum(first & (rank[..., 0] < 5)),
-            "top10": jnp.sum(first & (rank[..., 0] < 10)),
+            "row_right": jnp.sum(known[..., 0] & (right | ~known).all(-1)),
+            "top5": jnp.sum(known & (rank < 5), (0, 1)),
+            "top10": jnp.sum(known & (rank < 10), (0, 1)),
         }
         if row is not None:
             terms, seen = losses.values(self.model, variables, out, row)
@@ -73,23 +79,28 @@ class Measure:
     def _free_running(self, variables, ids, valid, stages):
         """Greedy bytes of rows whose digits from ``stages`` on are dropped."""
         out = self.model.apply(variables, ids, valid, method="encode")
-        kept = jnp.where(jnp.arange(out.digits.shape[-1]) < stages, out.digits, -1)
+        kept = jnp.where(jnp.arange(out.depth) < stages, out.digits, -1)
         rows = self.model.apply(variables, kept, method="append")
         return self._bytes(variables, ids, out, rows)
 
-    def _from_above(self, variables, ids, valid, level):
-        """Greedy rows of a level's rows, greedy rows of these, and so on down to bytes."""
+    def _from_above(self, variables, ids, valid, stages, level):
+        """Greedy rows of a level's rows, greedy rows of these, and so on down to bytes.
+
+        The digits of the level from ``stages`` on are dropped.
+        """
         model, config = self.model, self.model.config
         out = model.apply(variables, ids, valid, (), level, method="pyramid")
-        rows, sums = out[level].rows, {}
+        high, sums = out[level], {}
+        kept = jnp.where(jnp.arange(high.depth) < stages, high.digits, -1)
+        rows = model.apply(variables, kept, level=level, method="append")
         for i in range(level, 0, -1):
             below = out[i - 1]
-            b, s, stages = below.digits.shape
-            blank = jnp.full((b, rows.shape[1], config.longest(i), stages), -1, jnp.int32)
+            b, s, depth = below.digits.shape
+            blank = jnp.full((b, rows.shape[1], config.longest(i), depth), -1, jnp.int32)
             said = say_rows(
                 model, variables, i, rows, out[i].there, blank, jax.random.key(0),
-                Choice.of(stages),
-            ).reshape(b, -1, stages)[:, :s]  # fmt: skip
+                Choice.of(depth),
+            ).reshape(b, -1, depth)[:, :s]  # fmt: skip
             known = below.digits >= 0
             if i == level:
                 sums["digits"] = known.sum()

@@ -12,10 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.nn.residual_vq import ResidualVQ
 from latent_jax.nn.transformer import Cache
 from latent_jax.nn.vq_outputs import Quantized
-from latent_jax.systems.abstractinator import segment
+from latent_jax.systems.abstractinator import router, segment
 from latent_jax.systems.abstractinator.compressor import Compressor
 from latent_jax.systems.abstractinator.config import AbstractRun, part
 from latent_jax.systems.abstractinator.expander import Expander, RowExpander, Views
+from latent_jax.systems.abstractinator.foresee import EntropyModel, Foreseen
 from latent_jax.systems.abstractinator.segment import Segments
 from latent_jax.systems.abstractinator.top import ByteLM, TopLM
 
@@ -29,6 +30,7 @@ class Rows(NamedTuple):
       there: which rows exist.
       found: where their bytes, or the rows below, are.
       quantised: everything the quantiser said.
+      scores: what the segments were made of, see `Abstractinator.scores`; above level 0 nothing.
     """
 
     rows: Float[Array, "b s d"]
@@ -36,6 +38,29 @@ class Rows(NamedTuple):
     there: Bool[Array, "b s"]
     found: Segments
     quantised: Quantized
+    scores: Float[Array, "b t"] | None = None
+
+    @property
+    def depth(self) -> int:
+        """Digits of a row."""
+        return self.digits.shape[-1]
+
+    @property
+    def codes(self) -> int:
+        """Codes of each digit's stage."""
+        return self.quantised.metrics["usage"].shape[-1]
+
+
+class Lookback(NamedTuple):
+    """What an expander reads in place of a level's rows.
+
+    Attributes:
+      rows: those of the text, and others where they were replaced.
+      clean: which are those of the text.
+    """
+
+    rows: Float[Array, "b s d"]
+    clean: Bool[Array, "b s"]
 
 
 class Abstractinator(nn.Module):
@@ -61,33 +86,65 @@ class Abstractinator(nn.Module):
             setattr(self, part("expander", i), expander(level, c.longest(i)))
         top = c.highest
         self.top = TopLM(c.top, top.codes, top.stages, top.row_width)
-        if c.byte_lm is not None:
-            self.byte_lm = ByteLM(c.byte_lm)
+        for name, peer in c.peers.items():
+            setattr(self, name, ByteLM(peer))
         if c.entropy is not None:
-            self.entropy = ByteLM(c.entropy, c.entropy.reach)
+            self.entropy = EntropyModel(c.entropy)
+        if c.router is not None:
+            self.router = router.Router(c.router)
 
     def _part(self, kind: str, level: int) -> Any:
         return getattr(self, part(kind, level))
 
     def segment(
-        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], budget: int | None = None
+        self,
+        ids: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        budget: int | None = None,
+        scores: Float[Array, "b t"] | None = None,
     ) -> Segments:
-        """Cuts windows as the run says."""
+        """Cuts windows as the run says, by `scores` where they are known already."""
         c = self.config.segments
-        surprise = None
-        if c.rule == "entropy":
-            surprise = segment.surprising(self.entropies(ids, valid), c.delta, c.threshold)
-        return segment.segment(ids, valid, c.rule, c.most, budget or self.config.budget, surprise)
+        scores = self.scores(ids, valid) if scores is None else scores
+        marked = None
+        if c.rule == "information":
+            marked = segment.informative(scores, c.bits, c.most)
+        elif scores is not None:
+            limit = c.cut if c.rule == "learned" else c.threshold
+            marked = segment.surprising(scores, c.delta, limit)
+        return segment.segment(ids, valid, c.rule, c.most, budget or self.config.budget, marked)
+
+    def scores(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    ) -> Float[Array, "b t"] | None:
+        """What boundaries are made of: bits, or probabilities with a gradient; None by the bytes.
+
+        ``fixed`` and ``space`` need no model.
+        """
+        rule = self.config.segments.rule
+        if rule == "learned":
+            return self.router(ids, valid)
+        if rule == "information":
+            return self.surprises(ids, valid)
+        return self.entropies(ids, valid) if rule == "entropy" else None
 
     def entropies(
         self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
     ) -> Float[Array, "b t"]:
-        """Bits of the entropy model's prediction of each byte, which boundaries are made of."""
-        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.foresee(ids, valid)))
-        return -jnp.sum(jnp.exp(log_p) * log_p, -1) / jnp.log(2.0)
+        """Bits of the entropy model's prediction of each byte (or per number of its embedding)."""
+        found = self.foresee(ids, valid).bits(self.config.gaussian)
+        return jax.lax.stop_gradient(found)
 
-    def foresee(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
-        """Logits of the entropy model."""
+    def surprises(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+    ) -> Float[Array, "b t"]:
+        """Bits of each byte under the entropy model; 0 at padding."""
+        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(self.foresee(ids, valid).logits))
+        own = jnp.take_along_axis(log_p, jnp.where(valid, ids, 0)[..., None], -1)[..., 0]
+        return jnp.where(valid, -own, 0.0) / jnp.log(2.0)
+
+    def foresee(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Foreseen:
+        """Predictions of the entropy model."""
         return self.entropy(ids, valid)
 
     def append(
@@ -132,7 +189,13 @@ class Abstractinator(nn.Module):
             codebooks, which are the ones that generation will find.
           budget: segments per window; the run's by default.
         """
-        return self._compress(0, ids, valid, self.segment(ids, valid, budget), train)
+        scores = self.scores(ids, valid)
+        found = self.segment(ids, valid, budget, scores)
+        out = self._compress(0, ids, valid, found, train)._replace(scores=scores)
+        if self.config.segments.rule != "learned":
+            return out
+        rows = router.pass_on(out.rows, scores, found, self.config.segments.most)
+        return out._replace(rows=rows)
 
     def rise(
         self,
@@ -154,6 +217,10 @@ class Abstractinator(nn.Module):
         vectors = self._part("compressor", level)(read, valid, found)
         quantised = self._part("quantiser", level)(vectors, found.rows, train=train)
         rows = self.append(quantised.indices, quantised.quantized, level)
+        bypass = self.config.levels[level].vq.bypass
+        if train and bypass.used:
+            share = bypass(self._part("quantiser", level).count.value)
+            rows = jnp.where(share > 0, quantised.quantized, rows)
         return Rows(rows, quantised.indices, found.rows, found, quantised)
 
     def pyramid(
@@ -247,9 +314,11 @@ class Abstractinator(nn.Module):
         quantiser = self._part("quantiser", len(self.config.levels) - 1)
         return quantiser(rows, there, frozen=True)
 
-    def peer(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
-        """Logits of the plain byte model."""
-        return self.byte_lm(ids, valid)
+    def peer(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], name: str = "byte_lm"
+    ) -> Float[Array, "b t v"]:
+        """Logits of a plain byte model."""
+        return getattr(self, name)(ids, valid)
 
     def top_start(
         self, rows: Float[Array, "b s d"], count: Int[Array, " b"]
@@ -280,8 +349,8 @@ class Abstractinator(nn.Module):
             said, _ = segment.grid(out[i - 1].digits, out[i].found, self.config.longest(i))
             self.expand(out[i].rows, out[i].there, said, i)
         self.predict(out[-1].rows, out[-1].there, out[-1].digits)
-        if self.config.byte_lm is not None:
-            self.peer(ids, valid)
+        for name in self.config.peers:
+            self.peer(ids, valid, name)
         if self.config.entropy is not None:
             self.foresee(ids, valid)
         return out

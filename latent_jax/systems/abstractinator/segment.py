@@ -5,8 +5,9 @@ on bytes ``0 … t`` alone. So a stream is cut as the whole text is, and future 
 boundaries. ``fixed:n`` starts one every ``n`` bytes; ``space`` at the first byte after a run of
 white space, which thus ends the word before it; ``entropy`` at the byte that is hard to foresee:
 with ``H[t]`` the entropy of a byte model's prediction of byte ``t`` from those before it, where
-``H[t] > H[t-1] + delta`` or ``H[t] > threshold``. No segment is longer than ``longest``: where a
-rule would let it grow, another one starts.
+``H[t] > H[t-1] + delta`` or ``H[t] > threshold``; ``learned`` where a router's probability (see
+`router`) is above a threshold. No segment is longer than ``longest``: where a rule would let it
+grow, another one starts.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Segments(NamedTuple):
 
 
 def parse_rule(rule: str) -> int | None:
-    """Bytes per segment of ``fixed:n``, None of ``space`` and ``entropy``.
+    """Bytes per segment of ``fixed:n``, None of the other rules.
 
     Raises:
       ConfigError: any other rule.
@@ -56,10 +57,11 @@ def parse_rule(rule: str) -> int | None:
     kind, _, size = rule.partition(":")
     if kind == "fixed" and size.isdecimal() and int(size) > 0:
         return int(size)
-    if rule in ("space", "entropy"):
+    if rule in ("space", "entropy", "information", "learned"):
         return None
     raise ConfigError(
-        f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space, entropy"
+        f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space, entropy, "
+        "information, learned"
     )
 
 
@@ -69,7 +71,7 @@ def surprising(
     """Bytes whose prediction is uncertain; the first one always is.
 
     Args:
-      bits: entropy of the prediction of each byte.
+      bits: entropy of the prediction of each byte; or, learned, its probability of a start.
       delta: bits above the byte before; None is never.
       threshold: bits; None is never.
     """
@@ -81,6 +83,32 @@ def surprising(
     return jnp.broadcast_to(out, bits.shape)
 
 
+def informative(
+    bits: Float[Array, "b t"], budget: float, longest: int
+) -> Bool[Array, "b t"]:
+    """Bytes with which a segment would hold more than it may; the first one always is.
+
+    Args:
+      bits: surprise of each byte, which is its own segment if it alone exceeds the budget.
+      budget: bits of a segment.
+      longest: most bytes of a segment.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> informative(jnp.asarray([[3.0, 1, 1, 9, 1, 5]]), 6.0, 8)[0].astype(int).tolist()
+      [1, 0, 0, 1, 1, 0]
+    """
+
+    def step(held: tuple[Array, Array], bit: Array) -> tuple[tuple[Array, Array], Array]:
+        total, count = held[0] + bit, held[1] + 1
+        begins = (total > budget) | (count > longest)
+        return (jnp.where(begins, bit, total), jnp.where(begins, 1, count)), begins
+
+    full = jnp.full(bits.shape[:1], longest)
+    _, begins = jax.lax.scan(step, (jnp.zeros_like(bits[:, 0]), full), bits.T)
+    return begins.T
+
+
 def starts(
     ids: Int[Array, "b t"], rule: str, longest: int, surprise: Bool[Array, "b t"] | None = None
 ) -> Bool[Array, "b t"]:
@@ -88,13 +116,14 @@ def starts(
 
     Args:
       ids: byte ids.
-      rule: ``fixed:n``, ``space`` or ``entropy``.
+      rule: ``fixed:n``, ``space``, ``entropy``, ``information`` or ``learned``.
       longest: most bytes of a segment.
-      surprise: `surprising` bytes, for ``entropy``.
+      surprise: `surprising` bytes for ``entropy`` and ``learned``, `informative` ones for
+        ``information``.
     """
     at = jnp.arange(ids.shape[1])
     size = parse_rule(rule)
-    if rule == "entropy":
+    if rule in ("entropy", "information", "learned"):
         natural = surprise
     elif size is not None:
         natural = jnp.broadcast_to(at % size == 0, ids.shape)

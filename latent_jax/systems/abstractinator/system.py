@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,22 +13,30 @@ import numpy as np
 from latent_jax.core import trees
 from latent_jax.core.errors import CheckpointError, ConfigError, DataError
 from latent_jax.core.types import PyTree
-from latent_jax.systems.abstractinator import losses, progress, recipe, tokenizer
-from latent_jax.systems.abstractinator.config import AbstractRun, part
+from latent_jax.systems.abstractinator import corrupt, held, losses, progress, recipe, tokenizer
+from latent_jax.systems.abstractinator.config import PEERS, AbstractRun, part
 from latent_jax.systems.abstractinator.model import Abstractinator
 from latent_jax.systems.abstractinator.segment import parse_rule
+from latent_jax.train.config import GuardConfig
 
 
 class AbstractinatorSystem:
     """Bytes to rows and back, and rows to rows; implements `latent_jax.train.protocol.System`.
 
     What a batch trains is written in it: its field ``level0`` (and so on), ``top``, ``joint``,
-    ``byte_lm`` or ``entropy`` (the name of the phase's data; without any it is ``joint``). The
+    a peer's or ``entropy`` (the name of the phase's data; without any it is ``joint``). The
     levels that are not trained only evaluate: no gradient, no moving average, no loss.
     """
 
     config_class = AbstractRun
-    rng_names = ("codes",)
+    rng_names = ("codes", "rows")
+    guards = (
+        GuardConfig(
+            metric="overflow", above=0.01, after=20, patience=3,
+            message="share of bytes beyond segments.budget, which no row holds: raise it, or "
+            "make segments longer",
+        ),
+    )
     frozen: Mapping[str, Any] = {}
     logical_rules = (
         (r"(qkv|q|kv|up|unfold)/kernel$", ("embed", "mlp")),
@@ -41,9 +50,11 @@ class AbstractinatorSystem:
         weights = config.losses
         self.weights = {
             "reconstruct": weights.reconstruct, "commit": weights.commit,
-            "entropy": weights.entropy, "top": weights.top, "byte_lm": weights.byte_lm,
-            "entropy_model": weights.entropy_model, "top_mse": weights.top_mse,
-            "top_vq": weights.top_vq,
+            "entropy": weights.entropy, "top": weights.top, "top_mse": weights.top_mse,
+            "top_mse_post": weights.top_mse_post, "top_vq": weights.top_vq,
+            "entropy_model": weights.entropy_model, "ratio": weights.ratio,
+            "entropy_gaussian": weights.entropy_gaussian,
+            **dict.fromkeys(PEERS, weights.byte_lm),
             **{part("digits", i): weights.digits for i in range(1, len(config.levels))},
             **{part("commit", i): weights.commit for i in range(1, len(config.levels))},
             **{part("entropy", i): weights.entropy for i in range(1, len(config.levels))},
@@ -52,6 +63,7 @@ class AbstractinatorSystem:
         self._generator: Any = None
         self._measure: Any = None
         self._checked = False
+        self._held: set[str] = set()
         self._quick = jax.jit(self._held_out_terms)
 
     def windows(self, split: str) -> recipe.Windows:
@@ -67,6 +79,11 @@ class AbstractinatorSystem:
         found = dict(self.model.init(dict(rngs), ids, jnp.ones(ids.shape, bool)))
         return {**found, "progress": progress.fresh()}
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, Any]:
+        """Variables without their values."""
+        return jax.eval_shape(lambda key: self.init({"params": key}, {}), jax.random.key(0))
+
     def check(self, variables: Mapping[str, Any]) -> None:
         """Refuses variables of another configuration, once.
 
@@ -75,9 +92,8 @@ class AbstractinatorSystem:
         """
         if self._checked:
             return
-        wanted = jax.eval_shape(lambda key: self.init({"params": key}, {}), jax.random.key(0))
         found = trees.flatten(variables)
-        for path, leaf in trees.flatten(wanted).items():
+        for path, leaf in trees.flatten(self.shapes).items():
             if path.startswith("progress/"):
                 continue
             if path not in found:
@@ -104,14 +120,15 @@ class AbstractinatorSystem:
         kinds = [name for name in self.config.trains if name in batch]
         kind = kinds[0] if kinds else "joint"
         ids, valid = batch["ids"], batch["there"]
-        if kind == "byte_lm":
-            return losses.byte_lm(self.model, variables, ids, valid), {}, {}
+        if kind in PEERS:
+            return losses.byte_lm(self.model, variables, ids, valid, kind), {}, {}
         if kind == "entropy":
             return losses.entropy_model(self.model, variables, ids, valid), {}, {}
         upto = int(kind.removeprefix("level")) if kind.startswith("level") else None
         every = tuple(range(len(self.config.levels)))
         mine = {"joint": every, "top": ()}.get(kind, (upto,))
-        apply = dict(method="pyramid", rngs=dict(rngs))
+        codes = {name: key for name, key in rngs.items() if name == "codes"}
+        apply = dict(method="pyramid", rngs=codes)
         if train and mine:
             out, moved = self.model.apply(
                 variables, ids, valid, mine, upto, mutable=["codebook"], **apply
@@ -120,31 +137,38 @@ class AbstractinatorSystem:
         else:
             out, moved = self.model.apply(variables, ids, valid, (), upto, **apply), {}
         terms, aux = {}, {}
+        key = rngs.get("rows") if train else None
         for i in mine:
+            read = corrupt.lookback(self.model, variables, out, i, key)
             if i == 0:
-                found, seen = losses.level(self.model, variables, ids, out[0])
+                found, seen = losses.level(self.model, variables, ids, valid, out[0], read)
             else:
-                found, seen = losses.level_above(self.model, variables, out[i], out[i - 1], i)
+                found, seen = losses.level_above(
+                    self.model, variables, out[i], out[i - 1], i, read
+                )
             terms, aux = terms | found, aux | seen
         if kind in ("top", "joint"):
             found, seen = losses.top(self.model, variables, out[-1])
             terms, aux = terms | found, aux | seen
             if train and "progress" in variables:
-                held = variables["progress"]
-                held = {
-                    "positions": progress.add(held["positions"], out[-1].there.sum()),
-                    "bytes": progress.add(held["bytes"], valid.sum()),
+                seen = variables["progress"]
+                seen = {
+                    "positions": progress.add(seen["positions"], out[-1].there.sum()),
+                    "bytes": progress.add(seen["bytes"], valid.sum()),
                 }
-                moved = {**moved, "progress": held}
-                aux["top.effective_positions"] = progress.total(held["positions"])
+                moved = {**moved, "progress": seen}
+                aux["top.effective_positions"] = progress.total(seen["positions"])
         return terms, dict(moved), aux
 
     def train_data(self, phase: str, start_state: Any):
-        """Shuffled windows of the training text."""
+        """Shuffled windows of the training text; levels that they do not train are proved held."""
         trains = self.config.trains
         if phase != "main" and phase not in trains:
             raise ConfigError(f"no training data {phase!r}; there are: {', '.join(trains)}")
         stream = recipe.train_stream(self.config, self.windows("train"), phase)
+        if phase != "main" and phase not in self._held:
+            held.prove(self, phase)
+            self._held.add(phase)
         if start_state is not None:
             stream.set_state(start_state)
         return stream
@@ -159,16 +183,15 @@ class AbstractinatorSystem:
 
     def eval_data(self) -> dict[str, np.ndarray]:
         """Held-out windows of the evaluation while training."""
-        held = self.windows("validation")
-        return held.batch(held.spread(self.config.eval.quick))
+        windows = self.windows("validation")
+        return windows.batch(windows.spread(self.config.eval.quick))
 
     def _held_out_terms(self, variables, batch):
         rngs = {"codes": jax.random.key(0)}
         terms, _, aux = self.loss_terms(variables, {}, batch, rngs, False)
         named = {**terms, **aux}
-        if self.config.byte_lm is not None:
-            peer = losses.byte_lm(self.model, variables, batch["ids"], batch["there"])
-            named |= peer
+        for name in self.config.peers:
+            named |= losses.byte_lm(self.model, variables, batch["ids"], batch["there"], name)
         if self.config.entropy is not None:
             named |= losses.entropy_model(self.model, variables, batch["ids"], batch["there"])
         return {k: getattr(v, "value", v) for k, v in named.items()}
@@ -196,10 +219,10 @@ class AbstractinatorSystem:
         delta: bool = False,
         windows: int = 512,
     ) -> dict[str, Any]:
-        """Finds the limit of entropy segments; see `calibrate.calibrate`."""
+        """Finds the limit of entropy or learned segments; see `calibrate.calibrate`."""
         from latent_jax.systems.abstractinator.calibrate import calibrate
 
-        if self.config.entropy is not None:
+        if self.config.entropy is not None or self.config.router is not None:
             self.check(variables)
         return calibrate(self, variables, bytes_per_segment, delta, windows)
 
@@ -228,24 +251,17 @@ class AbstractinatorSystem:
           slide: let the context move over texts that are longer than it.
           tell: gets the bytes of a single text as they come.
         """
-        from latent_jax.systems.abstractinator.generate import Generator
-        from latent_jax.systems.abstractinator.sample import Choice
-
-        self.check(variables)
-        if self._generator is None:
-            self._generator = Generator(self.model)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("generate: there is no prompt")
-        choice = Choice.of(max(c.stages for c in self.config.levels), temperature, top_p)
         count = max_new_tokens
         if count is None:
             room = self.config.data.window - max(len(tokenizer.encode(p)) for p in prompts)
             count = 64 if slide else max(1, min(64, room))
-        if not slide:
-            self._generator.check(prompts, count)
         told = [b""] * len(prompts)
-        for parts in self._generator.stream(variables, prompts, count, choice, seed):
+        for parts in self.stream(
+            variables, prompts, count, temperature, top_p, seed, slide
+        ):
             told = [whole + part for whole, part in zip(told, parts, strict=True)]
             if tell is not None:
                 tell(parts[0])
@@ -254,3 +270,25 @@ class AbstractinatorSystem:
             for p, raw in zip(prompts, told, strict=True)
         ]
         return answers[0] if isinstance(prompt, str) else answers
+
+    def stream(
+        self,
+        variables: Mapping[str, Any],
+        prompts: Sequence[str | bytes],
+        count: int,
+        temperature: float | Sequence[float] = 0.0,
+        top_p: float | Sequence[float] | None = None,
+        seed: int = 0,
+        slide: bool = True,
+    ) -> Iterator[list[bytes]]:
+        """The bytes that each further row adds to texts; see `generate`."""
+        from latent_jax.systems.abstractinator.generate import Generator
+        from latent_jax.systems.abstractinator.sample import Choice
+
+        self.check(variables)
+        if self._generator is None:
+            self._generator = Generator(self.model)
+        choice = Choice.of(max(c.stages for c in self.config.levels), temperature, top_p)
+        if not slide:
+            self._generator.check(prompts, count)
+        return self._generator.stream(variables, prompts, count, choice, seed)

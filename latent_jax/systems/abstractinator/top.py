@@ -11,7 +11,7 @@ from latent_jax.nn.transformer import Cache
 from latent_jax.ops.attention import causal_mask
 from latent_jax.systems.abstractinator.config import TopConfig, TransformerConfig
 from latent_jax.systems.abstractinator.heads import before, near
-from latent_jax.systems.abstractinator.layers import Stack, sliding_mask
+from latent_jax.systems.abstractinator.layers import Stack
 from latent_jax.systems.abstractinator.tokenizer import BOS, VOCAB
 
 
@@ -43,7 +43,10 @@ class TopLM(nn.Module):
         self.read = nn.Dense(c.width)
         self.stack = Stack(c.layers, c.width, c.heads, c.ff)
         if c.head != "discrete":
-            self.value_norm, self.value = nn.LayerNorm(), nn.Dense(self.row_width)
+            # Zero, as below: rows are much smaller than a layer's usual output, and an untrained
+            # prediction of that size is several times worse than none.
+            self.value = nn.Dense(self.row_width, kernel_init=nn.initializers.zeros)
+            self.value_norm = nn.LayerNorm()
             self.sharpness = self.param("sharpness", nn.initializers.zeros, (self.stages,))
         if c.head == "continuous":
             return
@@ -148,15 +151,13 @@ class TopLM(nn.Module):
 
 
 class ByteLM(nn.Module):
-    """A causal transformer over bytes: what the two-part code has to beat, and what finds segments.
+    """A causal transformer over bytes: what the two-part code has to beat.
 
     Attributes:
       config: size of the transformer.
-      reach: bytes that a block looks back on; all by default.
     """
 
     config: TransformerConfig
-    reach: int | None = None
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t v"]:
@@ -164,6 +165,5 @@ class ByteLM(nn.Module):
         c = self.config
         before = jnp.pad(ids[:, :-1], ((0, 0), (1, 0)), constant_values=BOS)
         x = nn.Embed(VOCAB, c.width, name="bytes")(before)
-        mask = causal_mask(valid) if self.reach is None else sliding_mask(valid, self.reach)
-        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, mask)
+        x = Stack(c.layers, c.width, c.heads, c.ff, name="stack")(x, causal_mask(valid))
         return nn.Dense(256, name="head")(x)

@@ -33,7 +33,9 @@ _TINY = {
             {"name": "peer", "steps": 0, "data": "byte_lm", "train": ["byte_lm"]},
         ],
     },
-    "eval": {"windows": 96, "batch_size": 32, "quick": 8},
+    "eval": {
+        "windows": 96, "batch_size": 32, "quick": 8, "continuation": 0, "token_lm": None,
+    },
 }  # fmt: skip
 
 

@@ -24,6 +24,9 @@ def headed(request, tiny):
     tree["level"]["vq"] = {"init": "random"}
     system = runs.system_class("abstractinator")(runs.resolve(tree))
     variables = jax.jit(lambda key: system.init({"params": key}, {}))(jax.random.key(0))
+    # The head starts at zero, which would hide what it reads.
+    value = variables["params"]["top"]["value"]
+    value["kernel"] = 0.3 * jax.random.normal(jax.random.key(4), value["kernel"].shape)
     digits = jax.random.randint(jax.random.key(1), (2, 8, STAGES), 0, CODES)
     there = jnp.arange(8) < jnp.asarray([[8], [5]])
     digits = jnp.where(there[..., None], digits, -1)
@@ -126,6 +129,26 @@ def test_figures_of_predicted_rows_by_hand(headed):
     wrong = np.where(np.arange(CODES) == right[:, None], np.inf, distance).min(-1)
     margin = wrong - distance[np.arange(len(right)), right]
     assert float(aux["top.margin"].value) == pytest.approx(float(margin.mean()), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_loss_after_quantisation_passes_straight_through(headed):
+    system, variables, out = headed
+    config = runs.resolve(system.config, {"losses.top_mse_post": 0.5})
+    model = runs.system_class("abstractinator")(config).model
+    row = jax.random.normal(jax.random.key(2), out.rows.shape)
+
+    def post(row):
+        terms, aux = losses.values(model, variables, out, row)
+        return terms["top_mse_post"].value, aux["top.mse_post"].value
+
+    (value, figure), grad = jax.jit(jax.value_and_grad(post, has_aux=True))(row)
+    assert float(value) == pytest.approx(float(figure), rel=1e-5)
+    there = np.asarray(out.there)
+    own = jax.jit(lambda row: model.apply(variables, row, out.there, method="requantise"))(row)
+    expected = 2 * np.asarray(own.quantized - out.rows)[there] / (there.sum() * WIDTH)
+    np.testing.assert_allclose(np.asarray(grad)[there], expected, atol=1e-6)
+    assert np.abs(np.asarray(grad)[~there]).max() == 0
 
 
 def test_positions_are_counted_beyond_32_bits():

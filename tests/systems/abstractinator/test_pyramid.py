@@ -266,6 +266,18 @@ def test_three_levels_have_their_shapes(tiny):
     assert said.shape == (2, 2 * 3, 6), "one row is two of three segments"
 
 
+@pytest.mark.slow
+def test_the_pods_shapes():
+    system = runs.system_class("abstractinator")(runs.resolve("abstractinator/pod"))
+    assert [system.config.rows(i) for i in range(2)] == [256, 64]
+    made = jax.eval_shape(lambda key: system.init({"params": key}, {}), jax.random.key(0))
+    count = {name: trees.count_params(tree) for name, tree in made["params"].items()}
+    peer = count.pop("byte_lm")
+    assert sum(count.values()) == pytest.approx(peer, rel=0.01), "a peer of as many parameters"
+    assert 5e8 < peer < 6e8
+    assert made["codebook"]["quantiser1"]["code"].shape == (1, 16, 1024, 512)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -13,8 +13,8 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax import sharding
-from latent_jax.core.errors import ConfigError, DataError
-from latent_jax.systems.abstractinator import recipe
+from latent_jax.core.errors import ConfigError, DataError, RunError
+from latent_jax.systems.abstractinator import held, recipe
 from latent_jax.systems.abstractinator.evaluate import compressed_bits_per_byte
 from latent_jax.train.checkpoints import load_variables
 
@@ -85,6 +85,55 @@ def test_the_parts_of_the_evaluation_add_up(done):
         assert results[f"rvq.level0.stage{i}.perplexity"] <= 16.001
     assert results["top.accuracy"] <= results["top.top5"] <= results["top.top10"] <= 1
     assert (results.out / "report.html").is_file()
+
+
+def test_costs_are_counted(done):
+    # The peer by hand: one block of width 16 and hidden width 32 on windows of 24 bytes.
+    block = 2 * (4 * 16 * 16 + 2 * 16 * 32) + 4 * 24 * 16
+    forward = block + 2 * 16 * 256
+    assert done["flops.code_per_byte.byte_lm"] == forward
+    # The backward pass takes two products for each; 50 steps of 32 windows.
+    assert done["flops.train.byte_lm"] == 3 * forward * 50 * 32 * 24
+    phases = {"level0": 140, "top": 50}
+    each = {name: done[f"flops.train_per_byte.{name}"] for name in phases}
+    total = sum(steps * each[name] for name, steps in phases.items()) * 32 * 24
+    assert done["flops.train.model"] == pytest.approx(total)
+    # With the level frozen the row model's step is far cheaper, and coding is less than training.
+    assert each["top"] < 0.5 * each["level0"]
+    assert 0 < done["flops.encode_per_byte"] < done["flops.code_per_byte.model"] < each["level0"]
+    assert done["throughput.encode_bytes_per_second"] > 0
+    assert done["parameters.byte_lm"] == 10_704 < done["parameters.model"]
+
+
+def test_figures_per_stage(done):
+    rows = [json.loads(line) for line in (done.out / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row.get("phase") == "level0" and "loss" in row][-1]
+    for i in range(3):
+        stage = f"rvq.level0.stage{i}"
+        for name in ("perplexity", "entropy_ratio", "dead", "stale", "resets"):
+            assert math.isfinite(last[f"{stage}.{name}"]), name
+        usage = done[f"{stage}.usage"]
+        assert sum(usage) == pytest.approx(1) and usage == sorted(usage, reverse=True)
+        entropy = -sum(p * math.log2(p) for p in usage if p)
+        assert math.log2(done[f"{stage}.perplexity"]) == pytest.approx(entropy, rel=1e-4)
+        # From the counters of training; nothing resets them.
+        assert done[f"{stage}.resets"] == last[f"{stage}.resets"]
+        top = f"top.stage{i}"
+        assert done[f"{top}.accuracy"] <= done[f"{top}.top5"] <= done[f"{top}.top10"] <= 1
+    bits = sum(done[f"top.stage{i}.bits"] for i in range(3))
+    assert bits == pytest.approx(done["top.bits_per_row"], rel=1e-5)
+    assert 0 < done["top.expected_bits_per_row"] <= 3 * math.log2(16)
+
+
+def test_a_held_level_that_would_move_is_told(tiny):
+    system = runs.system_class("abstractinator")(runs.resolve(tiny()))
+    whole = system.loss_terms
+    # A mistake: batches of the row model that also train the level.
+    system.loss_terms = lambda v, f, batch, *rest: whole(
+        v, f, {**batch, "level0": batch["top"]}, *rest
+    )
+    with pytest.raises(RunError, match="level 0 would not hold still.*changes codebook/quantiser"):
+        held.prove(system, "top")
 
 
 def test_compressors_are_measured_in_bits():

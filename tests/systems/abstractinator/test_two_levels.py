@@ -32,6 +32,7 @@ def done(tiny, tmp_path_factory):
         segments={"rule": "entropy", "delta": 0.3, "budget": 12},
         entropy={"layers": 1, "width": 16, "heads": 2, "ff": 32, "reach": 8},
         top={"layers": 1, "width": 16, "heads": 2, "ff": 32, "head": "mixed"},
+        eval={"samples": 2, "continuation": 12},
     )
     del tree["byte_lm"]
     tree["train"] |= {
@@ -94,3 +95,23 @@ def test_both_levels_learn(done):
     assert done["reconstruction.level1.digit_accuracy"] > 0.15
     assert done["reconstruction.byte_accuracy"] > 0.28
     assert done["reconstruction.level1.byte_accuracy"] > 0.12
+    # The row head starts at zero, and from there is soon as good as the rows' mean.
+    assert done["top.mse_pre"] < 1.1 * done["top.mse_mean"]
+
+
+def test_stages_are_dropped_on_both_levels(done):
+    for name, stages in (("rate_distortion", 3), ("rate_distortion.level1", 4)):
+        curve = [f"{name}.stages{i}" for i in range(1, stages + 1)]
+        bits = [done[f"{at}.code_bits_per_byte"] for at in curve]
+        assert bits == pytest.approx([bits[0] * i for i in range(1, stages + 1)])
+        assert done[f"{curve[0]}.byte_accuracy"] <= done[f"{curve[-1]}.byte_accuracy"]
+    whole = done["rate_distortion.level1.stages4.byte_accuracy"]
+    assert done["reconstruction.level1.byte_accuracy"] == whole
+
+
+def test_texts_are_continued_and_timed(done):
+    rows = [json.loads(line) for line in (done.out / "samples.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "continuation"]
+    assert len(rows) == 2 and all(len(row["prompt"]) <= 12 for row in rows)
+    assert all(len(row["continuation"]) > 0 for row in rows)
+    assert done["throughput.generate_bytes_per_second"] > 0
