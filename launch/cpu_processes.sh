@@ -2,8 +2,11 @@
 # One run in N processes on this machine, over jax.distributed (gloo on CPU): what a pod does, in small.
 #
 #   bash launch/cpu_processes.sh 2 train configs/latentwire/tiny.yaml --out runs/two
-#   DEVICES=4 bash launch/cpu_processes.sh 2 train ...     virtual devices of each process (default 4)
+#   DEVICES=4 bash launch/cpu_processes.sh 2 train ...     virtual devices of each process (default 1)
 #   bash launch/cpu_processes.sh --dry-run 2 train ...     print the commands, start nothing
+#
+# Collectives of virtual devices wait in threads, of which there are as many as cores: a larger model on
+# more devices than cores can wait for itself for ever (seen with 2 processes of 4 on 2 cores).
 #
 # When a process ends with an error the others are stopped, and its exit code is returned.
 set -euo pipefail
@@ -28,7 +31,7 @@ fi
 port="${PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
 export JAX_PLATFORMS=cpu JAX_COORDINATOR_ADDRESS="127.0.0.1:$port" JAX_NUM_PROCESSES="$count"
 export LATENT_JAX_DISTRIBUTED=flags
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-4}"
+export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 
 children=()
 stop() {
