@@ -42,7 +42,8 @@ def start(arguments, port, index, count=2, root=ROOT, **env):
             "JAX_PROCESS_ID": str(index), "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
             **env,
         },
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        # `-m` looks in the working directory first.
+        cwd=root, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
