@@ -109,9 +109,10 @@ def test_a_coordinator_that_is_not_there_is_named_in_time():
 def test_a_coordinator_may_come_later():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        later = threading.Timer(0.7, server.listen)
+        later, began = threading.Timer(0.7, server.listen), time.monotonic()
         later.start()
         _await_coordinator(f"127.0.0.1:{server.getsockname()[1]}", 60)
+        assert time.monotonic() - began >= 0.7, "it came back before anybody listened"
         later.join()
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from latent_jax.core import trees
 from latent_jax.core.flops import matmul_flops
-from latent_jax.systems.abstractinator import losses
+from latent_jax.systems.abstractinator import losses, recipe
 from latent_jax.systems.abstractinator.config import PEERS, AbstractRun
 from latent_jax.systems.abstractinator.model import Abstractinator
 from latent_jax.train.phases import phase_at
@@ -38,15 +38,12 @@ def flops(system: Any, variables: Mapping[str, Any]) -> dict[str, float]:
     config = system.config
     variables = jax.eval_shape(lambda v: v, dict(variables))
     window = config.data.window
-    steps: Counter[int] = Counter(
-        phase_at(config.train, step)[0] for step in range(config.train.steps)
-    )
+    visited = [phase_at(config.train, step) for step in range(config.train.steps)]
+    phases, steps = dict(visited), Counter(index for index, _ in visited)
     out: dict[str, float] = {}
     size = config.train.batch_size * window
     for index, count in steps.items():
-        phase = phase_at(config.train, 0)[1] if not config.train.phases else (
-            config.train.phases[index]
-        )  # fmt: skip
+        phase = phases[index]
         each = _step(system, variables, phase)
         kind = "joint" if phase.data == "main" else phase.data
         out[f"flops.train_per_byte.{kind}"] = each / size
@@ -67,14 +64,7 @@ def flops(system: Any, variables: Mapping[str, Any]) -> dict[str, float]:
 
 def _step(system: Any, variables: Mapping[str, Any], phase: Any) -> float:
     """Of one training step of a phase."""
-    config = system.config
-    shape = (config.train.batch_size, config.data.window)
-    batch = {
-        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "there": jax.ShapeDtypeStruct(shape, bool),
-    }
-    if phase.data != "main":
-        batch[phase.data] = jax.ShapeDtypeStruct(shape[:1], bool)
+    batch = recipe.batch_specs(system.config, phase.data)[0].arrays
     labels = system.param_labels(variables["params"])
     names = trees.flatten(labels)
     params = trees.flatten(variables["params"])

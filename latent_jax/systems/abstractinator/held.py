@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from latent_jax.core import trees
 from latent_jax.core.errors import RunError
+from latent_jax.systems.abstractinator import recipe
 from latent_jax.systems.abstractinator.config import part
 
 # Loss terms of every level, and of the lowest.
@@ -34,12 +34,7 @@ def prove(system: Any, kind: str) -> None:
     held = [i for i in range(len(config.levels)) if part("compressor", i) not in mine]
     if not held:
         return
-    shape = (1, config.data.window)
-    batch = {
-        "ids": jax.ShapeDtypeStruct(shape, jnp.int32),
-        "there": jax.ShapeDtypeStruct(shape, bool),
-        kind: jax.ShapeDtypeStruct(shape[:1], bool),
-    }
+    batch = recipe.batch_specs(config, kind)[0].arrays
     keys = {name: jax.random.key(0) for name in system.rng_names}
 
     def step(variables: Any, batch: Any) -> Any:
