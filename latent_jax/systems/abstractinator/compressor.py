@@ -18,10 +18,12 @@ class Compressor(nn.Module):
     Attributes:
       config: the level.
       longest: most bytes, or rows, of a segment.
+      typical: of a segment that is not long.
     """
 
     config: LevelConfig
     longest: int
+    typical: int
 
     @nn.compact
     def __call__(
@@ -50,7 +52,9 @@ class Compressor(nn.Module):
         b, s = there.shape[:2]
         laid = laid.reshape(b * s, self.longest, -1)
         parts = c.stages if c.taper > 1 else 1
-        pool = QueryPool(c.queries, c.width, c.heads, c.row_width, parts, name="pool")
+        pool = QueryPool(
+            c.queries, self.typical, c.width, c.heads, c.row_width, parts, name="pool"
+        )
         rows = pool(laid, there.reshape(b * s, -1)).reshape(b, s, parts, -1)
         # Of fixed length: rows that could grow would drown what quantising takes from them, and
         # leave the codebooks behind.

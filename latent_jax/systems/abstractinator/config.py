@@ -43,8 +43,8 @@ class SegmentConfig:
 
     rule: str = field(
         default="fixed:6",
-        help="fixed:N; space: at the first byte after white space; entropy: where the section "
-        "entropy's model is uncertain; information: where it has been surprised by enough bits; "
+        help="fixed:N; space: at the first byte after white space (space:N: once a segment has N "
+        "bytes); entropy: where the section entropy's model is uncertain; information: where it has been surprised by enough bits; "
         "learned: where the section router says",
     )
     score: Literal["logits", "gaussian"] = field(
@@ -106,15 +106,16 @@ class SegmentConfig:
     @property
     def most(self) -> int:
         """Most bytes of a segment."""
-        return self.longest or parse_rule(self.rule) or 16
+        kind, size = parse_rule(self.rule)
+        return self.longest or (size if kind == "fixed" else 16)
 
     def segments(self, window: int) -> int:
         """Segments kept per window."""
-        size = parse_rule(self.rule)
+        kind, size = parse_rule(self.rule)
         if self.budget is not None:
             return self.budget
-        if size is None:
-            return max(1, -(-window // 3))
+        if kind != "fixed":
+            return max(1, -(-window // max(3, min(size, self.most))))
         pieces = -(-size // min(size, self.most))  # a shorter limit cuts each in pieces
         return -(-window // size) * pieces
 
@@ -206,6 +207,10 @@ class TransformerConfig:
 class TopConfig(TransformerConfig):
     """The row model."""
 
+    depth: int = field(
+        default=1, ge=0,
+        help="MLPs between its state and the logits of a digit, each reading the digits before it",
+    )
     head: Literal["discrete", "continuous", "mixed"] = field(
         default="discrete",
         help="discrete: logits of digits; continuous: a row, whose distance to the codes gives "
@@ -282,6 +287,12 @@ class AbstractRun(RunBase):
     def longest(self, level: int) -> int:
         """Most bytes, or rows of the level below, that a row stands for."""
         return self.above[level - 1].children if level else self.segments.most
+
+    def typical(self, level: int) -> int:
+        """Bytes, or rows of the level below, of a usual segment, a query of the pool for each."""
+        fixed = level or parse_rule(self.segments.rule).kind == "fixed"
+        longest = self.longest(level)
+        return longest if fixed else min(self.levels[level].queries, longest)
 
     def rows(self, level: int, budget: int | None = None) -> int:
         """Rows of a level in a window with ``budget`` (by default the run's) at the lowest."""

@@ -99,7 +99,8 @@ class QueryPool(nn.Module):
     """Learned queries that attend to a set and are joined into one vector.
 
     Attributes:
-      queries: how many; each starts at a place of its own.
+      queries: how many; each starts at places of its own, the last at all that are left.
+      typical: places that a usual set fills, which the queries start spread over.
       width: of what is pooled.
       heads: attention heads.
       out: width of the vector.
@@ -107,6 +108,7 @@ class QueryPool(nn.Module):
     """
 
     queries: int
+    typical: int
     width: int
     heads: int
     out: int
@@ -135,5 +137,9 @@ class QueryPool(nn.Module):
 
     @nn.nowrap
     def _own_place(self, key: Array, shape: tuple[int, int]) -> Float[Array, "q l"]:
-        own = np.arange(shape[0]) * shape[1] // shape[0]
-        return jnp.where(jnp.arange(shape[1]) == own[:, None], 4.0, 0.0)
+        queries, places = shape
+        place, query = np.minimum(np.arange(places), self.typical - 1), np.arange(queries)[:, None]
+        own = (place * queries // self.typical == query) | (
+            place == query * self.typical // queries
+        )
+        return jnp.where(own, 4.0, 0.0)

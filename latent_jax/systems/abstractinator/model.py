@@ -80,7 +80,7 @@ class Abstractinator(nn.Module):
         c = self.config
         for i, level in enumerate(c.levels):
             quantiser = ResidualVQ(level.row_width, level.codes, level.stages, level.vq)
-            setattr(self, part("compressor", i), Compressor(level, c.longest(i)))
+            setattr(self, part("compressor", i), Compressor(level, c.longest(i), c.typical(i)))
             setattr(self, part("quantiser", i), quantiser)
             expander = RowExpander if i else Expander
             setattr(self, part("expander", i), expander(level, c.longest(i)))

@@ -3,7 +3,8 @@
 The semantics, stated once: a segment starts *at* a byte, and whether byte ``t`` starts one depends
 on bytes ``0 … t`` alone. So a stream is cut as the whole text is, and future bytes never move past
 boundaries. ``fixed:n`` starts one every ``n`` bytes; ``space`` at the first byte after a run of
-white space, which thus ends the word before it; ``entropy`` at the byte that is hard to foresee:
+white space, which thus ends the word before it; ``space:n`` the same where the segment so far has
+``n`` bytes, so that short words join the next one; ``entropy`` at the byte that is hard to foresee:
 with ``H[t]`` the entropy of a byte model's prediction of byte ``t`` from those before it, where
 ``H[t] > H[t-1] + delta`` or ``H[t] > threshold``; ``learned`` where a router's probability (see
 `router`) is above a threshold. No segment is longer than ``longest``: where a rule would let it
@@ -12,6 +13,7 @@ grow, another one starts.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -48,20 +50,36 @@ class Segments(NamedTuple):
         return self.length > 0
 
 
-def parse_rule(rule: str) -> int | None:
-    """Bytes per segment of ``fixed:n``, None of the other rules.
+class Rule(NamedTuple):
+    """A rule by name, and the number behind its colon: 0 of rules that have none, 1 of ``space``.
+
+    Attributes:
+      kind: what it is called.
+      size: bytes of every segment (``fixed``) or the fewest of a segment that is not the last.
+    """
+
+    kind: str
+    size: int
+
+
+def parse_rule(rule: str) -> Rule:
+    """A rule's name and number.
 
     Raises:
-      ConfigError: any other rule.
+      ConfigError: there is no such rule.
+
+    Example:
+      >>> parse_rule("fixed:6"), parse_rule("space").size
+      (Rule(kind='fixed', size=6), 1)
     """
     kind, _, size = rule.partition(":")
-    if kind == "fixed" and size.isdecimal() and int(size) > 0:
-        return int(size)
+    if kind in ("fixed", "space") and size.isdecimal() and int(size) > 0:
+        return Rule(kind, int(size))
     if rule in ("space", "entropy", "information", "learned"):
-        return None
+        return Rule(rule, int(rule == "space"))
     raise ConfigError(
-        f"segments.rule = {rule!r}: no such rule; allowed: fixed:N (N >= 1), space, entropy, "
-        "information, learned"
+        f"segments.rule = {rule!r}: no such rule; allowed: fixed:N, space or space:N (N >= 1), "
+        "entropy, information, learned"
     )
 
 
@@ -109,6 +127,26 @@ def informative(
     return begins.T
 
 
+@functools.partial(jax.jit, static_argnames=("least", "longest"))
+def words(ids: Int[Array, "b t"], least: int, longest: int) -> Bool[Array, "b t"]:
+    """First bytes after white space behind at least ``least`` bytes; the first byte always is one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> words(jnp.asarray([list(b"to be or not")]), 4, 8)[0].astype(int).tolist()
+      [1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    """
+    white = jnp.isin(ids, jnp.asarray(list(_WHITE)))
+    ended = jnp.pad(white[:, :-1], ((0, 0), (1, 0)), constant_values=False) & ~white
+
+    def step(count: Array, end: Array) -> tuple[Array, Array]:
+        begins = (end & (count >= least)) | (count == longest)
+        return jnp.where(begins, 1, count + 1), begins
+
+    _, begins = jax.lax.scan(step, jnp.full(ids.shape[:1], longest), ended.T)
+    return begins.T
+
+
 def starts(
     ids: Int[Array, "b t"], rule: str, longest: int, surprise: Bool[Array, "b t"] | None = None
 ) -> Bool[Array, "b t"]:
@@ -116,21 +154,16 @@ def starts(
 
     Args:
       ids: byte ids.
-      rule: ``fixed:n``, ``space``, ``entropy``, ``information`` or ``learned``.
+      rule: see `parse_rule`.
       longest: most bytes of a segment.
       surprise: `surprising` bytes for ``entropy`` and ``learned``, `informative` ones for
         ``information``.
     """
     at = jnp.arange(ids.shape[1])
-    size = parse_rule(rule)
-    if rule in ("entropy", "information", "learned"):
-        natural = surprise
-    elif size is not None:
-        natural = jnp.broadcast_to(at % size == 0, ids.shape)
-    else:
-        white = jnp.isin(ids, jnp.asarray(list(_WHITE)))
-        before = jnp.pad(white[:, :-1], ((0, 0), (1, 0)), constant_values=False)
-        natural = (before & ~white) | (at == 0)
+    kind, size = parse_rule(rule)
+    if kind == "space":
+        return words(ids, size, longest)
+    natural = jnp.broadcast_to(at % size == 0, ids.shape) if kind == "fixed" else surprise
     begun = jax.lax.cummax(jnp.where(natural, at, 0), axis=1)
     return (at - begun) % longest == 0
 

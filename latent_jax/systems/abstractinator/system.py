@@ -69,7 +69,7 @@ class AbstractinatorSystem:
     def windows(self, split: str) -> recipe.Windows:
         """Windows of ``train`` or ``validation``, made once."""
         if split not in self._windows:
-            shortest = parse_rule(self.config.segments.rule) or 1
+            shortest = parse_rule(self.config.segments.rule).size or 1
             self._windows[split] = recipe.load(self.config.data, split, shortest)
         return self._windows[split]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.nn.transformer import Cache
+from latent_jax.nn.transformer import Block, Cache
 from latent_jax.ops.attention import causal_mask
 from latent_jax.systems.abstractinator.config import TopConfig, TransformerConfig
 from latent_jax.systems.abstractinator.heads import before, near
@@ -55,8 +55,12 @@ class TopLM(nn.Module):
             "digits", nn.initializers.normal(0.02), (max(self.stages - 1, 1), self.codes, c.width)
         )
         self.stage = self.param("stage", nn.initializers.normal(0.02), (self.stages, c.width))
-        self.mix_norm, self.mix = nn.LayerNorm(), nn.Dense(c.width)
+        scale = (2 * max(c.depth, 1)) ** -0.5
+        self.mix = [
+            Block(c.width, c.heads, c.ff, scale, attends=False) for _ in range(c.depth)
+        ]
         self.out_norm = nn.LayerNorm()
+        self.given = nn.Dense(c.width)
         # Zero: an untrained model is uniform and not sure of nonsense.
         self.head = self.param("head", nn.initializers.zeros, (self.stages, c.width, self.codes))
         self.bias = self.param("bias", nn.initializers.zeros, (self.stages, self.codes))
@@ -113,7 +117,7 @@ class TopLM(nn.Module):
           table: the codes of all stages.
         """
         head = self.config.head
-        out = 0.0 if head == "continuous" else self._free(hidden, digits)
+        out = 0.0 if head == "continuous" else self._free(hidden, digits, table)
         return out if head == "discrete" else out + self._near(hidden, digits, table)
 
     def _near(self, hidden: Array, digits: Array, table: Array) -> Float[Array, "*b n k"]:
@@ -122,7 +126,7 @@ class TopLM(nn.Module):
             row = jax.lax.stop_gradient(row)
         return near(row[..., None, :] - before(digits, table), table, self.sharpness)
 
-    def _free(self, hidden: Array, digits: Array) -> Float[Array, "*b n k"]:
+    def _free(self, hidden: Array, digits: Array, table: Array) -> Float[Array, "*b n k"]:
         known = digits[..., : self.stages - 1]
         parts = [
             jnp.where((known[..., i] >= 0)[..., None], self.digits[i][known[..., i]], 0.0)
@@ -130,8 +134,11 @@ class TopLM(nn.Module):
         ]
         zero = jnp.zeros_like(hidden)
         given = jnp.cumsum(jnp.stack([zero, *parts], -2), -2) + self.stage
+        # Where the codes so far lie: what is learned of one code holds for those near it.
+        given = given + self.given(before(digits, table))
         x = hidden[..., None, :] + given
-        x = x + jax.nn.gelu(self.mix(self.mix_norm(x)))
+        for block in self.mix:
+            x = block(x, None, None, None)
         return jnp.einsum("...nc,nck->...nk", self.out_norm(x), self.head) + self.bias
 
     def __call__(

@@ -13,7 +13,7 @@ from latent_jax.systems.abstractinator import segment, tokenizer
 from latent_jax.systems.abstractinator.tokenizer import BOS, EOP, PAD
 
 WINDOW, LONGEST = 24, 6
-RULES = ["fixed:5", "space"]
+RULES = ["fixed:5", "space", "space:3"]
 # Mostly white space and letters, so that runs of both happen.
 texts = st.lists(st.sampled_from(list(b"ab \n\xc3")), min_size=1, max_size=WINDOW)
 
@@ -62,6 +62,18 @@ def test_space_starts_at_the_first_byte_after_white_space():
     assert np.asarray(found.open[0])[:5].tolist() == [False] * 4 + [True]
 
 
+@given(raw=texts, least=st.integers(1, LONGEST))
+def test_only_the_last_segment_is_shorter_than_it_may_be(raw, least):
+    _, found = cut(raw, f"space:{least}")
+    length, start = np.asarray(found.length[0]), np.asarray(found.start[0])
+    count = int((length > 0).sum())
+    assert (length[: count - 1] >= least).all()
+    white = set(b" \t\n\r\v\f")
+    for at, size in zip(start[1:count], length[: count - 1], strict=True):
+        ends_word = raw[at - 1] in white and raw[at] not in white
+        assert ends_word or size == LONGEST, "cut inside a word that is not too long"
+
+
 def test_overflow_is_counted_and_nothing_else_is_kept():
     raw = b"a b c d e f"
     _, found = cut(raw, "space", budget=4)
@@ -88,7 +100,7 @@ def test_bytes_and_specials():
     assert tokenizer.decode([BOS, 104, 105, EOP, PAD]) == "hi"
 
 
-@pytest.mark.parametrize("rule", ["fixed", "fixed:0", "fixed:-3", "words", "space:2", ""])
+@pytest.mark.parametrize("rule", ["fixed", "fixed:0", "fixed:-3", "words", "space:0", "space:x", "learned:2", ""])
 def test_bad_rules(rule):
     with pytest.raises(ConfigError, match="no such rule"):
         segment.parse_rule(rule)
