@@ -13,7 +13,7 @@ from latent_jax.systems.abstractinator.tokenizer import VOCAB
 
 
 class Compressor(nn.Module):
-    """A causal sliding-window transformer, then attention pooling within each segment.
+    """A causal transformer over each segment, or over a window, then attention pooling within each.
 
     Attributes:
       config: the level.
@@ -47,6 +47,8 @@ class Compressor(nn.Module):
         # Known at each byte, since starts are causal; lets a query ask for the n-th byte.
         x = x + nn.Embed(self.longest, c.width, name="place")(found.place)
         mask = sliding_mask(valid, c.reach)
+        if not c.context:
+            mask &= found.segment[:, :, None] == found.segment[:, None]
         x = Stack(c.compressor_layers, c.width, c.heads, c.ff, name="stack")(x, mask)
         laid, there = segment.grid(x, found, self.longest)
         b, s = there.shape[:2]

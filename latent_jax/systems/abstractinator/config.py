@@ -44,8 +44,8 @@ class SegmentConfig:
     rule: str = field(
         default="fixed:6",
         help="fixed:N; space: at the first byte after white space (space:N: once a segment has N "
-        "bytes); entropy: where the section entropy's model is uncertain; information: where it has been surprised by enough bits; "
-        "learned: where the section router says",
+        "bytes); entropy: where the section entropy's model is uncertain; information: where it "
+        "has been surprised by enough bits; learned: where the section router says",
     )
     score: Literal["logits", "gaussian"] = field(
         default="logits", help="entropy: which head's entropy, of bytes or of their embeddings"
@@ -145,6 +145,11 @@ class LevelConfig:
     ff: int = field(default=512, ge=1, help="hidden width of the MLPs")
     compressor_layers: int = field(default=2, ge=0, help="blocks over the bytes")
     reach: int = field(default=32, ge=1, help="bytes that a block of the compressor looks back")
+    context: bool = field(
+        default=False,
+        help="blocks of the compressor look back beyond their segment; without, equal segments have "
+        "equal rows, which the row model learns far faster",
+    )
     queries: int = field(default=4, ge=1, help="learned queries that pool a segment")
     row_width: int = field(default=64, ge=1, help="numbers in a row")
     expander_layers: int = field(default=2, ge=1, help="blocks over a segment's bytes")

@@ -216,11 +216,11 @@ class Abstractinator(nn.Module):
     ) -> Rows:
         vectors = self._part("compressor", level)(read, valid, found)
         quantised = self._part("quantiser", level)(vectors, found.rows, train=train)
-        rows = self.append(quantised.indices, quantised.quantized, level)
-        bypass = self.config.levels[level].vq.bypass
-        if train and bypass.used:
-            share = bypass(self._part("quantiser", level).count.value)
-            rows = jnp.where(share > 0, quantised.quantized, rows)
+        # In training the rows are those of the codes before they moved: a code that few rows share
+        # moves far toward each of them, which nothing does for a text that is only read.
+        rows = quantised.quantized
+        if not train:
+            rows = self.append(quantised.indices, rows, level)
         return Rows(rows, quantised.indices, found.rows, found, quantised)
 
     def pyramid(

@@ -21,7 +21,6 @@ def test_the_packaged_configuration_trains_all_at_once():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="row model 11.52 bits, frequencies 11.45")
 def test_all_parts_move_and_learn_together(tiny, tmp_path):
     tree = tiny()
     del tree["byte_lm"]

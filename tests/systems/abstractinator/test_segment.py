@@ -100,7 +100,9 @@ def test_bytes_and_specials():
     assert tokenizer.decode([BOS, 104, 105, EOP, PAD]) == "hi"
 
 
-@pytest.mark.parametrize("rule", ["fixed", "fixed:0", "fixed:-3", "words", "space:0", "space:x", "learned:2", ""])
+@pytest.mark.parametrize(
+    "rule", ["fixed", "fixed:0", "fixed:-3", "words", "space:0", "space:x", "learned:2", ""]
+)
 def test_bad_rules(rule):
     with pytest.raises(ConfigError, match="no such rule"):
         segment.parse_rule(rule)
