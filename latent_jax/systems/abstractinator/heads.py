@@ -12,7 +12,9 @@ def before(digits: Int[Array, "*b n"], table: Float[Array, "n k d"]) -> Float[Ar
     """What the codes of the stages before each add up to; a digit below 0 adds nothing."""
     parts = jax.vmap(lambda code, i: code[i], (0, -1), -2)(table, jnp.maximum(digits, 0))
     parts = jnp.where((digits >= 0)[..., None], parts, 0.0)
-    return jnp.cumsum(parts, -2) - parts
+    # Not the sum less the own part, which would leave a trace of it in the last bit.
+    shifted = jnp.pad(parts[..., :-1, :], [(0, 0)] * (parts.ndim - 2) + [(1, 0), (0, 0)])
+    return jnp.cumsum(shifted, -2)
 
 
 def near(

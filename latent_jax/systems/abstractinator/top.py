@@ -50,9 +50,10 @@ class TopLM(nn.Module):
             self.sharpness = self.param("sharpness", nn.initializers.zeros, (self.stages,))
         if c.head == "continuous":
             return
-        # The last digit conditions nothing.
+        # The last digit conditions nothing. As large as the state that they are added to: smaller
+        # ones take hundreds of steps to be told apart.
         self.digits = self.param(
-            "digits", nn.initializers.normal(0.02), (max(self.stages - 1, 1), self.codes, c.width)
+            "digits", nn.initializers.normal(1.0), (max(self.stages - 1, 1), self.codes, c.width)
         )
         self.stage = self.param("stage", nn.initializers.normal(0.02), (self.stages, c.width))
         scale = (2 * max(c.depth, 1)) ** -0.5

@@ -35,6 +35,20 @@ def test_a_row_knows_nothing_of_later_bytes(made, compress):
     assert np.abs(vectors[0][3:] - vectors[1][3:]).max() > 1e-3
 
 
+def test_equal_segments_have_equal_rows(made, compress):
+    text = b"a cat on a cat so my cat"
+    out = compress(jnp.asarray([list(text), list(text[::-1])], jnp.int32))
+    words = text.split()
+    assert int(out.there[0].sum()) == len(words)
+    digits, rows = np.asarray(out.digits[0]), np.asarray(out.rows[0])
+    # "a " and "cat " twice each; the last "cat" has no space behind it.
+    for first, second in ((0, 3), (1, 4)):
+        assert words[first] == words[second]
+        np.testing.assert_array_equal(digits[first], digits[second])
+        np.testing.assert_array_equal(rows[first], rows[second])
+    assert np.abs(rows[1] - rows[2]).max() > 1e-3
+
+
 def test_padding_changes_nothing(made):
     system, variables, batch = made
     ids = jnp.pad(batch["ids"][:, :16], ((0, 1), (0, 8)), constant_values=PAD)
