@@ -147,8 +147,8 @@ class LevelConfig:
     reach: int = field(default=32, ge=1, help="bytes that a block of the compressor looks back")
     context: bool = field(
         default=False,
-        help="blocks of the compressor look back beyond their segment; without, equal segments have "
-        "equal rows, which the row model learns far faster",
+        help="blocks of the compressor look back beyond their segment; without, equal segments "
+        "have equal rows",
     )
     queries: int = field(default=4, ge=1, help="learned queries that pool a segment")
     row_width: int = field(default=64, ge=1, help="numbers in a row")
