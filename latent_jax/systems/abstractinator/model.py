@@ -185,8 +185,8 @@ class Abstractinator(nn.Module):
         Args:
           ids: byte ids.
           valid: True at bytes, False at the padding after them.
-          train: the codebooks move, if their collection may. The rows are then those of the moved
-            codebooks, which are the ones that generation will find.
+          train: the codebooks move, if their collection may. The rows are those of the codebooks
+            before they do.
           budget: segments per window; the run's by default.
         """
         scores = self.scores(ids, valid)
@@ -216,8 +216,8 @@ class Abstractinator(nn.Module):
     ) -> Rows:
         vectors = self._part("compressor", level)(read, valid, found)
         quantised = self._part("quantiser", level)(vectors, found.rows, train=train)
-        # In training the rows are those of the codes before they moved: a code that few rows share
-        # moves far toward each of them, which nothing does for a text that is only read.
+        # A code that few rows share moves far toward each of them, which nothing does for a text
+        # that is only read: rows of moved codes would flatter the training.
         rows = quantised.quantized
         if not train:
             rows = self.append(quantised.indices, rows, level)
