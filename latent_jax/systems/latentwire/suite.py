@@ -12,6 +12,7 @@ import numpy as np
 from latent_jax.systems.latentwire import bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
+from latent_jax.systems.latentwire.findings import findings
 
 
 def final_evaluation(
@@ -121,8 +122,8 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
             results = json.loads((path / "results.json").read_text(encoding="utf-8"))
         if (path / "samples.jsonl").is_file():
             samples = diagnose.read_log(path / "samples.jsonl")
-    found = diagnose.findings(statistics, results, samples, log)
-    return {**numbers, "findings": "; ".join(found) or "nothing known is wrong"}
+    found = findings(statistics, results, samples, log)
+    return {**numbers, "findings": found or "nothing known is wrong"}
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:
