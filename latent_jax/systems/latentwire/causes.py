@@ -114,6 +114,21 @@ def dead_parts(e: Evidence) -> Iterator[str]:
         )
 
 
+def held_parts(e: Evidence) -> Iterator[str]:
+    """A part that was never moved, although it has a gradient, and answers fail."""
+    rates: dict[str, list[float]] = {}
+    for row in e.log:
+        for key, value in row.items():
+            if key.startswith("lr."):
+                rates.setdefault(key[3:], []).append(value)
+    held = sorted(name for name, v in rates.items() if len(v) >= 10 and not any(v))
+    if held and answers_fail(e.results):
+        yield (
+            f"{', '.join(held)} had learning rate 0 in all of {len(rates[held[0]])} steps: what "
+            "is left cannot learn to answer; train them (train.optimizer.groups, train.phases)"
+        )
+
+
 def untrained_task(e: Evidence) -> Iterator[str]:
     """Questions were asked, never trained, and fail."""
     trained = [n for n in TASKS if any(f"term.{n}" in row for row in e.log)]
@@ -169,6 +184,6 @@ CAUSES = {
 }  # fmt: skip
 #: These explain answers that fail.
 OF_ANSWERS = {
-    "stuck": stuck, "untrained-task": untrained_task, "padding-learned": padding_learned,
-    "memorised": memorised,
+    "stuck": stuck, "held-part": held_parts, "untrained-task": untrained_task,
+    "padding-learned": padding_learned, "memorised": memorised,
 }  # fmt: skip

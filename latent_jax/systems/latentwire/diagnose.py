@@ -205,31 +205,24 @@ def first_step(rows: Sequence[Mapping[str, Any]], key: str, above: float) -> int
 
 
 def latent_statistics(
-    z: Float[np.ndarray, "n m d"],
-    mask: Bool[np.ndarray, "n m"],
-    table: Float[np.ndarray, "v d"] | None = None,
+    z: Float[np.ndarray, "n m d"], mask: Bool[np.ndarray, "n m"]
 ) -> dict[str, float]:
     """Flat numbers about the latents of a set of texts.
 
     Args:
       z: latents.
       mask: which are real.
-      table: the reader's embeddings, when latents are soft tokens of its width.
     """
     z, mask = np.asarray(z, np.float32), np.asarray(mask, bool)
     flat = z[mask]
     spread = spectrum(flat[:4096])
-    out = {
+    return {
         **cosines(z, mask),
         "norm": float(np.linalg.norm(flat, axis=-1).mean()),
         "effective_rank": spread["effective_rank"],
         "first_share": spread["first_share"],
         "dims_for_90": float(spread["dims_for_90"]),
     }
-    if table is not None:
-        out["norm_ratio"] = norm_ratio(flat, table)
-        out |= embedding_statistics(flat, table)
-    return out
 
 
 def answers_fail(results: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from latent_jax.systems.latentwire import bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
+from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
 
@@ -99,13 +100,15 @@ def quality_against_bits(
 
 
 def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, float]:
-    """``latent.*``: spread, norm and rank of the latents of held-out segments."""
-    ids = jnp.asarray(system.eval_data()[:texts])
-    z = compress_ids(wire.latents, ids, jnp.ones(ids.shape, bool))
-    shown = wire.latents.module.informative(z)
-    soft = system.config.model.adapter.kind == "soft" and z.z.shape[-1] == wire.width
-    table = np.asarray(wire.backbone.params["embed"]) if soft else None
-    statistics = diagnose.latent_statistics(np.asarray(shown), np.asarray(z.mask), table)
+    """``latent.*``: spread, norm and rank of the latents of held-out segments, and what the reader
+    gets of them beside what it makes of the text.
+    """
+    ids = jnp.asarray(system.eval_data()[:texts, : system.config.model.segment])
+    mask = jnp.ones(ids.shape, bool)
+    z = compress_ids(wire.latents, ids, mask)
+    shown = np.asarray(wire.latents.module.informative(z))
+    statistics = diagnose.latent_statistics(shown, np.asarray(z.mask))
+    statistics |= beside_text(wire, z, ids, mask)
     return {f"latent.{name}": value for name, value in statistics.items()}
 
 

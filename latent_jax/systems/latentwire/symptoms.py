@@ -9,13 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from latent_jax.systems.latentwire.diagnose import Evidence, first_step, predictions
+from latent_jax.systems.latentwire.diagnose import (
+    Evidence,
+    answers_fail,
+    first_step,
+    predictions,
+)
 
 # Unrelated texts' latents measure 0.2-0.9 in working compressors; beyond that, what tells texts
 # apart is less than a tenth of a latent's energy.
 COLLAPSED_COSINE = 0.9
 # Soft tokens of another size than embeddings drown, or are drowned by, everything added to them.
 HEALTHY_NORM = (0.8, 1.2)
+# Values of a deep prefix may grow as their keys draw less attention; the reader never saw such.
+HEALTHY_VALUES = (0.3, 3.0)
+# A latent so close to the mean of its span keeps no order and no pairs of what it stands for.
+SPAN_MEAN = 0.95
 # A task that the reader cannot do from the text itself measures nothing about latents.
 READER_F1 = 0.1
 # One answer in three may be chance; and twice as often as it is right.
@@ -62,13 +71,29 @@ def collapsed_latents(e: Evidence) -> Iterator[str]:
         )
 
 
+def span_means(e: Evidence) -> Iterator[str]:
+    """Latents are the mean of what the reader makes of their span, and answers fail."""
+    cosine = e.statistics.get("span_mean_cosine", 0.0)
+    if cosine >= SPAN_MEAN and answers_fail(e.results):
+        yield (
+            f"latents have cosine {cosine:.2f} to the mean of their span: what stood where in it "
+            "is lost; train the pooling (train.optimizer.groups), or use slots=memory"
+        )
+
+
 def magnitude(e: Evidence) -> Iterator[str]:
-    """Soft tokens are much larger or smaller than the reader's embeddings."""
+    """What the reader gets is much larger or smaller than what it makes of text."""
     (low, high), ratio = HEALTHY_NORM, e.statistics.get("norm_ratio")
     if ratio is not None and not low <= ratio <= high:
         yield (
             f"latents have {ratio:.2f} times the norm of the reader's embeddings "
             f"({low}-{high} is healthy): calibrate the adapter, or use adapter.kind=kv"
+        )
+    (low, high), ratio = HEALTHY_VALUES, e.statistics.get("value_ratio")
+    if ratio is not None and not low <= ratio <= high:
+        yield (
+            f"the latents' values have {ratio:.2f} times the norm of those of text ({low}-{high} "
+            "is healthy): lower train.optimizer.lr"
         )
 
 
@@ -168,6 +193,7 @@ SYMPTOMS = {
     "reconstruction-ignores-latents": reconstruction_ignores, "lossy-format": lossy_format,
 }  # fmt: skip
 OF_ANSWERS = {
-    "empty-answers": empty_answers, "repetitive-answers": repetitive_answers,
-    "answers-collapsed": collapsed_answers, "answers-ignore-latents": ignored,
+    "span-means": span_means, "empty-answers": empty_answers,
+    "repetitive-answers": repetitive_answers, "answers-collapsed": collapsed_answers,
+    "answers-ignore-latents": ignored,
 }  # fmt: skip
