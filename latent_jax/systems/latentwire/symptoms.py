@@ -134,7 +134,8 @@ def empty_answers(e: Evidence) -> Iterator[str]:
     if own > EMPTY and own > 2 * full:
         yield (
             f"{own:.0%} of the answers from latents are empty, {full:.0%} of those from the text: "
-            "the end is learned instead of the answer; train longer, or weigh losses.first_token"
+            "an answer must not begin with padding or the stop (prompt.answer, prompt.stop); else "
+            "train longer"
         )
 
 

@@ -45,13 +45,12 @@ SYMPTOMS = {
     "fixed_pca": _low,
     "foreign_prompt": lambda r: r["squad.f1.full_text"] < 0.1,
     "high_rate": lambda r: _low(r) and r["latent.value_ratio"] > 10,
+    "left_padded_answers": lambda r: _low(r) and r["squad.empty.latent"] > 0.9,
     "low_rate": _low,
     "mean_pooled": lambda r: _low(r) and r["latent.span_mean_cosine"] > 0.95,
     "reconstruction_only": _low,
     "shut_gate": _low,
     "starved_task": lambda r: r["squad.f1.latent"] < 0.5,
-    "stop_first": lambda r: r["squad.empty.full_text"] == r["squad.empty.latent"] == 1.0
-    and r["squad.first_top1.full_text"] == 1.0,
     "uncalibrated_soft": lambda r: r["latent.norm_ratio"] > 2,
 }
 NAMES = sorted(p.stem for p in FAILURES.glob("*.yaml") if p.stem != "repaired")
