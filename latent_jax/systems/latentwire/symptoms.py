@@ -134,8 +134,8 @@ def empty_answers(e: Evidence) -> Iterator[str]:
     if own > EMPTY and own > 2 * full:
         yield (
             f"{own:.0%} of the answers from latents are empty, {full:.0%} of those from the text: "
-            "an answer must not begin with padding or the stop (prompt.answer, prompt.stop); else "
-            "train longer"
+            "unless a line above says why, answers begin with padding or the stop (prompt.answer, "
+            "prompt.stop), or training was too short"
         )
 
 
