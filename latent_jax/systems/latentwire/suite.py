@@ -8,12 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from latent_jax.systems.latentwire import bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.symptoms import said_from_latents
 
 
 def final_evaluation(
@@ -113,7 +115,7 @@ def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, 
 
 
 def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str, Any]:
-    """Numbers about the latents, and findings from them and from a run's log and samples."""
+    """Numbers about latents, parameters and answers, and findings from them and a run's log."""
     numbers = latent_numbers(system, wire)
     statistics = {name.removeprefix("latent."): value for name, value in numbers.items()}
     log, results, samples = [], {}, []
@@ -126,6 +128,12 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
         if (path / "samples.jsonl").is_file():
             samples = diagnose.read_log(path / "samples.jsonl")
     found = findings(statistics, results, samples, log)
+    # A LoRA or a gate that has stayed where it began shows here.
+    numbers |= {f"norm.{part}": float(optax.global_norm(x)) for part, x in wire.params.items()}
+    if said := said_from_latents(samples):
+        told = diagnose.predictions(said)
+        for name in ("distinct", "distinct_words", "empty", "repetitive", "commonest_share"):
+            numbers[f"answers.{name}"] = told[name]
     return {**numbers, "findings": found or "nothing known is wrong"}
 
 

@@ -141,7 +141,7 @@ def empty_answers(e: Evidence) -> Iterator[str]:
 
 def repetitive_answers(e: Evidence) -> Iterator[str]:
     """ "the the the"."""
-    said = _said(e.samples)
+    said = said_from_latents(e.samples)
     share = predictions(said)["repetitive"]
     if len(said) >= 8 and share > REPETITIVE:
         yield (
@@ -152,7 +152,7 @@ def repetitive_answers(e: Evidence) -> Iterator[str]:
 
 def collapsed_answers(e: Evidence) -> Iterator[str]:
     """One answer to many questions."""
-    said = _said(e.samples)
+    said = said_from_latents(e.samples)
     if len(said) < 8:
         return
     p, gold = predictions(said), predictions(_gold(e.samples))["commonest_share"]
@@ -175,7 +175,8 @@ def ignored(e: Evidence) -> Iterator[str]:
         )
 
 
-def _said(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+def said_from_latents(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answers from latents of ``samples.jsonl``."""
     return [
         s["predictions"]["latent"]
         for s in samples
