@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.numpy import save as serialise
 from latent_jax.backbones import Backbone
 from latent_jax.core import trees
 from latent_jax.core.config import parse, read_yaml, to_dict
-from latent_jax.core.errors import CheckpointError
+from latent_jax.core.errors import CheckpointError, ConfigError
 from latent_jax.core.files import make_dir, write_bytes, write_json
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.prompts import PromptConfig
@@ -168,6 +169,36 @@ def with_every_task(params: dict[str, Any]) -> dict[str, Any]:
     missing = len(TASKS) - len(tasks)
     start = np.repeat(tasks[TASKS.index("continue")][None], missing, axis=0)
     return {**params, "tasks": np.concatenate([tasks, start])}
+
+
+def check_parts(trained: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Refuses to use a compressor without a part that was trained, or with one that was not.
+
+    Linen ignores parameters that no module asks for: an evaluation with a part switched off would
+    run, and measure something else than what was trained.
+
+    Args:
+      trained: parameters of a run.
+      expected: those that this configuration has (shapes serve).
+
+    Raises:
+      ConfigError: a part is missing on either side, or has another shape.
+    """
+    have, want = trees.flatten(dict(trained)), trees.flatten(dict(expected))
+    unused, fresh = sorted(set(have) - set(want)), sorted(set(want) - set(have))
+    other = [
+        f"{k} is {tuple(have[k].shape)}, not {tuple(want[k].shape)}"
+        for k in sorted(set(have) & set(want))
+        if k != "tasks" and tuple(have[k].shape) != tuple(want[k].shape)
+    ]
+    if unused or fresh or other:
+        size = lambda tree: sum(math.prod(x.shape) for x in tree.values())  # noqa: E731
+        said = [f"trained and left out: {', '.join(unused)}"] if unused else []
+        said += [f"never trained: {', '.join(fresh)}"] if fresh else []
+        raise ConfigError(
+            f"model: this configuration has {size(want):,} parameters, {size(have):,} were trained "
+            f"({'; '.join(said + other)}); evaluate with the model.* settings of the training"
+        )
 
 
 def _read_file(directory: Path) -> Stored:

@@ -1,12 +1,13 @@
-"""Looking for the known ways in which a compressor fails: statistics, and findings in words."""
+"""Statistics of a compressor's latents, answers and training log; `findings` judges them."""
 
 from __future__ import annotations
 
 import collections
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -14,9 +15,21 @@ from jaxtyping import Bool, Float
 from latent_jax.ops.spectrum import effective_rank
 from latent_jax.systems.latentwire.metrics import normalise
 
-COLLAPSED_COSINE = 0.9
-HEALTHY_NORM = (0.8, 1.2)
-DOMINANT_SHARE = 0.8
+
+class Evidence(NamedTuple):
+    """What a run left behind.
+
+    Attributes:
+      statistics: of `latent_statistics`.
+      results: of ``results.json``.
+      samples: of ``samples.jsonl``.
+      log: of ``metrics.jsonl``.
+    """
+
+    statistics: Mapping[str, float]
+    results: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    log: Sequence[Mapping[str, Any]]
 
 
 def repeats(text: str) -> bool:
@@ -139,13 +152,42 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def loss_shares(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean share of each weighted loss term over the log."""
+    """Mean share of each weighted loss term over the batches in which several terms compete.
+
+    Tasks alternate batch by batch: in one with a single term that term is all of the loss, which
+    says nothing.
+    """
     found: dict[str, list[float]] = collections.defaultdict(list)
     for row in rows:
-        for key, value in row.items():
-            if key.startswith("share.") and isinstance(value, int | float):
-                found[key[6:]].append(float(value))
+        shares = {
+            k[6:]: float(v)
+            for k, v in row.items()
+            if k.startswith("share.") and isinstance(v, int | float)
+        }
+        if sum(v > 0 for v in shares.values()) > 1:
+            for name, value in shares.items():
+                found[name].append(value)
     return {k: float(np.mean(v)) for k, v in found.items()}
+
+
+def ends(
+    rows: Sequence[Mapping[str, Any]], key: str, share: float = 0.1, least: int = 3
+) -> tuple[float, float] | None:
+    """Means of a logged number over the first and the last part of its finite values.
+
+    Args:
+      share: how much of the log an end is.
+      least: rows of an end; one batch alone is noise.
+
+    Returns:
+      (begin, end), or None if there are fewer than two ends' worth of rows.
+    """
+    found = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    found = [float(v) for v in found if math.isfinite(v)]
+    n = max(least, round(share * len(found)))
+    if len(found) < 2 * n:
+        return None
+    return float(np.mean(found[:n])), float(np.mean(found[-n:]))
 
 
 def first_step(rows: Sequence[Mapping[str, Any]], key: str, above: float) -> int | None:
@@ -163,107 +205,31 @@ def first_step(rows: Sequence[Mapping[str, Any]], key: str, above: float) -> int
 
 
 def latent_statistics(
-    z: Float[np.ndarray, "n m d"],
-    mask: Bool[np.ndarray, "n m"],
-    table: Float[np.ndarray, "v d"] | None = None,
+    z: Float[np.ndarray, "n m d"], mask: Bool[np.ndarray, "n m"]
 ) -> dict[str, float]:
     """Flat numbers about the latents of a set of texts.
 
     Args:
       z: latents.
       mask: which are real.
-      table: the reader's embeddings, when latents are soft tokens of its width.
     """
     z, mask = np.asarray(z, np.float32), np.asarray(mask, bool)
     flat = z[mask]
     spread = spectrum(flat[:4096])
-    out = {
+    return {
         **cosines(z, mask),
         "norm": float(np.linalg.norm(flat, axis=-1).mean()),
         "effective_rank": spread["effective_rank"],
         "first_share": spread["first_share"],
         "dims_for_90": float(spread["dims_for_90"]),
     }
-    if table is not None:
-        out["norm_ratio"] = norm_ratio(flat, table)
-        out |= embedding_statistics(flat, table)
-    return out
 
 
-def findings(
-    statistics: Mapping[str, float] | None = None,
-    results: Mapping[str, Any] | None = None,
-    samples: Sequence[Mapping[str, Any]] = (),
-    log: Sequence[Mapping[str, Any]] = (),
-) -> list[str]:
-    """What is wrong, one sentence each; empty when nothing known is.
-
-    Args:
-      statistics: of `latent_statistics`.
-      results: of ``results.json``.
-      samples: of ``samples.jsonl``.
-      log: of ``metrics.jsonl``.
+def answers_fail(results: Mapping[str, Any]) -> bool:
+    """Whether answers from latents are not surely better than from another text's, or less than
+    half as good as from the text.
     """
-    found: list[str] = []
-    s, r = statistics or {}, results or {}
-    if s.get("cosine", 0.0) >= COLLAPSED_COSINE:
-        began = first_step(log, "latent_cosine", COLLAPSED_COSINE)
-        since = "" if began is None else f", since step {began}"
-        found.append(
-            f"latents of different texts have cosine {s['cosine']:.2f}{since}: "
-            "collapsed, the reader cannot tell texts apart"
-        )
-    low, high = HEALTHY_NORM
-    if "norm_ratio" in s and not low <= s["norm_ratio"] <= high:
-        found.append(
-            f"latents have {s['norm_ratio']:.2f} times the norm of the reader's embeddings "
-            f"({low}-{high} is healthy): calibrate the adapter"
-        )
-    for term, share in sorted(loss_shares(log).items()):
-        if share > DOMINANT_SHARE and len(loss_shares(log)) > 1:
-            found.append(f"the loss term {term} is {share:.0%} of the loss: lower its weight")
-    found += _answer_findings(r, samples)
-    gap = r.get("ae.forced_accuracy", 0.0) - r.get("ae.token_accuracy", 0.0)
-    if gap > 0.2:
-        found.append(
-            f"reconstruction is {r['ae.forced_accuracy']:.2f} teacher-forced and "
-            f"{r['ae.token_accuracy']:.2f} greedy: the first miss derails the rest; "
-            "train longer or with corrupted inputs"
-        )
-    own, other = r.get("ae.token_accuracy"), r.get("ae.token_accuracy.shuffled")
-    if own is not None and other is not None and own < other + 0.02:
-        found.append(
-            f"own latents rebuild no more than another text's ({own:.2f} against {other:.2f}): "
-            "the reader ignores them"
-        )
-    return found
-
-
-def _answer_findings(r: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = []
-    said = [
-        s["predictions"]["latent"]
-        for s in samples
-        if s.get("kind") == "answer" and "latent" in s.get("predictions", {})
-    ]
-    if len(said) >= 8:
-        p = predictions(said)
-        common, share = p["commonest"][0][0], p["commonest_share"]
-        if p["empty"] > 0.2:
-            found.append(f"{p['empty']:.0%} of the answers from latents are empty")
-        if p["repetitive"] > 0.1:
-            found.append(
-                f"{p['repetitive']:.0%} of the answers from latents repeat one word or pair"
-            )
-        if share > 0.3 and common:
-            found.append(
-                f"{share:.0%} of the answers from latents are {common!r}: answers collapsed"
-            )
-    own, other = r.get("squad.f1.latent"), r.get("squad.f1.shuffled")
-    low = (r.get("squad.f1_gain.shuffled.ci95") or [None])[0]
-    if own is not None and other is not None and low is not None and low <= 0:
-        found.append(
-            f"answers from own latents (F1 {own:.2f}) are not surely better than from another "
-            f"text's ({other:.2f})"
-        )
-    return found
+    own, full = results.get("squad.f1.latent"), results.get("squad.f1.full_text")
+    low = (results.get("squad.f1_gain.shuffled.ci95") or [None])[0]
+    behind = own is not None and full is not None and own < 0.5 * full
+    return behind or (low is not None and low <= 0)

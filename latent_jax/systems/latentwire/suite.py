@@ -8,10 +8,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from latent_jax.systems.latentwire import bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
+from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
+from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.symptoms import said_from_latents
 
 
 def final_evaluation(
@@ -98,18 +102,20 @@ def quality_against_bits(
 
 
 def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, float]:
-    """``latent.*``: spread, norm and rank of the latents of held-out segments."""
-    ids = jnp.asarray(system.eval_data()[:texts])
-    z = compress_ids(wire.latents, ids, jnp.ones(ids.shape, bool))
-    shown = wire.latents.module.informative(z)
-    soft = system.config.model.adapter.kind == "soft" and z.z.shape[-1] == wire.width
-    table = np.asarray(wire.backbone.params["embed"]) if soft else None
-    statistics = diagnose.latent_statistics(np.asarray(shown), np.asarray(z.mask), table)
+    """``latent.*``: spread, norm and rank of the latents of held-out segments, and what the reader
+    gets of them beside what it makes of the text.
+    """
+    ids = jnp.asarray(system.eval_data()[:texts, : system.config.model.segment])
+    mask = jnp.ones(ids.shape, bool)
+    z = compress_ids(wire.latents, ids, mask)
+    shown = np.asarray(wire.latents.module.informative(z))
+    statistics = diagnose.latent_statistics(shown, np.asarray(z.mask))
+    statistics |= beside_text(wire, z, ids, mask)
     return {f"latent.{name}": value for name, value in statistics.items()}
 
 
 def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str, Any]:
-    """Numbers about the latents, and findings from them and from a run's log and samples."""
+    """Numbers about latents, parameters and answers, and findings from them and a run's log."""
     numbers = latent_numbers(system, wire)
     statistics = {name.removeprefix("latent."): value for name, value in numbers.items()}
     log, results, samples = [], {}, []
@@ -121,8 +127,14 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
             results = json.loads((path / "results.json").read_text(encoding="utf-8"))
         if (path / "samples.jsonl").is_file():
             samples = diagnose.read_log(path / "samples.jsonl")
-    found = diagnose.findings(statistics, results, samples, log)
-    return {**numbers, "findings": "; ".join(found) or "nothing known is wrong"}
+    found = findings(statistics, results, samples, log)
+    # A LoRA or a gate that has stayed where it began shows here.
+    numbers |= {f"norm.{part}": float(optax.global_norm(x)) for part, x in wire.params.items()}
+    if said := said_from_latents(samples):
+        told = diagnose.predictions(said)
+        for name in ("distinct", "distinct_words", "empty", "repetitive", "commonest_share"):
+            numbers[f"answers.{name}"] = told[name]
+    return {**numbers, "findings": found or "nothing known is wrong"}
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
+    check_parts,
     load_compressor,
     save_centre,
     save_compressor,
@@ -219,7 +220,13 @@ class LatentWireSystem:
         }
 
     def wire(self, variables, frozen) -> LatentWire:
-        """The compressor with these weights, as users hold it."""
+        """The compressor with these weights, as users hold it.
+
+        Raises:
+          ConfigError: the weights are not those of this configuration's parts.
+        """
+        context = jax.ShapeDtypeStruct((1, self.config.model.segment), jnp.int32)
+        check_parts(variables["params"], self.init_shapes({"context": context})["params"])
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
         params, tasks = with_every_task(variables["params"]), trained_tasks(self.config)
         return LatentWire(backbone, self.config.model, params, self.builder, tasks)
