@@ -185,6 +185,11 @@ class SpacingDataConfig:
         default="tail", help="hold out the greatest heights, or whole blocks of all heights"
     )
     held_out: float = field(default=0.1, gt=0, lt=1, help="share held out")
+    calibration: float = field(
+        default=0.0, ge=0, lt=0.5,
+        help="share of each training stretch, its end, that is not trained on and that the "
+        "density's calibration is fitted to; 0: none",
+    )
     recent: int | None = field(
         default=None,
         ge=2,
@@ -251,6 +256,10 @@ class SpacingRun(RunBase):
         """
         self._validate_batches()
         self._validate_slot_losses()
+        if self.data.calibration and self.model.head.family != "gaussian":
+            raise ConfigError(
+                f"data.calibration={self.data.calibration} needs model.head.family=gaussian"
+            )
         if self.model.memory.kind == "postfix" and self.model.memory.cuts >= self.data.window:
             raise ConfigError(
                 f"model.memory.cuts={self.model.memory.cuts} needs a longer window than "

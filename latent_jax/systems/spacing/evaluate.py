@@ -9,8 +9,16 @@ import jax
 import numpy as np
 
 from latent_jax.core.types import PyTree
+from latent_jax.ops import mdn
 from latent_jax.ops.bootstrap import difference_interval, mean_interval
-from latent_jax.systems.spacing import baselines, limits, predict, rollout, scores
+from latent_jax.systems.spacing import (
+    baselines,
+    calibration,
+    limits,
+    predict,
+    rollout,
+    scores,
+)
 from latent_jax.systems.spacing.predict import Predicted
 from latent_jax.systems.spacing.recipe import Gaps
 
@@ -26,6 +34,8 @@ def evaluate(
     Returns:
       metrics: of `scores.summary` (mean over seeds, see `scores.over_seeds`), plus
         ``nll.position_averaged`` (nats, every scored position; never comparable with ``nll.last``),
+        with ``data.calibration`` the scores of last positions once more as ``calibrated.*``, after
+        `calibration.fit` (``calibrated.set_apart.nll`` is what it starts from there);
         ``floor.gue.k<k>`` and ``baseline.<name>.*`` on the same last positions,
         ``nll.minus_floor`` (paired, random-matrix data only: below 0 would be a leak) and
         ``rollout.*``.
@@ -37,7 +47,13 @@ def evaluate(
     score = predict.predictor(system.model, c)
     found = predict.predict(score, params, rows, c.eval.batch_size, progress=progress)
     truth = rows["gaps"][:, -1]
-    metrics = scores.over_seeds([_summary(found, i, truth) for i in range(c.seeds)])
+    summaries = [_summary(found, i, truth) for i in range(c.seeds)]
+    if c.data.calibration:
+        apart = gaps.windows(gaps.spread(c.eval.windows, "calibration"), c.data.window)
+        other = predict.predict(score, params, apart, c.eval.batch_size, progress=progress)
+        for i, summary in enumerate(summaries):
+            summary |= _calibrated(found, other, apart["gaps"][:, -1], i, truth)
+    metrics = scores.over_seeds(summaries)
     metrics["windows"] = len(starts)
     metrics |= random_matrix(c.data.source, gaps, starts, c.data.window, found.nll[0], c.eval)
     progress("floors", 1, 1)
@@ -57,6 +73,26 @@ def _summary(found: Predicted, seed: int, truth: np.ndarray) -> dict[str, Any]:
     metrics["nll.position_averaged"] = float(per_window.mean())
     metrics["nll.position_averaged.ci95"] = mean_interval(per_window)
     return metrics
+
+
+def _calibrated(
+    found: Predicted, other: Predicted, other_truth: np.ndarray, seed: int, truth: np.ndarray
+) -> dict[str, Any]:
+    """Scores after `calibration.fit` to the gaps that were set apart, and its factors."""
+    density, apart = (jax.tree.map(lambda x: x[seed], p.density) for p in (found, other))
+    fitted = calibration.fit(apart, other_truth)
+    density = fitted.apply(density)
+    after = scores.summary(
+        *(np.asarray(f(density, truth)) for f in (_nll, mdn.crps)),
+        np.asarray(mdn.moments(density)[0]), np.asarray(mdn.cdf(density, truth)), truth,
+    )  # fmt: skip
+    factors = {f"factor.{k}": float(np.exp(v)) for k, v in fitted._asdict().items()}
+    own = {"set_apart.nll": float(other.nll[seed].mean())}
+    return {f"calibrated.{k}": v for k, v in (after | factors | own).items()}
+
+
+def _nll(density: mdn.Mixture, truth: np.ndarray) -> jax.Array:
+    return -mdn.log_prob(density, truth)
 
 
 def random_matrix(

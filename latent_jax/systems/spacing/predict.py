@@ -28,6 +28,7 @@ class Predicted(NamedTuple):
     mean: Float[np.ndarray, "s n"]
     pit: Float[np.ndarray, "s n"]
     crps: Float[np.ndarray, "s n"] | None
+    density: mdn.Mixture  # of the last gap, axes s n k
 
 
 def predictor(
@@ -43,7 +44,8 @@ def predictor(
 
     Returns:
       A function of parameters with a leading axis of seeds and windows with one gap more than the
-      input; its scores have the axes seed, window (and position, for ``everywhere``).
+      input; its scores have the axes seed, window (and position, for ``everywhere``; component, for the
+      last gap's mixture).
     """
     family = config.model.head.family
     memory = config.model.memory
@@ -64,8 +66,9 @@ def predictor(
         last = jax.tree.map(lambda x: x[:, -1], density)
         scores = {
             "everywhere": -mdn.log_prob(density, truth, family),
-            "mean": mdn.moments(last, family)[0],
+            "expected": mdn.moments(last, family)[0],
             "pit": mdn.cdf(last, truth[:, -1], family),
+            **last._asdict(),
         }
         if family == "gaussian":
             scores["crps"] = mdn.crps(last, truth[:, -1])
@@ -94,6 +97,6 @@ def predict(
             progress("windows", min(at + batch, n), n)
     joined = {k: np.concatenate([p[k] for p in parts], axis=1)[:, :n] for k in parts[0]}
     return Predicted(
-        joined["everywhere"][..., -1], joined["everywhere"], joined["mean"], joined["pit"],
-        joined.get("crps"),
+        joined["everywhere"][..., -1], joined["everywhere"], joined["expected"], joined["pit"],
+        joined.get("crps"), mdn.Mixture(*(joined[name] for name in mdn.Mixture._fields)),
     )  # fmt: skip

@@ -123,7 +123,7 @@ def embedding(
       each position is predicted by the fit of the longest past that it has.
     """
     context = window - 1
-    starts = gaps.spread(_WINDOWS, held_out=False)
+    starts = gaps.spread(_WINDOWS, "train")
     rows = gaps.windows(starts, window)
     height = rows["log_height"] if embed.height else np.full(len(starts), 2 * np.pi, np.float32)
     shape = (1 + embed.products, embed.knots)

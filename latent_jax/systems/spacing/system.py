@@ -38,7 +38,7 @@ class SpacingSystem:
             "nll": weights.nll, "last": weights.last, "entropy": weights.entropy,
             "orthogonality": weights.orthogonality, "auxiliary": weights.auxiliary,
         }  # fmt: skip
-        sample = self.gaps.windows(self.gaps.spread(2048, held_out=False), window)["gaps"]
+        sample = self.gaps.windows(self.gaps.spread(2048, "train"), window)["gaps"]
         found = np.asarray(auxiliary.targets(jnp.asarray(sample), jnp.asarray([window - 1])))[:, 0]
         self._statistics = (found.mean(0), np.maximum(found.std(0), 1e-6))
         self._quick = jax.jit(self._held_out_terms)
