@@ -44,16 +44,15 @@ def predictor(
 
     Returns:
       A function of parameters with a leading axis of seeds and windows with one gap more than the
-      input; its scores have the axes seed, window (and position, for ``everywhere``; component, for the
-      last gap's mixture).
+      input; its scores have the axes seed, window (and position, for ``everywhere``; component, for
+      the last gap's mixture).
     """
     family = config.model.head.family
     memory = config.model.memory
     inputs = config.data.window - 1
     at = np.arange(inputs)
     if memory.kind == "postfix":
-        first = min(config.model.embed.near, inputs - 1)
-        at = np.unique(np.linspace(first, inputs - 1, positions or 16).astype(int))
+        at = np.unique(np.linspace(inputs - 1, 0, positions or 16).astype(int))
 
     def one(params: PyTree, gaps: Array, log_height: Array, key: Array, ablation: Any):
         out = model.apply(

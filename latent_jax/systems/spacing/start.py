@@ -107,7 +107,7 @@ def least_squares(
 def embedding(
     gaps: Gaps, window: int, reach: float, embed: EmbedConfig, seeds: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Parameters of `model.GapEmbedding` that read the data.
+    """Parameters of `embedding.GapEmbedding` that read the data.
 
     Args:
       gaps: what is trained on.

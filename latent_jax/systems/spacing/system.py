@@ -77,7 +77,7 @@ class SpacingSystem:
             )
             params: dict[str, Any] = {"model": made["params"]}
             if self._auxiliary:
-                kernel = 0.02 * jax.random.normal(key, (c.model.width, len(AUXILIARY)))
+                kernel = 0.02 * jax.random.normal(key, (c.model.slot_width, len(AUXILIARY)))
                 params["auxiliary"] = {"kernel": kernel, "bias": jnp.zeros(len(AUXILIARY))}
             return params
 
@@ -100,7 +100,7 @@ class SpacingSystem:
                 return "kernels"
             if name.endswith(("gate", "level", "spread", "offset")):
                 return "line"
-            return "memory" if "slot_" in name or "read_out" in name else "model"
+            return "memory" if any(n in name for n in ("slot_", "read_out", "claim_")) else "model"
 
         return jax.tree_util.tree_map_with_path(label, params)
 

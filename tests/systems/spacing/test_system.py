@@ -15,7 +15,7 @@ from latent_jax.train.checkpoints import load_variables
 
 TINY = {
     "system": "spacing", "name": "t",
-    "data": {"source": "ar:count=6000,seed=0", "window": 24, "calibration": 0.1},
+    "data": {"source": "ar:count=6000,seed=0", "window": 24},
     # one device: eight virtual ones only share these cores, and compile for longer
     "mesh": {"data": 1},
     "model": {
@@ -36,7 +36,8 @@ OPTIMUM = 0.5 * np.log(2 * np.pi * np.e * 0.04)
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("spacing") / "run"
-    return latent_jax.run(TINY, out=str(out), seeds=2)
+    tree = TINY | {"data": TINY["data"] | {"calibration": 0.1}}
+    return latent_jax.run(tree, out=str(out), seeds=2)
 
 
 def test_it_reaches_the_known_optimum(done):
