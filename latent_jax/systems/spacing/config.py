@@ -265,6 +265,10 @@ class SpacingEvalConfig:
 
     windows: int = field(default=2000, ge=16, help="held-out windows, evenly spread")
     batch_size: int = field(default=64, ge=1, help="windows at once")
+    calibration_targets: int = field(
+        default=20000, ge=100,
+        help="gaps that a calibration is fitted to, and held-out gaps that it is judged by",
+    )
     rollouts: int = field(default=16, ge=0, help="sampled continuations; 0: none")
     horizon: int = field(default=200, ge=1, help="their length, gaps")
     floors: bool = field(default=True, help="exact floor of random-matrix spacings")

@@ -41,13 +41,13 @@ class GapEmbedding(nn.Module):
         c = self.config.embed
         deviation = gaps - 1.0
         b, t = gaps.shape
-        seen = jnp.asarray(np.minimum(np.arange(1, t + 1), self.context))
+        seen = np.minimum(np.arange(1, t + 1), self.context)
         past = [kernels.lagged(deviation, c.near)]
         if c.kernels:
             past = kernels.channels(deviation, self.context, c.products)
         share = jnp.ones((b, t))
         if claims is not None:
-            seen = jnp.repeat(seen[cuts], claims.shape[2])
+            seen = jnp.repeat(jnp.asarray(seen)[cuts], claims.shape[2])
             held = claims.reshape(b, len(seen), -1)
             past = [held * jnp.repeat(x[:, cuts], claims.shape[2], axis=1) for x in past]
             inside = jnp.arange(self.context) < seen[:, None]

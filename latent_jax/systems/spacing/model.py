@@ -58,6 +58,16 @@ class Output(NamedTuple):
     read_out: Float[Array, "b c m"] | None = None
 
 
+def prefix_mask(slots: int, t: int) -> Bool[Array, "s s"]:
+    """Slots before the data see slots only: through one that saw all data, data would see ahead."""
+    return jnp.tril(jnp.ones((slots + t, slots + t), bool))
+
+
+def data_mask(t: int, slots: int) -> Bool[Array, "t s"]:
+    """Data sees the past, and none of the slots after it: they have seen what follows."""
+    return jnp.tril(jnp.ones((t, t + slots), bool))
+
+
 class SpacingModel(nn.Module):
     """Causal transformer over normalised gaps with a mixture-density head.
 
@@ -117,9 +127,8 @@ class SpacingModel(nn.Module):
             return self._read_out(final, visible, ablation)
         x, *line = embedding(gaps, log_height)
         at = self._coordinates(gaps, log_height)
-        causal = jnp.tril(jnp.ones((t, t), bool))
         if memory.kind == "none":
-            x = self._blocks(x, at, causal[None], 0, None)
+            x = self._blocks(x, at, data_mask(t, 0)[None], 0, None)
             return Output(self._head(x, *line))
         m = memory.slots
         cuts = jnp.asarray([t - 1]) if cuts is None or memory.kind == "prefix" else cuts
@@ -132,7 +141,7 @@ class SpacingModel(nn.Module):
         if memory.kind == "prefix":
             x = jnp.concatenate([slots[:, 0], x], axis=1)
             at = jnp.concatenate([jnp.repeat(at[:, :1], m, 1), at], axis=1)
-            mask = jnp.tril(jnp.ones((m + t, m + t), bool))[None]
+            mask = prefix_mask(m, t)[None]
             hidden = jnp.concatenate([~seen, jnp.zeros((b, t), bool)], axis=1)
             # A hidden slot still sees itself, so that its row has something to average.
             mask = mask & (~hidden[:, None, :] | jnp.eye(m + t, dtype=bool)[None])
@@ -143,7 +152,7 @@ class SpacingModel(nn.Module):
         data = jnp.arange(t)[None] <= cuts[group][:, None]  # [g*m, t]
         own = group[:, None] == group[None]
         own = own[None] & (seen[:, None, :] | jnp.eye(groups * m, dtype=bool)[None])
-        upper = jnp.concatenate([causal, jnp.zeros((t, groups * m), bool)], axis=1)
+        upper = data_mask(t, groups * m)
         lower = jnp.concatenate([jnp.broadcast_to(data, (b, *data.shape)), own], axis=2)
         mask = jnp.concatenate([jnp.broadcast_to(upper, (b, *upper.shape)), lower], axis=1)
         x = self._blocks(x, at, mask, t, groups * m)

@@ -70,7 +70,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         values = np.asarray([row[name] for row in rows])
         found[name] = float(values.mean())
-        kind = name.removeprefix("calibrated.")
+        kind = name.removeprefix("un").removeprefix("calibrated.")
         if kind.startswith(("nll", "crps", "rmse", "pit.ks")):
             found[f"{name}.std"] = float(values.std(ddof=1))
         if kind.startswith("nll"):
