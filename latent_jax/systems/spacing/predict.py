@@ -129,11 +129,10 @@ def densities(
     rows = gaps.windows(starts, window + ahead - 1)
     keys = jax.random.split(jax.random.key(0), len(starts))
 
-    def each(params: PyTree) -> mdn.Mixture:
-        return jax.lax.map(
-            lambda x: one(params, *x), (rows["gaps"], rows["log_height"], keys), batch_size=16
-        )
+    def each(params: PyTree, *inputs: Array) -> mdn.Mixture:
+        return jax.lax.map(lambda x: one(params, *x), inputs, batch_size=16)
 
-    found = jax.device_get(jax.jit(jax.vmap(each))(params))
+    over_seeds = jax.jit(jax.vmap(each, in_axes=(0, None, None, None)))
+    found = jax.device_get(over_seeds(params, rows["gaps"], rows["log_height"], keys))
     flat = jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), found)
     return flat, rows["gaps"][:, -ahead:].ravel()

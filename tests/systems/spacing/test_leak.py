@@ -52,7 +52,7 @@ def sees_ahead(memory):
     return float(change(gaps, gaps.at[:, EARLY + 1 :].add(0.7)))
 
 
-@pytest.mark.parametrize("mode", ["prefix", "postfix"])
+@pytest.mark.parametrize("mode", ["prefix", pytest.param("postfix", marks=pytest.mark.slow)])
 def test_a_mask_of_all_ones_sees_ahead(mode, monkeypatch):
     assert sees_ahead(MODES[mode]) < 1e-6
     all_ones(monkeypatch)

@@ -97,6 +97,7 @@ def test_training_windows_can_be_longer(tmp_path):
     assert system.gaps.train.max() + 40 <= system.gaps.validation.min()
 
 
+@pytest.mark.slow
 def test_long_windows_give_the_densities_of_short_ones():
     tree = TINY | {"data": TINY["data"] | {"calibration": 0.1}}
     config = runs.resolve(tree, {"model.attention_layers": 0})
@@ -144,6 +145,7 @@ def test_seeds_do_not_touch_each_other(done):
     )
 
 
+@pytest.mark.slow
 def test_what_slots_hold_starts_at_the_autoregression():
     memory = {"kind": "postfix", "slots": 3, "read": "claims", "pool": "sum"}
     tree = TINY | {"model": TINY["model"] | {"memory": memory}}
