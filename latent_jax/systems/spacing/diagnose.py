@@ -64,7 +64,7 @@ def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, 
     found: dict[str, Any] = {"nll.last": float(own.mean())} | _blocks(own, rows["log_height"])
     if base is None:
         return found
-    one = jax.tree.map(lambda x: x[0], params)
+    one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
     content = _contents(system, one, rows)
     found |= _ablations(nll, own, base, memory.kind, content["mean"])
     found |= _identity(nll, own, base, found["slots.joint_delta"])
