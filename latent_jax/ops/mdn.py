@@ -152,6 +152,27 @@ def moments(
     return mean, jnp.sum(weight * second, axis=-1) - mean**2
 
 
+def temper(
+    mixture: Mixture,
+    stretch: Float[Array, ""] | float = 1.0,
+    width: Float[Array, ""] | float = 1.0,
+    flatten: Float[Array, ""] | float = 1.0,
+) -> Mixture:
+    """A Gaussian mixture made less sure of itself, around the same mean; ones change nothing.
+
+    Args:
+      mixture: the mixture.
+      stretch: factor on the distance of everything from the mean: locations and scales.
+      width: further factor on the scales.
+      flatten: exponent of the weights, the mean they give being kept; below 1 they become even.
+    """
+    w, m, s = mixture
+    centre = jnp.sum(jnp.exp(w) * m, axis=-1, keepdims=True)
+    w = jax.nn.log_softmax(flatten * w, axis=-1)
+    off = m - jnp.sum(jnp.exp(w) * m, axis=-1, keepdims=True)
+    return Mixture(w, centre + stretch * off, stretch * width * s)
+
+
 def crps(mixture: Mixture, x: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Continuous ranked probability score of a Gaussian mixture, in closed form.
 

@@ -12,10 +12,10 @@ from latent_jax.systems.spacing.model import Ablation
 
 def none(config: SpacingModelConfig) -> Ablation:
     """Changes nothing; others are made of it by ``_replace``."""
-    m, w = config.memory.slots, config.width
-    order, zero = jnp.arange(m), jnp.zeros((m, w))
-    one = jnp.asarray(1.0)
-    return Ablation(jnp.ones(m, bool), jnp.ones(m), zero, order, order, one, one, zero)
+    m = config.memory.slots
+    order, one = jnp.arange(m), jnp.asarray(1.0)
+    fill, shift = jnp.zeros((m, config.slot_width)), jnp.zeros((m, config.width))
+    return Ablation(jnp.ones(m, bool), jnp.ones(m), fill, order, order, one, one, shift)
 
 
 def hide(base: Ablation, slots: list[int]) -> Ablation:

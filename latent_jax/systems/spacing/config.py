@@ -76,6 +76,17 @@ class MemoryConfig:
         "which does not see them, and the prediction reads nothing else",
     )
     slots: int = field(default=8, ge=0, help="number of slots")
+    read: Literal["attention", "claims"] = field(
+        default="attention",
+        help="how postfix slots take in the past. attention: beside the data, in the blocks that "
+        "attend, each by itself; claims: they compete for every gap, and a slot starts from the "
+        "kernels' sums over its shares",
+    )
+    pool: Literal["weighted", "sum"] = field(
+        default="weighted",
+        help="read-out of postfix slots: a mean with learned weights, or a sum that tells none "
+        "from another",
+    )
     identity: Literal["fixed", "off", "permute_per_batch", "anonymous"] = field(
         default="fixed",
         help="fixed: a learned vector per slot; off: none, slots differ by content; "
@@ -107,6 +118,16 @@ class MemoryConfig:
             )
         if self.identity == "anonymous" and self.kind == "prefix":
             raise ConfigError("model.memory.identity=anonymous needs model.memory.kind=postfix")
+        for name, value, usual in (
+            ("read", self.read, "attention"), ("pool", self.pool, "weighted"),
+        ):  # fmt: skip
+            if value != usual and self.kind != "postfix":
+                raise ConfigError(f"model.memory.{name}={value} needs model.memory.kind=postfix")
+        if self.read == "claims" and self.pool != "sum":
+            raise ConfigError(
+                "model.memory.read=claims needs model.memory.pool=sum: the past is the sum of what "
+                "the slots hold of it"
+            )
         if self.norm_cap is not None and self.kind == "prefix":
             raise ConfigError(
                 f"model.memory.norm_cap={self.norm_cap} needs model.memory.kind=postfix: "
@@ -147,6 +168,19 @@ class SpacingModelConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig, help="slots")
     head: HeadConfig = field(default_factory=HeadConfig, help="vectors to densities")
 
+    @property
+    def attending(self) -> range:
+        """The blocks that attend: the last ones, but before the read-out of claims."""
+        count = self.layers if self.attention_layers is None else self.attention_layers
+        if self.memory.read == "claims":
+            return range(count)
+        return range(self.layers - count, self.layers)
+
+    @property
+    def slot_width(self) -> int:
+        """Entries of a slot: claims also carry shares of the linear prediction and its scale."""
+        return self.width + (2 if self.memory.read == "claims" else 0)
+
     def validate(self) -> None:
         """Refuses heads that do not divide the width, or cannot be rotated."""
         if self.width % self.heads or self.width // self.heads % 2:
@@ -157,6 +191,10 @@ class SpacingModelConfig:
         if attending > self.layers:
             raise ConfigError(
                 f"model.attention_layers={attending} is above model.layers={self.layers}"
+            )
+        if self.memory.read == "claims" and not self.embed.kernels:
+            raise ConfigError(
+                "model.memory.read=claims needs model.embed.kernels above 0: slots hold their sums"
             )
         if self.memory.kind != "none" and not attending:
             raise ConfigError(
@@ -185,6 +223,11 @@ class SpacingDataConfig:
         default="tail", help="hold out the greatest heights, or whole blocks of all heights"
     )
     held_out: float = field(default=0.1, gt=0, lt=1, help="share held out")
+    calibration: float = field(
+        default=0.0, ge=0, lt=0.5,
+        help="share of each training stretch, its end, that is not trained on and that the "
+        "density's calibration is fitted to; 0: none",
+    )
     recent: int | None = field(
         default=None,
         ge=2,
@@ -222,6 +265,10 @@ class SpacingEvalConfig:
 
     windows: int = field(default=2000, ge=16, help="held-out windows, evenly spread")
     batch_size: int = field(default=64, ge=1, help="windows at once")
+    calibration_targets: int = field(
+        default=20000, ge=100,
+        help="gaps that a calibration is fitted to, and held-out gaps that it is judged by",
+    )
     rollouts: int = field(default=16, ge=0, help="sampled continuations; 0: none")
     horizon: int = field(default=200, ge=1, help="their length, gaps")
     floors: bool = field(default=True, help="exact floor of random-matrix spacings")
@@ -251,6 +298,10 @@ class SpacingRun(RunBase):
         """
         self._validate_batches()
         self._validate_slot_losses()
+        if self.data.calibration and self.model.head.family != "gaussian":
+            raise ConfigError(
+                f"data.calibration={self.data.calibration} needs model.head.family=gaussian"
+            )
         if self.model.memory.kind == "postfix" and self.model.memory.cuts >= self.data.window:
             raise ConfigError(
                 f"model.memory.cuts={self.model.memory.cuts} needs a longer window than "

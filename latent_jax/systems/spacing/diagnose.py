@@ -54,7 +54,7 @@ def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
 def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, Any]:
     c = system.config
     memory = c.model.memory
-    score = predict.predictor(system.model, c)
+    score = predict.predictor(system.model, c, positions=1)
 
     def nll(change: Ablation | None) -> np.ndarray:
         return predict.predict(score, params, rows, c.eval.batch_size, change).nll[0]
@@ -64,7 +64,7 @@ def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, 
     found: dict[str, Any] = {"nll.last": float(own.mean())} | _blocks(own, rows["log_height"])
     if base is None:
         return found
-    one = jax.tree.map(lambda x: x[0], params)
+    one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
     content = _contents(system, one, rows)
     found |= _ablations(nll, own, base, memory.kind, content["mean"])
     found |= _identity(nll, own, base, found["slots.joint_delta"])
@@ -217,32 +217,46 @@ def gradient_geometry(flat: Float[np.ndarray, "m n"]) -> dict[str, float]:
 def _attention(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, Any]:
     """I: where in the past each slot looks, in gaps before the cut.
 
-    Centre of mass and width of the attention on data, for the last layer, the last three and all.
+    Centre of mass and width of the attention on data, for the last layer, the last three and all;
+    or of what the slots claim.
     """
     c = system.config
     few = {k: v[:_GRADIENT_WINDOWS] for k, v in rows.items()}
     _, seen = _forward(system, params, few, None, mutable=["intermediates"])
-    t, m = c.data.window - 1, c.model.memory.slots
+    t = c.data.window - 1
+    if c.model.memory.read == "claims":
+        claims = np.asarray(seen["intermediates"]["claims"][0])[:, -1]
+        return _profiles({"claims": claims[..., ::-1][..., -t:]})
     profiles = []
-    for layer in range(c.model.layers):
-        block = seen["intermediates"].get(f"block_{layer}")
-        if block is None:
-            continue  # it does not attend
+    for layer in c.model.attending:
+        block = seen["intermediates"][f"block_{layer}"]
         q, k = np.asarray(block["q"][0])[:, t:], np.asarray(block["k"][0])
         logits = np.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(q.shape[-1])
         weight = np.exp(logits - logits.max(-1, keepdims=True))
         weight /= weight.sum(-1, keepdims=True)
-        profiles.append(weight[..., :t].mean((0, 1)))  # m t
-    ago = np.arange(t - 1, -1, -1.0)
+        profiles.append(weight[..., :t].mean(1))  # n m t
+    return _profiles({
+        "last": profiles[-1], "top3": np.mean(profiles[-3:], axis=0),
+        "all": np.mean(profiles, axis=0),
+    })  # fmt: skip
+
+
+def _profiles(weights: dict[str, Float[np.ndarray, "n m t"]]) -> dict[str, Any]:
+    """Centre and width of each profile, and how far apart slots' centres are.
+
+    ``centre_std`` is of the slots' mean centres; ``centre_std_within`` is between the slots of one
+    window, on average: slots that are drawn anew for every window have no mean place.
+    """
     found: dict[str, Any] = {}
-    for name, chosen in (("last", profiles[-1:]), ("top3", profiles[-3:]), ("all", profiles)):
-        p = np.mean(chosen, axis=0)
-        p = p / np.maximum(p.sum(1, keepdims=True), 1e-12)
-        centre = p @ ago
+    for name, p in weights.items():
+        ago = np.arange(p.shape[-1] - 1, -1, -1.0)
+        p = p / np.maximum(p.sum(-1, keepdims=True), 1e-12)
+        centre = p @ ago  # n m
         width = np.sqrt(np.maximum(p @ ago**2 - centre**2, 0))
-        found[f"attention.{name}.centre"] = centre.tolist()
-        found[f"attention.{name}.width"] = width.tolist()
-        found[f"attention.{name}.centre_std"] = float(centre.std()) if m > 1 else 0.0
+        found[f"attention.{name}.centre"] = centre.mean(0).tolist()
+        found[f"attention.{name}.width"] = width.mean(0).tolist()
+        found[f"attention.{name}.centre_std"] = float(centre.mean(0).std())
+        found[f"attention.{name}.centre_std_within"] = float(centre.std(1).mean())
     return found
 
 

@@ -9,8 +9,16 @@ import jax
 import numpy as np
 
 from latent_jax.core.types import PyTree
+from latent_jax.ops import mdn
 from latent_jax.ops.bootstrap import difference_interval, mean_interval
-from latent_jax.systems.spacing import baselines, limits, predict, rollout, scores
+from latent_jax.systems.spacing import (
+    baselines,
+    calibration,
+    limits,
+    predict,
+    rollout,
+    scores,
+)
 from latent_jax.systems.spacing.predict import Predicted
 from latent_jax.systems.spacing.recipe import Gaps
 
@@ -26,9 +34,12 @@ def evaluate(
     Returns:
       metrics: of `scores.summary` (mean over seeds, see `scores.over_seeds`), plus
         ``nll.position_averaged`` (nats, every scored position; never comparable with ``nll.last``),
+        with ``data.calibration`` also scores of ``eval.calibration_targets`` gaps after a whole
+        window, ``uncalibrated.*`` and, after `calibration.fit`, ``calibrated.*``
+        (``calibrated.set_apart.nll`` is what that starts from);
         ``floor.gue.k<k>`` and ``baseline.<name>.*`` on the same last positions,
-        ``nll.minus_floor`` (paired, random-matrix data only: below 0 would be a leak) and
-        ``rollout.*``.
+        ``nll.minus_floor`` and ``nll.minus_floor.inner`` (paired, random-matrix data only: below 0
+        would be a leak) and ``rollout.*``.
       artefacts: none.
     """
     c, gaps = system.config, system.gaps
@@ -37,9 +48,15 @@ def evaluate(
     score = predict.predictor(system.model, c)
     found = predict.predict(score, params, rows, c.eval.batch_size, progress=progress)
     truth = rows["gaps"][:, -1]
-    metrics = scores.over_seeds([_summary(found, i, truth) for i in range(c.seeds)])
+    summaries = [_summary(found, i, truth) for i in range(c.seeds)]
+    if c.data.calibration:
+        calibrated = _calibrated(system, params)
+        summaries = [one | other for one, other in zip(summaries, calibrated, strict=True)]
+        progress("calibration", 1, 1)
+    metrics = scores.over_seeds(summaries)
     metrics["windows"] = len(starts)
-    metrics |= random_matrix(c.data.source, gaps, starts, c.data.window, found.nll[0], c.eval)
+    scored = predict.scored(c), found.everywhere[0]
+    metrics |= random_matrix(c.data.source, gaps, starts, c.data.window, *scored, c.eval)
     progress("floors", 1, 1)
     if c.eval.baselines:
         metrics |= linear(gaps, starts, c.data.window)
@@ -59,15 +76,48 @@ def _summary(found: Predicted, seed: int, truth: np.ndarray) -> dict[str, Any]:
     return metrics
 
 
+def _calibrated(system: Any, params: PyTree) -> list[dict[str, Any]]:
+    """Scores of each seed before and after `calibration.fit` to gaps set apart, and its factors."""
+    c = system.config
+    parts = {
+        part: predict.densities(
+            system.model, c, params, system.gaps, part, c.eval.calibration_targets
+        )
+        for part in ("calibration", "validation")
+    }
+    found = []
+    for i in range(c.seeds):
+        (apart, known), (density, truth) = (
+            (jax.tree.map(lambda x, i=i: x[i], own), gaps) for own, gaps in parts.values()
+        )
+        fitted = calibration.fit(apart, known)
+        one = _all_scores("uncalibrated", density, truth)
+        one |= _all_scores("calibrated", fitted.apply(density), truth)
+        one |= {f"calibrated.factor.{k}": float(np.exp(v)) for k, v in fitted._asdict().items()}
+        one["calibrated.set_apart.nll"] = float(-mdn.log_prob(apart, known).mean())
+        one["calibrated.targets"] = len(truth)
+        found.append(one)
+    return found
+
+
+def _all_scores(name: str, density: mdn.Mixture, truth: np.ndarray) -> dict[str, Any]:
+    nll, crps = -mdn.log_prob(density, truth), mdn.crps(density, truth)
+    mean, pit = mdn.moments(density)[0], mdn.cdf(density, truth)
+    found = scores.summary(*map(np.asarray, (nll, crps, mean, pit)), truth)
+    return {f"{name}.{k}": v for k, v in found.items()}
+
+
 def random_matrix(
-    source: str, gaps: Gaps, starts: np.ndarray, window: int, nll: np.ndarray, config: Any
+    source: str, gaps: Gaps, starts: np.ndarray, window: int, scored: np.ndarray, nll: np.ndarray,
+    config: Any,
 ) -> dict[str, Any]:
     """Exact floors of random-matrix gaps, and the same law as a predictor of these gaps.
 
     ``floor.gue.k<k>`` is the law's expected NLL after ``k`` gaps, `limits.FLOOR`;
     ``baseline.gue_k<k>`` scores the law on the held-out gaps themselves. On ``cue:`` and ``gue:``
     data the second estimates the first, and ``nll.minus_floor`` (paired on the same targets,
-    against the longest context) is the leak test.
+    against the longest context) is the leak test. The model never gets what follows the last
+    position, so ``nll.minus_floor.inner`` compares a middle one, whose target is among its input.
     """
     if not config.floors:
         return {}
@@ -82,9 +132,17 @@ def random_matrix(
         metrics[f"baseline.gue_k{k}.nll"] = float(own.nll.mean())
         metrics[f"baseline.gue_k{k}.crps"] = float(own.crps.mean())
         if synthetic and k == contexts[-1]:
-            metrics["nll.minus_floor"] = float(np.mean(nll[picked] - own.nll))
-            metrics["nll.minus_floor.ci95"] = difference_interval(nll[picked], own.nll)
+            metrics |= _minus_floor("nll.minus_floor", nll[picked, -1], own.nll)
+    if synthetic:
+        i = len(scored) // 2
+        seen = int(scored[i]) + 1
+        own, _ = limits.floor_scores(values, starts[picked] + seen, min(seen, _LONGEST))
+        metrics |= _minus_floor("nll.minus_floor.inner", nll[picked, i], own.nll)
     return metrics
+
+
+def _minus_floor(name: str, nll: np.ndarray, floor: np.ndarray) -> dict[str, Any]:
+    return {name: float(np.mean(nll - floor)), f"{name}.ci95": difference_interval(nll, floor)}
 
 
 def linear(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:

@@ -37,12 +37,12 @@ def mixture(config: SpacingRun, raw: Array) -> mdn.Mixture:
     return mdn.from_raw(raw, head.floor, head.positive_mean)
 
 
-def draw_cuts(key: jax.Array, count: int, inputs: int, near: int) -> Int[Array, " c"]:
+def draw_cuts(key: jax.Array, count: int, inputs: int) -> Int[Array, " c"]:
     """Places from which postfix slots predict: one in each of ``count`` equal parts, the last last.
 
     Parts and not free draws, so that short and long pasts are in every step.
     """
-    edges = jnp.linspace(min(near, inputs - 1), inputs, count + 1)
+    edges = jnp.linspace(0, inputs, count + 1)
     at = edges[:-1] + jax.random.uniform(key, (count,)) * (edges[1:] - edges[:-1])
     return jnp.minimum(at.astype(jnp.int32), inputs - 1).at[-1].set(inputs - 1)
 
@@ -97,7 +97,7 @@ def terms(
     key, cut_key = jax.random.split(key)
     at = jnp.arange(inputs)
     if memory.kind == "postfix":
-        at = draw_cuts(cut_key, memory.cuts, inputs, config.model.embed.near)
+        at = draw_cuts(cut_key, memory.cuts, inputs)
     out: Output = model.apply(
         {"params": params["model"]}, gaps[:, :-1], log_height,
         cuts=at if memory.kind == "postfix" else None, train=train, rngs={"sample": key},

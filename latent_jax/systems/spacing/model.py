@@ -12,7 +12,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.transformer import Block
 from latent_jax.systems.spacing import kernels
-from latent_jax.systems.spacing.config import SpacingModelConfig, lengths
+from latent_jax.systems.spacing.config import SpacingModelConfig
+from latent_jax.systems.spacing.embedding import GapEmbedding
+
+# Resolution of what slots claim: splines over the octaves of distance.
+_CLAIM_KNOTS = 16
 
 
 class Ablation(NamedTuple):
@@ -54,53 +58,14 @@ class Output(NamedTuple):
     read_out: Float[Array, "b c m"] | None = None
 
 
-class GapEmbedding(nn.Module):
-    """Near gaps as they are, far ones through learned kernels of physical distance.
+def prefix_mask(slots: int, t: int) -> Bool[Array, "s s"]:
+    """Slots before the data see slots only: through one that saw all data, data would see ahead."""
+    return jnp.tril(jnp.ones((slots + t, slots + t), bool))
 
-    Returns the embedding and, with kernels, a linear prediction of the next gap at each position
-    and its log scale: from summaries that least squares has found (see `start.embedding`), with
-    weights for each length of the past; 1 and 0 before that.
-    """
 
-    config: SpacingModelConfig
-    reach: float
-    heights: tuple[float, float]  # mean and standard deviation of ln(t / 2 pi)
-    context: int
-
-    @nn.compact
-    def __call__(
-        self, gaps: Float[Array, "b t"], log_height: Float[Array, " b"]
-    ) -> tuple[Array, Array | None, Array | None]:
-        c = self.config.embed
-        deviation = gaps - 1.0
-        b, t = gaps.shape
-        seen = np.minimum(np.arange(1, t + 1), self.context)
-        parts = [kernels.lagged(deviation, c.near)]
-        line = spread = None
-        if c.kernels:
-            init, zeros = nn.initializers.normal(c.knots**-0.5), nn.initializers.zeros
-            h = self.param("kernels", init, (1 + c.products, c.knots, c.kernels))
-            offset = self.param("offset", zeros, (c.kernels,))
-            past = kernels.channels(deviation, self.context, c.products)
-            summaries = offset + sum(
-                kernels.summarise(x, h[i], log_height, self.reach) for i, x in enumerate(past)
-            )
-            parts.append(summaries)
-            fitted = len(lengths(self.context)[: c.kernels])
-            gate = self.param("gate", zeros, (self.context, fitted))
-            level = self.param("level", zeros, (self.context,))
-            line = jnp.einsum("btr,tr->bt", summaries[..., :fitted], gate[seen - 1])
-            line = line + 1.0 + level[seen - 1]
-            spread = self.param("spread", zeros, (self.context,))[seen - 1]
-            spread = jnp.broadcast_to(spread, (b, t))
-        # How much past there is: summaries of a short one are small for want of terms.
-        parts.append(jnp.broadcast_to(jnp.asarray(seen / self.context), (b, t))[..., None])
-        if c.height:
-            mean, std = self.heights
-            height = (log_height - mean) / std
-            parts.append(jnp.broadcast_to(height[:, None, None], (b, t, 1)))
-        x = nn.Dense(self.config.width, name="embed")(jnp.concatenate(parts, axis=-1))
-        return x, line, spread
+def data_mask(t: int, slots: int) -> Bool[Array, "t s"]:
+    """Data sees the past, and none of the slots after it: they have seen what follows."""
+    return jnp.tril(jnp.ones((t, t + slots), bool))
 
 
 class SpacingModel(nn.Module):
@@ -152,11 +117,18 @@ class SpacingModel(nn.Module):
         if not c.embed.height:
             log_height = jnp.full_like(log_height, 2 * np.pi)  # distance 1 per gap
         embedding = GapEmbedding(c, self.reach, self.heights, self.context, name="gaps")
+        if memory.read == "claims":
+            cuts = jnp.asarray([t - 1]) if cuts is None else cuts
+            slots = self._slots(b, cuts.shape[0], ablation, train)
+            visible = self._visible(b, ablation, train)
+            claims = self._claims(slots, visible)
+            held = embedding(gaps, log_height, cuts, claims)
+            final = self._exchanged(held, visible)
+            return self._read_out(final, visible, ablation)
         x, *line = embedding(gaps, log_height)
         at = self._coordinates(gaps, log_height)
-        causal = jnp.tril(jnp.ones((t, t), bool))
         if memory.kind == "none":
-            x = self._blocks(x, at, causal[None], 0, None)
+            x = self._blocks(x, at, data_mask(t, 0)[None], 0, None)
             return Output(self._head(x, *line))
         m = memory.slots
         cuts = jnp.asarray([t - 1]) if cuts is None or memory.kind == "prefix" else cuts
@@ -169,7 +141,7 @@ class SpacingModel(nn.Module):
         if memory.kind == "prefix":
             x = jnp.concatenate([slots[:, 0], x], axis=1)
             at = jnp.concatenate([jnp.repeat(at[:, :1], m, 1), at], axis=1)
-            mask = jnp.tril(jnp.ones((m + t, m + t), bool))[None]
+            mask = prefix_mask(m, t)[None]
             hidden = jnp.concatenate([~seen, jnp.zeros((b, t), bool)], axis=1)
             # A hidden slot still sees itself, so that its row has something to average.
             mask = mask & (~hidden[:, None, :] | jnp.eye(m + t, dtype=bool)[None])
@@ -180,23 +152,67 @@ class SpacingModel(nn.Module):
         data = jnp.arange(t)[None] <= cuts[group][:, None]  # [g*m, t]
         own = group[:, None] == group[None]
         own = own[None] & (seen[:, None, :] | jnp.eye(groups * m, dtype=bool)[None])
-        upper = jnp.concatenate([causal, jnp.zeros((t, groups * m), bool)], axis=1)
+        upper = data_mask(t, groups * m)
         lower = jnp.concatenate([jnp.broadcast_to(data, (b, *data.shape)), own], axis=2)
         mask = jnp.concatenate([jnp.broadcast_to(upper, (b, *upper.shape)), lower], axis=1)
         x = self._blocks(x, at, mask, t, groups * m)
-        final = x[:, t:].reshape(b, groups, m, -1)
+        return self._read_out(x[:, t:].reshape(b, groups, m, -1), visible, ablation)
+
+    def _claims(self, slots: Array, visible: Array) -> Array:
+        """Share of each past gap, the latest first, that each slot holds, ``[b, groups, m, lags]``.
+
+        A softmax over slots (Locatello et al. 2020): what one claims, the others do not hold. They
+        claim by distance in octaves, each of which says about as much of the next gap.
+        """
+        c = self.config
+        octave = jnp.log1p(jnp.arange(self.context)) / np.log1p(self.context)
+        key = self.param("claim_key", nn.initializers.normal(2.0), (_CLAIM_KNOTS, c.width))
+        key = kernels.basis(octave, _CLAIM_KNOTS, 1.0) @ key
+        logits = jnp.einsum("bgmw,jw->bgmj", slots, key) * c.width**-0.5
+        logits = jnp.where(visible[:, None, :, None], logits, -1e30)
+        claims = jax.nn.softmax(logits, axis=2)
+        self.sow("intermediates", "claims", claims)
+        return claims
+
+    def _exchanged(self, held: tuple[Array, Array, Array], visible: Array) -> Array:
+        """Slots after the blocks in which they attend to each other, ``[b, groups, m, w + 2]``."""
+        x, *carried = held
+        b, groups, m, w = x.shape
+        # A hidden slot sees itself, so that its row has something to average.
+        mask = visible[:, None, :] | jnp.eye(m, dtype=bool)
+        mask = jnp.repeat(mask, groups, axis=0)
+        x = self._blocks(
+            x.reshape(b * groups, m, w), jnp.zeros((b * groups, m)), mask, 0, m,
+            self.config.attending,
+        )  # fmt: skip
+        carried = jnp.stack(carried, axis=-1)
+        return jnp.concatenate([x.reshape(b, groups, m, w), carried], axis=-1)
+
+    def _read_out(self, final: Array, visible: Array, ablation: Ablation | None) -> Output:
+        """The prediction from the slots of each group."""
+        c, memory = self.config, self.config.memory
+        w, m = c.width, memory.slots
         if memory.norm_cap is not None:
-            norm = jnp.linalg.norm(final, axis=-1, keepdims=True)
-            final = final * jnp.minimum(1.0, memory.norm_cap / jnp.maximum(norm, 1e-6))
-        logits = nn.Dense(1, use_bias=False, name="read_out")(final)[..., 0]
-        if memory.identity == "fixed":
-            logits = logits + self.param("read_out_weight", nn.initializers.zeros, (m,))
-        logits = jnp.where(visible[:, None], logits, -1e30)
-        weight = jax.nn.softmax(logits, axis=-1)
+            norm = jnp.linalg.norm(final[..., :w], axis=-1, keepdims=True)
+            short = jnp.minimum(1.0, memory.norm_cap / jnp.maximum(norm, 1e-6))
+            final = jnp.concatenate([final[..., :w] * short, final[..., w:]], axis=-1)
+        if memory.pool == "sum":
+            weight = jnp.broadcast_to(visible[:, None], final.shape[:3]).astype(final.dtype)
+        else:
+            logits = nn.Dense(1, use_bias=False, name="read_out")(final)[..., 0]
+            if memory.identity == "fixed":
+                logits = logits + self.param("read_out_weight", nn.initializers.zeros, (m,))
+            logits = jnp.where(visible[:, None], logits, -1e30)
+            weight = jax.nn.softmax(logits, axis=-1)
         read = final
         if ablation is not None:
             read = ablation.keep[:, None] * final + ablation.fill
-        return Output(self._head(jnp.einsum("bgm,bgmw->bgw", weight, read)), final, weight)
+        pooled = jnp.einsum("bgm,bgmw->bgw", weight, read)
+        if memory.read == "attention":
+            return Output(self._head(pooled), final, weight)
+        rest = range(len(c.attending), c.layers)
+        x = self._blocks(pooled[..., :w], None, None, 0, None, rest)
+        return Output(self._head(x, pooled[..., w], pooled[..., w + 1]), final, weight)
 
     def _coordinates(self, gaps: Array, log_height: Array) -> Array:
         kind, t = self.config.positions.kind, gaps.shape[1]
@@ -216,13 +232,15 @@ class SpacingModel(nn.Module):
         unit = 1.0 if c.positions.kind == "index" else 2 * np.pi / self.heights[0]
         return (np.geomspace(np.pi, 2 * np.pi / 1024, planes) / unit).astype(np.float32)
 
-    def _blocks(self, x: Array, at: Array, mask: Array, first: int, slots: int | None) -> Array:
+    def _blocks(
+        self, x: Array, at: Array | None, mask: Array | None, first: int, slots: int | None,
+        layers: range | None = None,
+    ) -> Array:
         c = self.config
         frequencies = jnp.asarray(self.frequencies())
-        attending = c.layers if c.attention_layers is None else c.attention_layers
-        for layer in range(c.layers):
-            attends = layer >= c.layers - attending
+        for layer in range(c.layers) if layers is None else layers:
             scale = (2 * c.layers) ** -0.5
+            attends = layer in c.attending
             block = Block(c.width, c.heads, c.ff, scale, attends, name=f"block_{layer}")
             x = block(x, at, mask, frequencies)
             if slots and c.memory.block_norm:

@@ -15,6 +15,7 @@ from latent_jax.ops import mdn
 from latent_jax.systems.spacing import losses
 from latent_jax.systems.spacing.config import SpacingRun
 from latent_jax.systems.spacing.model import Ablation, SpacingModel
+from latent_jax.systems.spacing.recipe import Gaps, Part
 
 
 class Predicted(NamedTuple):
@@ -28,6 +29,14 @@ class Predicted(NamedTuple):
     mean: Float[np.ndarray, "s n"]
     pit: Float[np.ndarray, "s n"]
     crps: Float[np.ndarray, "s n"] | None
+
+
+def scored(config: SpacingRun, positions: int | None = None) -> np.ndarray:
+    """Positions of a window that are scored, the last among them: all, or some for a postfix."""
+    inputs = config.data.window - 1
+    if config.model.memory.kind != "postfix":
+        return np.arange(inputs)
+    return np.unique(np.linspace(inputs - 1, 0, positions or 16).astype(int))
 
 
 def predictor(
@@ -46,18 +55,13 @@ def predictor(
       input; its scores have the axes seed, window (and position, for ``everywhere``).
     """
     family = config.model.head.family
-    memory = config.model.memory
-    inputs = config.data.window - 1
-    at = np.arange(inputs)
-    if memory.kind == "postfix":
-        first = min(config.model.embed.near, inputs - 1)
-        at = np.unique(np.linspace(first, inputs - 1, positions or 16).astype(int))
+    at = scored(config, positions)
+    cuts = jnp.asarray(at) if config.model.memory.kind == "postfix" else None
 
     def one(params: PyTree, gaps: Array, log_height: Array, key: Array, ablation: Any):
         out = model.apply(
             {"params": params["model"]}, gaps[:, :-1], log_height,
-            cuts=jnp.asarray(at) if memory.kind == "postfix" else None,
-            ablation=ablation, rngs={"sample": key},
+            cuts=cuts, ablation=ablation, rngs={"sample": key},
         )  # fmt: skip
         density = losses.mixture(config, out.raw)
         truth = gaps[:, at + 1]
@@ -97,3 +101,38 @@ def predict(
         joined["everywhere"][..., -1], joined["everywhere"], joined["mean"], joined["pit"],
         joined.get("crps"),
     )  # fmt: skip
+
+
+def densities(
+    model: SpacingModel, config: SpacingRun, params: PyTree, gaps: Gaps, part: Part, count: int
+) -> tuple[mdn.Mixture, Float[np.ndarray, " n"]]:
+    """Mixtures (axes seed, target, component) of about ``count`` gaps of a part, and these gaps.
+
+    Each has a whole window of past. Where blocks do not attend, every position of a long window
+    looks back as far, so that one such window gives as many targets as it has gaps beyond that.
+    """
+    window = config.data.window
+    ahead = 1 if len(config.model.attending) else window
+    starts = getattr(gaps, part)
+    run = gaps.source.run
+    last = starts + ahead - 1
+    starts = starts[np.isin(last, starts) & (starts // run == (last + window - 1) // run)]
+    most = min(-(-count // ahead), len(starts))
+    starts = starts[np.linspace(0, len(starts) - 1, most).astype(int)]
+
+    def one(params: PyTree, row: Array, log_height: Array, key: Array) -> mdn.Mixture:
+        out = model.apply(
+            {"params": params["model"]}, row[None, :-1], log_height[None], rngs={"sample": key}
+        )
+        return jax.tree.map(lambda x: x[0, -ahead:], losses.mixture(config, out.raw))
+
+    rows = gaps.windows(starts, window + ahead - 1)
+    keys = jax.random.split(jax.random.key(0), len(starts))
+
+    def each(params: PyTree, *inputs: Array) -> mdn.Mixture:
+        return jax.lax.map(lambda x: one(params, *x), inputs, batch_size=16)
+
+    over_seeds = jax.jit(jax.vmap(each, in_axes=(0, None, None, None)))
+    found = jax.device_get(over_seeds(params, rows["gaps"], rows["log_height"], keys))
+    flat = jax.tree.map(lambda x: x.reshape(len(x), -1, x.shape[-1]), found)
+    return flat, rows["gaps"][:, -ahead:].ravel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import jax
 import numpy as np
@@ -21,6 +22,8 @@ from latent_jax.data.zeros import Spacings, load_spacings
 from latent_jax.systems.spacing.config import SpacingDataConfig, SpacingRun
 from latent_jax.train.protocol import BatchSpec
 
+Part = Literal["train", "validation", "calibration"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaps:
@@ -33,6 +36,7 @@ class Gaps:
       split: which ranges are trained on.
       train: starts of every training window.
       validation: starts of every held-out window.
+      calibration: starts of the windows that a calibration is fitted to, none by default.
     """
 
     values: Float[np.ndarray, " n"]
@@ -41,6 +45,9 @@ class Gaps:
     split: Split
     train: Int[np.ndarray, " a"]
     validation: Int[np.ndarray, " b"]
+    calibration: Int[np.ndarray, " c"] = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int64)
+    )
 
     def windows(self, starts: Int[np.ndarray, " b"], length: int) -> dict[str, np.ndarray]:
         """``gaps [b, length]`` and ``log_height [b]`` of windows."""
@@ -48,16 +55,16 @@ class Gaps:
         middle = np.asarray(starts) + length // 2
         return {"gaps": self.values[index], "log_height": self.log_height[middle]}
 
-    def spread(self, count: int, held_out: bool = True) -> Int[np.ndarray, " m"]:
+    def spread(self, count: int, part: Part = "validation") -> Int[np.ndarray, " m"]:
         """At most ``count`` starts, evenly spaced over a part."""
-        starts = self.validation if held_out else self.train
+        starts = getattr(self, part)
         at = np.linspace(0, len(starts) - 1, min(count, len(starts))).astype(int)
         return starts[np.unique(at)]
 
     @property
     def heights(self) -> tuple[float, float]:
         """Mean and (positive) standard deviation of ``log_height`` in training."""
-        h = self.log_height[self.spread(4096, held_out=False)]
+        h = self.log_height[self.spread(4096, "train")]
         return float(h.mean()), float(max(h.std(), 1e-3))
 
     def reach(self, window: int) -> float:
@@ -86,19 +93,34 @@ def load(config: SpacingDataConfig) -> Gaps:
     else:
         split = split_interleaved(n, fraction=config.held_out)
     longer = config.train_window or config.window
+    apart = None
+    if config.calibration:
+        split, apart = _set_apart(split, config.calibration, found.run if found.run < n else 1)
     starts = {
         "train": window_starts(split.train, longer, run=found.run),
         "validation": window_starts(split.validation, config.window, run=found.run),
     }
+    if apart is not None:
+        starts["calibration"] = window_starts(apart, config.window, run=found.run)
+        check_disjoint(starts["calibration"], starts["validation"], config.window)
     if config.recent is not None:
         starts["train"] = starts["train"][-config.recent :]
-    for part in {*range(0, longer - config.window, config.window), longer - config.window}:
-        check_disjoint(starts["train"] + part, starts["validation"], config.window)
+    for held in [starts[k] for k in starts if k != "train"]:
+        for part in {*range(0, longer - config.window, config.window), longer - config.window}:
+            check_disjoint(starts["train"] + part, held, config.window)
     height = np.where(found.log_height > 0, found.log_height, 2 * np.pi)
     if not np.isfinite(height).all():
         raise DataError(f"data.source={config.source}: heights are not finite")
     values = found.values.astype(np.float32)
     return Gaps(values, height.astype(np.float32), found, split, **starts)
+
+
+def _set_apart(split: Split, share: float, unit: int) -> tuple[Split, Int[np.ndarray, "a 2"]]:
+    """The split without the end of every training stretch, and these ends."""
+    low, high = split.train.T
+    border = low + ((high - low) * (1 - share)).astype(np.int64) // unit * unit
+    rest = Split(np.stack([low, border], axis=1), split.validation)
+    return rest, np.stack([border, high], axis=1)
 
 
 def batch_specs(config: SpacingRun, phase: str) -> tuple[BatchSpec, ...]:

@@ -70,8 +70,9 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         values = np.asarray([row[name] for row in rows])
         found[name] = float(values.mean())
-        if name.startswith(("nll", "crps", "rmse")):
+        kind = name.removeprefix("un").removeprefix("calibrated.")
+        if kind.startswith(("nll", "crps", "rmse", "pit.ks")):
             found[f"{name}.std"] = float(values.std(ddof=1))
-        if name.startswith("nll"):
+        if kind.startswith("nll"):
             found |= {f"{name}.seed{i}": float(v) for i, v in enumerate(values)}
     return found

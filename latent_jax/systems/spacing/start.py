@@ -107,7 +107,7 @@ def least_squares(
 def embedding(
     gaps: Gaps, window: int, reach: float, embed: EmbedConfig, seeds: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Parameters of `model.GapEmbedding` that read the data.
+    """Parameters of `embedding.GapEmbedding` that read the data.
 
     Args:
       gaps: what is trained on.
@@ -123,7 +123,7 @@ def embedding(
       each position is predicted by the fit of the longest past that it has.
     """
     context = window - 1
-    starts = gaps.spread(_WINDOWS, held_out=False)
+    starts = gaps.spread(_WINDOWS, "train")
     rows = gaps.windows(starts, window)
     height = rows["log_height"] if embed.height else np.full(len(starts), 2 * np.pi, np.float32)
     shape = (1 + embed.products, embed.knots)

@@ -38,7 +38,7 @@ class SpacingSystem:
             "nll": weights.nll, "last": weights.last, "entropy": weights.entropy,
             "orthogonality": weights.orthogonality, "auxiliary": weights.auxiliary,
         }  # fmt: skip
-        sample = self.gaps.windows(self.gaps.spread(2048, held_out=False), window)["gaps"]
+        sample = self.gaps.windows(self.gaps.spread(2048, "train"), window)["gaps"]
         found = np.asarray(auxiliary.targets(jnp.asarray(sample), jnp.asarray([window - 1])))[:, 0]
         self._statistics = (found.mean(0), np.maximum(found.std(0), 1e-6))
         self._quick = jax.jit(self._held_out_terms)
@@ -77,7 +77,7 @@ class SpacingSystem:
             )
             params: dict[str, Any] = {"model": made["params"]}
             if self._auxiliary:
-                kernel = 0.02 * jax.random.normal(key, (c.model.width, len(AUXILIARY)))
+                kernel = 0.02 * jax.random.normal(key, (c.model.slot_width, len(AUXILIARY)))
                 params["auxiliary"] = {"kernel": kernel, "bias": jnp.zeros(len(AUXILIARY))}
             return params
 
@@ -100,7 +100,7 @@ class SpacingSystem:
                 return "kernels"
             if name.endswith(("gate", "level", "spread", "offset")):
                 return "line"
-            return "memory" if "slot_" in name or "read_out" in name else "model"
+            return "memory" if any(n in name for n in ("slot_", "read_out", "claim_")) else "model"
 
         return jax.tree_util.tree_map_with_path(label, params)
 

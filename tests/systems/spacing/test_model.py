@@ -12,6 +12,7 @@ from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.spacing import ablation
 from latent_jax.systems.spacing.config import SpacingModelConfig
+from latent_jax.systems.spacing.embedding import GapEmbedding
 from latent_jax.systems.spacing.model import SpacingModel
 
 T, M = 24, 3
@@ -43,9 +44,10 @@ def made(**memory):
     return config, run, gaps
 
 
-@pytest.fixture(scope="module")
-def postfix():
-    return made(kind="postfix")
+@pytest.fixture(scope="module", params=["attention", "claims"])
+def postfix(request):
+    pool = {"attention": "weighted", "claims": "sum"}[request.param]
+    return made(kind="postfix", read=request.param, pool=pool)
 
 
 @pytest.mark.parametrize("kind", ["none", "prefix"])
@@ -59,10 +61,10 @@ def test_a_prediction_never_sees_what_follows(kind):
 
 
 def test_postfix_slots_see_the_past_of_their_cut_only(postfix):
-    _, run, gaps = postfix
+    config, run, gaps = postfix
     cuts = jnp.asarray([9, 20])
     before = run(gaps, cuts)
-    chex.assert_shape(before.slots, (2, 2, M, 16))
+    chex.assert_shape(before.slots, (2, 2, M, config.slot_width))
     after = run(gaps.at[:, 12].add(0.5), cuts)
     chex.assert_trees_all_close(before.raw[:, 0], after.raw[:, 0], atol=1e-5)
     assert float(jnp.abs(before.raw[:, 1] - after.raw[:, 1]).max()) > 1e-3
@@ -78,7 +80,7 @@ def test_a_group_of_slots_does_not_see_the_others(postfix):
 def test_nothing_passes_by_the_slots(postfix):
     config, run, gaps = postfix
     base = ablation.none(config)
-    emptied = ablation.overwrite(base, list(range(M)), jnp.zeros((M, 16)))
+    emptied = ablation.overwrite(base, list(range(M)), jnp.zeros((M, config.slot_width)))
     out = run(gaps, None, emptied).raw
     other = run(gaps + 0.3, None, emptied).raw
     chex.assert_trees_all_close(out, other, atol=1e-6)
@@ -94,11 +96,15 @@ def test_hidden_slots_are_not_read(postfix):
     config, run, gaps = postfix
     out = run(gaps, None, ablation.hide(ablation.none(config), [1]))
     assert float(out.read_out[..., 1].max()) < 1e-6
-    np.testing.assert_allclose(out.read_out.sum(-1), 1, rtol=1e-5)
+    whole = M - 1 if config.memory.pool == "sum" else 1
+    np.testing.assert_allclose(out.read_out.sum(-1), whole, rtol=1e-5)
 
 
-def test_slots_without_identity_can_change_places():
-    config, run, gaps = made(kind="postfix", identity="anonymous")
+@pytest.mark.parametrize(
+    "how", [{}, {"read": "claims", "pool": "sum"}], ids=["attention", "claims"]
+)
+def test_slots_without_identity_can_change_places(how):
+    config, run, gaps = made(kind="postfix", identity="anonymous", **how)
     base = ablation.none(config)
     moved = ablation.exchange(base, np.random.default_rng(0), "content")
     chex.assert_trees_all_close(
@@ -106,6 +112,31 @@ def test_slots_without_identity_can_change_places():
     )
     out = run(gaps).slots[:, 0]
     assert float(jnp.abs(out[:, 0] - out[:, 1]).max()) > 1e-2, "drawn contents break symmetry"
+
+
+def test_what_slots_hold_adds_up_to_the_embedding():
+    config = parse(SpacingModelConfig, {
+        "width": 16, "heads": 2, "embed": {"near": 4, "kernels": 4, "knots": 16, "products": 2},
+    })  # fmt: skip
+    embedding = GapEmbedding(config, 16.0, (11.0, 1.0), T - 2)
+    key = jax.random.key(0)
+    gaps, height = 1 + 0.3 * jax.random.normal(key, (2, T)), jnp.asarray([10.0, 12.0])
+    cuts = jnp.asarray([3, 23])
+    claims = jax.nn.softmax(2 * jax.random.normal(key, (2, 2, M, T - 2)), axis=2)
+    init = jax.jit(embedding.init)
+    params = init(key, gaps, height)["params"]
+    params |= {"offset": jnp.arange(4.0), "level": jnp.linspace(0.0, 1.0, T - 2),
+               "spread": jnp.linspace(-2.0, -1.0, T - 2), "gate": params["gate"] + 0.3}  # fmt: skip
+    params["embed"]["bias"] = jnp.arange(16.0)
+    whole = jax.jit(embedding.apply)({"params": params}, gaps, height)
+    # What was a bias goes by a slot's share.
+    dense = params["embed"]
+    shared = {"kernel": jnp.concatenate([dense["kernel"], dense["bias"][None]])}
+    split = {"params": params | {"embed": shared}}
+    held = jax.jit(embedding.apply)(split, gaps, height, cuts, claims)
+    for all_of_it, parts in zip(whole, held, strict=True):
+        np.testing.assert_allclose(parts.sum(2), all_of_it[:, cuts], rtol=1e-4, atol=1e-4)
+        assert float(jnp.abs(parts[:, :, 0] - parts[:, :, 1]).max()) > 1e-3
 
 
 def test_slots_with_identity_cannot(postfix):
@@ -121,6 +152,12 @@ def test_switches():
         parse(SpacingModelConfig, {"memory": {"kind": "prefix", "identity": "anonymous"}})
     with pytest.raises(ConfigError, match="slots=0"):
         parse(SpacingModelConfig, {"memory": {"kind": "postfix", "slots": 0}})
+    for memory, says in (
+        ({"kind": "prefix", "pool": "sum"}, "pool=sum needs .*postfix"),
+        ({"kind": "postfix", "read": "claims"}, "read=claims needs .*pool=sum"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            parse(SpacingModelConfig, {"memory": memory})
     with pytest.raises(ConfigError, match="all alike"):
         memory = {"kind": "postfix", "identity": "off", "content": "zeroed"}
         parse(SpacingModelConfig, {"memory": memory})

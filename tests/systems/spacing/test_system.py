@@ -10,7 +10,7 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, DataError
-from latent_jax.systems.spacing import recipe
+from latent_jax.systems.spacing import predict, recipe
 from latent_jax.train.checkpoints import load_variables
 
 TINY = {
@@ -36,7 +36,9 @@ OPTIMUM = 0.5 * np.log(2 * np.pi * np.e * 0.04)
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("spacing") / "run"
-    return latent_jax.run(TINY, out=str(out), seeds=2)
+    tree = TINY | {"data": TINY["data"] | {"calibration": 0.1}}
+    tree["eval"] = TINY["eval"] | {"calibration_targets": 400}
+    return latent_jax.run(tree, out=str(out), seeds=2)
 
 
 def test_it_reaches_the_known_optimum(done):
@@ -47,6 +49,9 @@ def test_it_reaches_the_known_optimum(done):
     assert done["nll.position_averaged"] < 0.2
     assert 0 < done["rollout.error.h10"] < 2
     assert not [k for k in done if "warped" in k], "there are no heights"
+    # Sixty steps do not overfit 5000 gaps: a calibration has nothing to do, and does nothing.
+    assert abs(done["calibrated.nll.last"] - done["uncalibrated.nll.last"]) < 0.02
+    assert done["calibrated.pit.ks_p"] > 0.01
 
 
 def test_it_starts_at_the_autoregression():
@@ -92,6 +97,23 @@ def test_training_windows_can_be_longer(tmp_path):
     assert system.gaps.train.max() + 40 <= system.gaps.validation.min()
 
 
+@pytest.mark.slow
+def test_long_windows_give_the_densities_of_short_ones():
+    tree = TINY | {"data": TINY["data"] | {"calibration": 0.1}}
+    config = runs.resolve(tree, {"model.attention_layers": 0})
+    system = runs.system_class("spacing")(config)
+    params = system.init({"params": jax.random.key(0)}, {})["params"]
+    made, truth = predict.densities(system.model, config, params, system.gaps, "calibration", 70)
+    start = system.gaps.calibration[0]
+    np.testing.assert_allclose(truth[:24], system.gaps.values[start + 23 : start + 47])
+    rows = system.gaps.windows(np.arange(start, start + 24), 24)
+    one = jax.tree.map(lambda x: x[0], params)["model"]
+    raw = jax.jit(lambda *inputs: system.model.apply({"params": one}, *inputs).raw)(
+        jnp.asarray(rows["gaps"][:, :-1]), jnp.asarray(rows["log_height"])
+    )
+    np.testing.assert_allclose(made.mean[0, :24], raw[:, -1, 8:16], atol=1e-4)
+
+
 def test_seeds_differ(done):
     params = load_variables(done.out)[0]["params"]
     kernel = params["model"]["head"]["kernel"]
@@ -123,15 +145,42 @@ def test_seeds_do_not_touch_each_other(done):
     )
 
 
+@pytest.mark.slow
+def test_what_slots_hold_starts_at_the_autoregression():
+    memory = {"kind": "postfix", "slots": 3, "read": "claims", "pool": "sum"}
+    tree = TINY | {"model": TINY["model"] | {"memory": memory}}
+    config = runs.resolve(tree)
+    system = runs.system_class("spacing")(config)
+    params = system.init({"params": jax.random.key(0)}, {})["params"]
+    one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)["model"]
+    one["head"] = jax.tree.map(jnp.zeros_like, one["head"])
+    rows = system.gaps.windows(system.gaps.spread(400), 24)
+    raw = jax.jit(lambda tree, *inputs: system.model.apply({"params": tree}, *inputs).raw)(
+        one, jnp.asarray(rows["gaps"][:, :-1]), jnp.asarray(rows["log_height"])
+    )
+    error = np.asarray(raw[:, -1, 8]) - rows["gaps"][:, -1]
+    assert error.std() == pytest.approx(0.2, rel=0.08)
+
+
 def test_diagnosis_without_slots(done):
     system, variables = runs.load(done.out)
     found = system.diagnose(variables, {})
     assert found["findings"] == ["no slots: only the likelihood by height is diagnosed"]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("prefix", marks=pytest.mark.slow), "postfix"])
-def test_diagnosis_of_slots(kind, tmp_path):
-    memory = {"kind": kind, "slots": 3, "cuts": 4}
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        pytest.param("prefix", {}, marks=pytest.mark.slow),
+        ("postfix", {}),
+        pytest.param(
+            "postfix", {"read": "claims", "pool": "sum", "identity": "anonymous"},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_diagnosis_of_slots(kind, how, tmp_path):
+    memory = {"kind": kind, "slots": 3, "cuts": 4, **how}
     tree = {**TINY, "model": {**TINY["model"], "memory": memory}}
     tree["train"] = {**TINY["train"], "steps": 2, "eval_every": 0}
     config = runs.resolve(tree, {"out": str(tmp_path / "run")})
@@ -142,6 +191,10 @@ def test_diagnosis_of_slots(kind, tmp_path):
     assert 0 < found["slots.gradient_rank_ratio"] <= 1
     assert found["findings"]
     assert ("slots.read_out" in found) == (kind == "postfix")
+    if how:
+        # Each holds a part of the least-squares prediction, and none is known by its place.
+        assert min(deltas) > 0.005 and found["slots.permutation_increase.content"] < 1e-4
+        assert found["attention.claims.centre_std_within"] > 0.5
 
 
 def test_bad_input():
