@@ -212,10 +212,6 @@ class TransformerConfig:
 class TopConfig(TransformerConfig):
     """The row model."""
 
-    depth: int = field(
-        default=1, ge=0,
-        help="MLPs between its state and the logits of a digit, each reading the digits before it",
-    )
     head: Literal["discrete", "continuous", "mixed"] = field(
         default="discrete",
         help="discrete: logits of digits; continuous: a row, whose distance to the codes gives "

@@ -56,10 +56,7 @@ class TopLM(nn.Module):
             "digits", nn.initializers.normal(1.0), (max(self.stages - 1, 1), self.codes, c.width)
         )
         self.stage = self.param("stage", nn.initializers.normal(0.02), (self.stages, c.width))
-        scale = (2 * max(c.depth, 1)) ** -0.5
-        self.mix = [
-            Block(c.width, c.heads, c.ff, scale, attends=False) for _ in range(c.depth)
-        ]
+        self.mix = Block(c.width, c.heads, c.ff, 2**-0.5, attends=False)
         self.out_norm = nn.LayerNorm()
         self.given = nn.Dense(c.width)
         # Zero: an untrained model is uniform and not sure of nonsense.
@@ -138,8 +135,7 @@ class TopLM(nn.Module):
         # Where the codes so far lie: what is learned of one code holds for those near it.
         given = given + self.given(before(digits, table))
         x = hidden[..., None, :] + given
-        for block in self.mix:
-            x = block(x, None, None, None)
+        x = self.mix(x, None, None, None)
         return jnp.einsum("...nc,nck->...nk", self.out_norm(x), self.head) + self.bias
 
     def __call__(

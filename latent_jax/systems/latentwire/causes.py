@@ -100,11 +100,7 @@ def dominant(e: Evidence) -> Iterator[str]:
 
 def dead_parts(e: Evidence) -> Iterator[str]:
     """A part that is trained never had a gradient."""
-    norms: dict[str, list[float]] = {}
-    for row in e.log:
-        for key, value in row.items():
-            if key.startswith("grad_norm."):
-                norms.setdefault(key[10:], []).append(value)
+    norms = _of_parts(e.log, "grad_norm.")
     # A LoRA's first factor has none in the first step, where the second is 0.
     dead = sorted(name for name, v in norms.items() if len(v) >= 10 and not any(v))
     if dead:
@@ -116,11 +112,7 @@ def dead_parts(e: Evidence) -> Iterator[str]:
 
 def held_parts(e: Evidence) -> Iterator[str]:
     """A part that was never moved, although it has a gradient, and answers fail."""
-    rates: dict[str, list[float]] = {}
-    for row in e.log:
-        for key, value in row.items():
-            if key.startswith("lr."):
-                rates.setdefault(key[3:], []).append(value)
+    rates = _of_parts(e.log, "lr.")
     held = sorted(name for name, v in rates.items() if len(v) >= 10 and not any(v))
     if held and answers_fail(e.results):
         yield (
@@ -165,6 +157,16 @@ def memorised(e: Evidence) -> Iterator[str]:
             f"held-out answers ({train[1]:.2f} against {held_out:.2f} nats): memorised; train on "
             "more questions, or fewer steps"
         )
+
+
+def _of_parts(log: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, list[float]]:
+    """What was logged for each part under names that begin so."""
+    found: dict[str, list[float]] = {}
+    for row in log:
+        for key, value in row.items():
+            if key.startswith(prefix):
+                found.setdefault(key.removeprefix(prefix), []).append(value)
+    return found
 
 
 def _weighted(log: Sequence[Mapping[str, Any]]) -> list[str]:
