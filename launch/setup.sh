@@ -40,5 +40,9 @@ latent_jax_setup() {
     echo "==> installed in $((SECONDS - started)) s"
   fi
   PATH="$(cd "$venv/bin" && pwd):$PATH"
-  export PATH
+  # XLA's buffers come and go every step, and by default each time from the system, page by page. Kept,
+  # and in huge pages, they save 6 % (LatentWire) to 18 % (abstractinator) of a step's CPU time, at the
+  # same peak of memory. glibc reads this once, when a program starts; other systems ignore it.
+  GLIBC_TUNABLES="${GLIBC_TUNABLES-glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=8000000000}"
+  export PATH GLIBC_TUNABLES
 }

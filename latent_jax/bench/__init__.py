@@ -65,8 +65,11 @@ register(
     "latent_jax.bench.mdn",
     "training step of the spacing transformer against a torch twin on the CPU",
 )
-
-
+register(
+    "wire",
+    "latent_jax.bench.wire",
+    "training step of LatentWire against an in-context autoencoder in torch, same frozen reader",
+)
 register(
     "all",
     "latent_jax.bench.everything",

@@ -28,6 +28,7 @@ _QUICK = {
     "mega": ["--blocks", "16", "--budget", "256", "--new-tokens", "2", "--pairs", "1",
              "--grow-to", "0"],
     "rvq": ["--rows", "1024", "--stages", "2", "--pairs", "1"],
+    "wire": ["--batch", "2", "--tokens", "32", "--pairs", "1"],
 }  # fmt: skip
 
 
@@ -36,7 +37,7 @@ class Options:
     """Options of `latent-jax bench all`."""
 
     only: str = dataclasses.field(
-        default="backbone,mdn,rvq,mega", metadata={"help": "which, separated by commas"}
+        default="backbone,wire,mdn,rvq,mega", metadata={"help": "which, separated by commas"}
     )
     quick: bool = dataclasses.field(default=False, metadata={"help": "small sizes, one pair"})
     matmul: int = dataclasses.field(default=2048, metadata={"help": "width of the timed product"})

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,18 +53,6 @@ class Options:
 SETTINGS = VQConfig(
     init="random", decay=0.9, commitment=Ramp(1.0), reset=ResetConfig(fraction=0.0)
 )
-
-
-def peak_of(run: Callable[[], Any]) -> float:
-    """Bytes by which one call raises this process's memory at its highest; NaN where unknown."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-        before = timing.rss_bytes()
-        jax.block_until_ready(run())
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")) - before
-    except OSError:
-        return float("nan")
 
 
 class Ours:
@@ -221,7 +207,7 @@ def main(options: Options) -> dict[str, Any]:
         other = functools.partial(getattr(peer, part))
         pair = timing.alternate(run, other, pairs=options.pairs)
         results |= {f"throughput.{part}.{k}": v for k, v in pair.summary(options.rows).items()}
-        memory = {"ours": peak_of(run), "peer": peak_of(other)}
+        memory = {"ours": timing.peak_of(run), "peer": timing.peak_of(other)}
         results |= {f"memory.{part}.{who}_bytes": v for who, v in memory.items()}
         results[f"memory.{part}.ratio"] = memory["ours"] / max(memory["peer"], 1.0)
         console.print(

@@ -111,6 +111,18 @@ def rss_bytes() -> int:
     return peak_rss_bytes()
 
 
+def peak_of(run: Callable[[], Any]) -> float:
+    """Bytes by which one call raises this process's memory at its highest; NaN where unknown."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        before = rss_bytes()
+        jax.block_until_ready(run())
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM")) - before
+    except OSError:
+        return float("nan")
+
+
 def machine() -> dict[str, str]:
     """What a figure was measured on: processor, cores, devices, versions."""
     name = platform.processor() or platform.machine()
