@@ -173,16 +173,7 @@ def test_a_frozen_reader_exchanges_nothing_that_is_not_listed(devices, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lm/tiny_reader",
-        pytest.param(
-            "latentwire/tiny",
-            marks=pytest.mark.xfail(strict=True, reason="one collective-permute is left"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["lm/tiny_reader", "latentwire/tiny"])
 def test_a_system_exchanges_nothing_that_is_not_listed(devices, name):
     config = runs.resolve(name)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), devices)

@@ -94,13 +94,18 @@ def unexplained(
     return Mean(jnp.sum(share * weight), weight.sum())
 
 
-def neighbour_cosine(model: Compressor, wire: Wire) -> Float[Array, ""]:
-    """Mean cosine between the mean latents of neighbouring texts; near 1 they look alike."""
+def cosine_between(model: Compressor, wire: Wire) -> Float[Array, ""]:
+    """Mean cosine between the mean latents of two different texts; near 1 they look alike.
+
+    Of all pairs, by the length of the sum of unit vectors: texts of other devices add to a sum, and
+    are not sent around. One text alone gives 0.
+    """
     z = model.informative(wire)
     weight = wire.mask[..., None].astype(jnp.float32)
     mean = jnp.sum(z * weight, 1) / jnp.maximum(weight.sum(1), 1)
     mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
-    return jnp.mean(jnp.sum(mean * jnp.roll(mean, 1, axis=0), axis=-1))
+    pairs = jnp.sum(jnp.sum(mean, 0) ** 2) - jnp.sum(mean**2)
+    return pairs / max(len(mean) * (len(mean) - 1), 1)
 
 
 def _last(mask: Bool[Array, "b t"], width: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -153,7 +158,7 @@ def batch_terms(
     else:
         wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
         prefix = apply(wire, reader["embed"].dtype, method="prefix")
-        aux["latent_cosine"] = neighbour_cosine(model, wire)
+        aux["latent_cosine"] = cosine_between(model, wire)
     own = forced(body, reader, prefix, lead, inputs, real)
     hidden, teacher = own.hidden, None
     if losses.distils and not raw and (asked or "recalled" in batch):

@@ -33,7 +33,7 @@ from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
-from latent_jax.systems.latentwire.losses import batch_terms, forced, neighbour_cosine
+from latent_jax.systems.latentwire.losses import batch_terms, cosine_between, forced
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
@@ -67,7 +67,7 @@ class LatentWireSystem:
         (r"lora/(q|k|v|gate|up)_a$", ("layers", "embed", "rank")),
         (r"lora/(q|k|v|gate|up)_b$", ("layers", "rank", "heads")),
         (r"lora/(o|down)_b$", ("layers", "rank", "embed")),
-        (r"pool/[kv]$", ("layers", None, None, "heads")),
+        (r"pool/[kv]$", ("layers", None, "embed", "heads")),
     )
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
@@ -200,7 +200,7 @@ class LatentWireSystem:
             return nll.mean(), hit.mean()
 
         other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
-        return score(shown), score(other), neighbour_cosine(self.model, shown)
+        return score(shown), score(other), cosine_between(self.model, shown)
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's

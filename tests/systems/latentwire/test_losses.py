@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import losses
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.model import Wire
 from latent_jax.systems.latentwire.system import LatentWireSystem
 from latent_jax.systems.latentwire.tuned import tuned_loss
 
@@ -169,3 +172,16 @@ def test_a_run_from_before_a_task_existed_is_read(system, params):
     wire = system.wire({"params": older}, system.frozen)
     np.testing.assert_array_equal(wire.latents.task("reconstruct", 1)[0, 0], params["tasks"][0])
     np.testing.assert_array_equal(wire.params["tasks"][3], params["tasks"][1])
+
+
+def test_the_cosine_between_texts_is_that_of_all_pairs():
+    z = jax.random.normal(jax.random.key(0), (4, 3, 5)) + 1.0
+    mask = jnp.arange(3) < jnp.asarray([3, 2, 1, 3])[:, None]
+    wire = Wire(z, mask, jnp.zeros((4, 3), jnp.int32), jnp.full(4, 12))
+    plain = types.SimpleNamespace(informative=lambda wire: wire.z)
+    means = [np.asarray(z[i, :n]).mean(0) for i, n in enumerate((3, 2, 1, 3))]
+    unit = np.stack([m / np.linalg.norm(m) for m in means])
+    wanted = (unit @ unit.T)[~np.eye(4, dtype=bool)].mean()
+    np.testing.assert_allclose(losses.cosine_between(plain, wire), wanted, rtol=1e-5)
+    alone = jax.tree.map(lambda x: x[:1], wire)
+    np.testing.assert_allclose(losses.cosine_between(plain, alone), 0.0, atol=1e-5)
