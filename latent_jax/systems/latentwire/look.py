@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -135,6 +136,17 @@ def _first_values(decoder: Decoder, params: Any) -> Float[Array, "v d"]:
     return jax.jit(lambda rows: jax.lax.map(values, rows))(jnp.asarray(ids)).reshape(
         ids.size, -1
     )[:size]
+
+
+def held_out(system: Any, wire: LatentWire, count: int) -> list[str]:
+    """The first held-out texts of a `LatentWireSystem` that are compressed in one piece.
+
+    A few tokens cut out of a text may be more tokens when they are read again.
+    """
+    tokenizer, limit = wire.backbone.tokenizer, wire.config.segment
+    texts = (tokenizer.decode(row.tolist()) for row in system.eval_data()[:, :limit])
+    fitting = (text for text in texts if 0 < len(wire.builder.context_ids(text)) <= limit)
+    return list(itertools.islice(fitting, count))
 
 
 def _rows(wire: LatentWire, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
