@@ -288,7 +288,7 @@ def fetch(
 
 @app.command()
 def info() -> None:
-    """Devices, versions, models and data that are at hand."""
+    """Versions, devices, models and data at hand; what is missing, and the command that gets it."""
     from latent_jax.commands.info import info as show
 
     show()
