@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from latent_jax.core.files import write_text
 from latent_jax.report import calibration, figures, samples, tables, units
@@ -67,13 +67,20 @@ def render(files: RunFiles) -> str:
 
 def templates() -> jinja2.Environment:
     """The templates of this room."""
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("latent_jax.report", "."),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line after any of its parts."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
 
 
 def pictures(section: tables.Section, files: RunFiles) -> tuple[list[Markup], list[Markup]]:
