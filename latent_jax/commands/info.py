@@ -72,11 +72,14 @@ def _backbones(out: Console) -> Iterable[Problem]:
     from latent_jax.backbones import registry
     from latent_jax.core import fetch
     from latent_jax.core.pins import PINS
+    from latent_jax.systems.latentwire.assets import packaged
 
-    grid = _grid("Models and data files", "name", "state", "what")
+    grid = _grid("Models, compressors and data files", "name", "state", "what")
     for name, path in registry.PACKAGED.items():
         state = "in the package" if path.exists() else "missing"
         grid.add_row(name, state, "two-million-parameter reader for first steps and tests")
+    for name in packaged():
+        grid.add_row(name, "in the package", "trained LatentWire compressor, for smollm2")
     for name, item in PINS.items():
         what = f"{item.title} ({item.licence})"
         try:

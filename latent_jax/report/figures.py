@@ -43,8 +43,9 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,  # the reader's font may be wider than matplotlib's
 }
-_MAX_POINTS = 500
+_MAX_POINTS, _STRIPES = 500, 50
 
 
 def svg(figure: Figure, label: str) -> Markup:
@@ -135,20 +136,25 @@ def curve(
 
 
 def stacked(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
-    """Shares that add up, as stacked areas over the steps that all lines have."""
-    steps = sorted(set.intersection(*(set(s) for s, _ in lines.values())))
+    """Shares that add up, as stacked areas, each the mean over a fiftieth of the steps.
+
+    A line without a value at a step has no share there: tasks that alternate batch by batch are
+    seldom in the log together.
+    """
+    at = [dict(zip(steps, values, strict=True)) for steps, values in lines.values()]
+    steps = sorted(set().union(*at))
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), _STRIPES))
+    share = np.array([[row.get(step, 0.0) for step in steps] for row in at])
     with matplotlib.rc_context(STYLE):
         figure = new(3.5, 2.3)
         axes = figure.add_subplot()
-        rows = []
-        for s, v in lines.values():
-            at = dict(zip(s, v, strict=True))
-            x, y = _thin(steps, [at[step] for step in steps])
-            rows.append(y)
-        if steps:
-            colours = [PALETTE[i % len(PALETTE)] for i in range(len(rows))]
-            axes.stackplot(x, rows, labels=list(lines), colors=colours, alpha=0.75)
-            axes.legend(loc="best")
+        colours = [PALETTE[i % len(PALETTE)] for i in range(len(at))]
+        axes.stackplot(
+            [np.mean([steps[i] for i in part]) for part in parts],
+            np.array([share[:, part].mean(1) for part in parts]).T,
+            labels=list(lines), colors=colours, alpha=0.75,
+        )  # fmt: skip
+        axes.legend(loc="best")
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.set_ylabel("share")
@@ -167,13 +173,15 @@ def dots(
         axes = figure.add_subplot()
         names = list(values)
         for y, name in enumerate(names):
-            colour = PALETTE[0] if name.startswith("latent") else PALETTE[-1]
+            own = name.startswith(("latent", "gist", "this run"))
+            colour = PALETTE[0] if own else PALETTE[-1]
             if name in intervals:
                 axes.plot(intervals[name], [y, y], color=colour, linewidth=2, alpha=0.55)
             axes.plot([values[name]], [y], "o", color=colour, markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(left=min(0.0, *values.values(), *(low for low, _ in intervals.values())))
+        if min([*values.values(), *(low for low, _ in intervals.values())]) >= 0:
+            axes.set_xlim(left=0.0)
         axes.set_xlabel(unit)
         axes.set_title(title)
         return svg(figure, title)

@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup, escape
 
 from latent_jax.core.files import write_text
-from latent_jax.report import calibration, figures, samples, tables, units
+from latent_jax.report import calibration, comparisons, figures, samples, tables, units
 from latent_jax.report.load import RunFiles, load_run, series
 
 _GROUPS = {
@@ -21,6 +21,7 @@ _GROUPS = {
     "weight": "Weights",
     "share": "Shares of the loss",
     "eval": "Held out, while training",
+    "units": "What a step reads",
 }
 _OPTIMISER = {"grad_norm": "gradient norm", "lr": "learning rate"}
 _SHOWN_WARNINGS = 40
@@ -236,6 +237,10 @@ def _comparisons(
         if len(names) > 1 and lines:
             label = "number format and bytes per token of text"
             made.append(figures.against("Quality against bits", label, names, lines, "share"))
+    if section.key == "recovery":
+        made += comparisons.recovery(results)
+    if section.key == "baseline":
+        made += comparisons.likelihoods(results)
     if section.key == "rate_distortion":
         names, lines = tables.by_code_bits(results)
         title = "Right bytes, free-running, by stages kept"

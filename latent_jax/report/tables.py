@@ -161,6 +161,8 @@ def number(value: Any) -> str:
     Example:
       >>> number(0.81234), number(1234567), number(0.0000123), number(3), number(True)
       ('0.812', '1,234,567', '1.23e-05', '3', 'yes')
+      >>> number(0.99999)
+      '1'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -176,7 +178,7 @@ def number(value: Any) -> str:
             return f"{value:,.0f}"
         if size >= 100:
             return f"{value:.1f}"
-        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0")
+        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0").rstrip(".")
     return str(value)
 
 
@@ -213,6 +215,8 @@ def place(name: str) -> tuple[str, str, str] | None:
       ('squad.qwen.x8', 'shuffled', 'f1')
       >>> place("rvq.level0.stage2.live"), place("baseline.unigram.nll")
       (('rvq.level0', 'stage2', 'live'), ('baseline', 'unigram', 'nll'))
+      >>> place("nll_at_h.bm25.w512"), place("nll_at_h.dropped.minus_full")
+      (('nll_at_h', 'bm25', 'w512'), ('nll_at_h', 'dropped', 'minus_full'))
       >>> place("ae.token_accuracy") is None
       True
     """
@@ -222,6 +226,8 @@ def place(name: str) -> tuple[str, str, str] | None:
     *head, second, last = parts
     if last in ARMS or last.removesuffix("_tuned") in ARMS:
         return ".".join(head), last, second
+    if second in ARMS or re.fullmatch(r"w\d+", last):  # an arm, or a policy at a size
+        return ".".join(head), second, last
     indexed = re.fullmatch(r"[a-z_]+\d+", second) and not re.fullmatch(r"[a-z_]+\d+", last)
     if second not in _MEASURES and (last in _MEASURES or indexed):
         return ".".join(head), second, last
@@ -302,7 +308,7 @@ def sections(
         rank = min((order.index(m) for m in mine if m in order), default=len(order))
         section = Section(
             key=sorted(mine)[0],
-            title=title,
+            title=_asked(title, config or {}),
             tables=[
                 _table(results, name, rows)
                 for name, rows in tables.items()
@@ -314,6 +320,15 @@ def sections(
         )
         found.append((rank, section))
     return [section for _, section in sorted(found, key=lambda pair: pair[0])]
+
+
+def _asked(title: str, config: Mapping[str, Any]) -> str:
+    """A title that says which questions were asked, where they are not SQuAD's."""
+    data = config.get("data")
+    source = data.get("qa") if isinstance(data, Mapping) else None
+    if title == TITLES["squad"] and source not in (None, "auto", "squad"):
+        return f"Question answering ({source})"
+    return title
 
 
 def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
@@ -348,6 +363,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
 def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cell]]:
     """The few numbers that stand on top of the page."""
     chosen = [name for name in HEADLINES if is_number(results.get(name))]
+    chosen += [name for name in results if re.fullmatch(r"recovery\.lod\d+\.slots\d+", name)]
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
     return [(name, cell(results, name)) for name in chosen[:limit]]

@@ -10,7 +10,10 @@ from typing import Any
 _UNITS = tuple(
     (re.compile(pattern), unit)
     for pattern, unit in (
-        (r"^share\.|(^|\.)f1_share\b|share_hurt|host_share", "share"),
+        (r"(^|\.)f1_share\b", "latents ÷ arm"),
+        (r"(^|\.)f1_gain\b", "latents − arm"),
+        (r"^share\.|share_hurt|host_share", "share"),
+        (r"^units\.", "per step"),
         (r"^weight\.", "weight"),
         (r"^parameters\.", "parameters"),
         (r"^flops\..*per_byte", "FLOPs per byte"),
@@ -31,7 +34,7 @@ _UNITS = tuple(
         (r"^term\.(commit|top_mse\w*|top_vq)|quantisation_error|mse_|top\.vq", "mean square"),
         (r"perplexity", "codes"),
         (r"resets", "codes so far"),
-        (r"accuracy|(^|\.)(f1|em|f1_gain|bleu|exact\w*|empty|live|dead|stale|usage|overflow)\b",
+        (r"accuracy|(^|\.)(f1|em|bleu|exact\w*|empty|live|dead|stale|usage|overflow)\b",
          "share"),
         (r"entropy_ratio|top\d+\b|coverage|conformal|first_top\d|first_share|ordered", "share"),
         (r"^pit\.ks_p|p_value", "probability"),
@@ -51,6 +54,7 @@ _UNITS = tuple(
         (r"norm", "norm"),
     )
 )  # fmt: skip
+_COSTS = ("throughput", "memory", "cost", "flops", "parameters", "ratio")
 _COUNTED = "(questions|segments|windows|histories|rows|targets|bytes|positions)"
 
 
@@ -83,6 +87,7 @@ _SIZES: dict[str, tuple[tuple[str, str], ...]] = {
     "pit": (("windows", "windows of gaps"),),
     "coverage": (("windows", "windows of gaps"),),
     "crps": (("windows", "windows of gaps"),),
+    "rmse": (("windows", "windows of gaps"),),
     "slots": (("windows", "windows of gaps"),),
     "rollout": (("config:eval.rollouts", "continuations"), ("config:eval.horizon", "gaps each")),
     "recovery": (("recovery.lod1.histories", "histories"), ("config:eval.rows", "histories")),
@@ -120,6 +125,8 @@ def measured_on(key: str, results: Mapping[str, Any], config: Mapping[str, Any])
       >>> measured_on("squad", {"squad.questions": 96}, {"seed": 1})
       'n = 96 questions; seed 1'
     """
+    if key in _COSTS:  # of the machine and the shape: neither a sample nor a draw
+        return ""
     sizes = _phrases(_SIZES.get(key, ()), results, config)
     seeds = _seeds(config)
     return "; ".join([f"n = {', '.join(sizes)}"] * bool(sizes) + [seeds] * bool(seeds))
