@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "spacing/tiny": {
         "train.steps": 6, "data.source": "cue:n=64,count=20000,seed=0", "eval.windows": 64,
-        "eval.batch_size": 64, "eval.floors": False, "eval.baselines": False,
+        "eval.batch_size": 64, "eval.baselines": False,
     },
     "megacontext/tiny": {
         "train.steps": 6, "eval.rows": 8, "eval.upper_rows": 4, "eval.quick_rows": 4,
