@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.api import LatentWire
+from latent_jax.systems.latentwire.api import AGAIN, LatentWire
 from latent_jax.systems.latentwire.diagnose import nearest_tokens
 from latent_jax.systems.latentwire.given import Asked, answer_hidden, embed
 from latent_jax.systems.latentwire.prompts import pad_rows
@@ -58,9 +58,12 @@ def rebuilt(
         arm, reader.decoder, reader.params, latents, made, np.arange(len(ids), dtype=np.int32),
         jax.random.key(0),
     )  # fmt: skip
-    empty = np.zeros((len(ids), 0), np.int32), np.zeros((len(ids), 0), bool)
-    lead = latents.task("reconstruct", len(ids)) if "reconstruct" in wire.tasks else None
-    nats, best = _forced(reader.decoder, reader.params, Asked(given, *empty, lead), ids, mask)
+    trained = "reconstruct" in wire.tasks
+    # Where no embedding was trained to ask for the text, words do.
+    asking = [] if trained else reader.tokenizer.encode(AGAIN)
+    prompt = pad_rows([asking] * len(ids), len(asking), wire.builder.pad_id)
+    lead = latents.task("reconstruct", len(ids)) if trained else None
+    nats, best = _forced(reader.decoder, reader.params, Asked(given, *prompt, lead), ids, mask)
     return [
         Rebuilt(_pieces(wire, row[:n]), np.asarray(cost[:n]), _pieces(wire, guess[:n]))
         for row, cost, guess, n in zip(ids, nats, np.asarray(best), mask.sum(1), strict=True)
