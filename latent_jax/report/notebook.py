@@ -70,19 +70,19 @@ class RunView(View):
         body += Markup(parts.tiles(tables.headlines(self.files.results)))
         super().__init__(body + Markup(parts.pairs(html.facts(self.files))))
 
-    def section(self, key: str) -> View:
-        """One section of the results, by the first part of their names: tables and figures.
+    def section(self, *keys: str) -> View:
+        """Sections of the results, by the first part of their names: tables and figures.
 
         Raises:
-          RunError: the run has no such results.
+          RunError: the run has none of them.
         """
         found = tables.sections(self.files.results, self.files.config)
-        chosen = [s for s in found if key in (s.key, s.title) or _holds(s, key)]
+        chosen = [s for s in found if any(key == s.key or _holds(s, key) for key in keys)]
         if not chosen:
             known = sorted({n.partition(".")[0] for n in self.files.results})
             raise RunError(
-                f"{self.files.path}: no results {key!r}{suggest(key, known)}; there are: "
-                f"{', '.join(known) or 'none, `latent-jax eval` makes them'}"
+                f"{self.files.path}: no results {' or '.join(keys)}{suggest(keys[0], known)}; "
+                f"there are: {', '.join(known) or 'none, `latent-jax eval` makes them'}"
             )
         parts = _parts()
         return _joined(parts.titled(s, *html.pictures(s, self.files)) for s in chosen)

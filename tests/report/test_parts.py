@@ -92,6 +92,7 @@ def test_a_notebook_shows_what_the_page_shows(run):
     for figure in re.findall(r"<svg.*?</svg>", view.section("rvq").body, flags=re.S):
         assert figure in page
     assert "0.3 – 0.5" in view.section("squad").body
+    assert view.section("nll", "unheard").body == view.section("nll").body
     assert "-1.6 to -1.4" in view.section("nll").body  # a dash would be another minus
     curves = view.curves("loss", "rvq").body
     assert 'aria-label="loss"' in curves and "grad" not in curves
@@ -99,7 +100,7 @@ def test_a_notebook_shows_what_the_page_shows(run):
 
 
 def test_what_a_run_does_not_have_is_one_line(run):
-    with pytest.raises(RunError, match="no results 'squid'.*squad"):
+    with pytest.raises(RunError, match="no results squid.*squad"):
         RunView(run).section("squid")
     with pytest.raises(RunError, match="no column with unheard"):
         RunView(run).curves("unheard")
