@@ -21,7 +21,7 @@ _UNITS = tuple(
         (r"^throughput\.(?:\w+\.)*(?P<what>\w+)_per_second", "{what} per second"),
         (r"^throughput\.", ""),
         (r"^grad_norm", "norm"),
-        (r"^lr(\.|$)", "learning rate"),
+        (r"^lr(\.|$)", "rate per step"),
         (r"^telemetry\.(mean_)?residency|residency", "iterations"),
         (r"code_bits_per_byte|^bpb\.", "bits per byte"),
         (r"bits_per_row|\.bits$", "bits per row"),

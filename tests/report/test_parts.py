@@ -28,21 +28,26 @@ RESULTS = """{"squad.questions": 96, "squad.f1.latent": 0.4, "squad.f1.full_text
 "baseline.ar128.nll": 1.0, "baseline.ar8.nll": 2.0, "baseline.gaudin.rmse": 0.4}"""
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
     rows = [
         f'{{"step": {s}, "loss": {3 / s}, "term.a": 1.0, "share.a": 0.5, "share.b": 0.5, '
         f'"eval.nll": 2.0, "rvq.level0.stage0.dead": 0.1, "grad_norm": 1.0, "lr": 0.1}}\n'
         for s in (1, 2, 3)
     ]
-    (tmp_path / "config.yaml").write_text(CONFIG)
-    (tmp_path / "results.json").write_text(RESULTS)
-    (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    return tmp_path
+    (folder / "config.yaml").write_text(CONFIG)
+    (folder / "results.json").write_text(RESULTS)
+    (folder / "metrics.jsonl").write_text("".join(rows))
+    return folder
 
 
-def test_every_figure_says_what_its_points_are_and_the_seed(run):
-    page = write_report(run).read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def page(run):
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def test_every_figure_says_what_its_points_are_and_the_seed(page):
     figures = re.findall(r"<figure>(.*?)</figure>", page, flags=re.S)
     assert len(figures) >= 9
     for figure in figures:
@@ -51,8 +56,7 @@ def test_every_figure_says_what_its_points_are_and_the_seed(run):
     assert "n = 96 questions; seed 3" in page and "the same 16 held-out rows" in page
 
 
-def test_every_figure_has_a_unit_on_its_axis(run):
-    page = write_report(run).read_text(encoding="utf-8")
+def test_every_figure_has_a_unit_on_its_axis(page):
     for figure in re.findall(r"<figure>(.*?)</figure>", page, flags=re.S):
         title = re.search(r'aria-label="([^"]*)"', figure).group(1)
         words = re.findall(r"<text[^>]*>([^<]*)</text>", figure)
@@ -72,7 +76,7 @@ def test_every_figure_has_a_unit_on_its_axis(run):
         ("throughput.tokens_per_second", "tokens per second"), ("ratio", "tokens per latent"),
         ("squad.questions", ""), ("recovery.lod1.histories", ""), ("latent.cosine", "cosine"),
         ("flops.train_per_byte.top", "FLOPs per byte"), ("term.reconstruct", "nats"),
-        ("term.commit", "mean square"), ("share.answer", "share"), ("lr.pool", "learning rate"),
+        ("term.commit", "mean square"), ("share.answer", "share"), ("lr.pool", "rate per step"),
         ("latent.norm", "norm"), ("grad_norm.pool", "norm"), ("coverage.80.conformal", "share"),
         ("slots.ablation_delta.0", "nats"), ("floor.gue.k8", "nats"), ("made_up.name", ""),
     ],
@@ -87,8 +91,8 @@ def test_several_seeds_are_told():
     )
 
 
-def test_a_notebook_shows_what_the_page_shows(run):
-    page, view = write_report(run).read_text(encoding="utf-8"), RunView(run)
+def test_a_notebook_shows_what_the_page_shows(run, page):
+    view = RunView(run)
     for figure in re.findall(r"<svg.*?</svg>", view.section("rvq").body, flags=re.S):
         assert figure in page
     assert "0.3 – 0.5" in view.section("squad").body
