@@ -23,13 +23,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Learned latent interfaces to language and sequence models.",
+    epilog="First: latent-jax info, then latent-jax run latentwire/tiny (two minutes on a CPU).",
 )
+# Headings of the list of commands.
+_TRAIN, _USE, _HERE = "Train and evaluate", "Use what was trained", "What there is"
 
 Config = Annotated[str, typer.Argument(help="A YAML file, or a packaged name: latentwire/tiny.")]
 Run = Annotated[str, typer.Argument(help="Directory of a run.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Setting a.b=c; repeatable.")]
-Out = Annotated[str | None, typer.Option(help="Where the files go.")]
-Seed = Annotated[int | None, typer.Option(help="Root of every random stream.")]
+Out = Annotated[str | None, typer.Option(help="Where the files go; a run's: runs/NAME.")]
+Seed = Annotated[int | None, typer.Option(help="Root of every random stream; the config's.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Trace a few steps, sum them up.")]
@@ -45,7 +48,7 @@ def _overrides(set_: list[str] | None, **options: Any) -> list[str]:
     return [*(set_ or []), *(f"{k}={json.dumps(v)}" for k, v in options.items() if v is not None)]
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def run(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
     dry_run: DryRun = False, profile: Profile = False,
@@ -60,7 +63,7 @@ def run(
         work.run(resolved, quiet, profile)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def train(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
     dry_run: DryRun = False, profile: Profile = False,
@@ -76,7 +79,7 @@ def train(
         print(f"trained {int(state.step)} steps: {where}")
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def plan(
     config: Config,
     devices: Annotated[int, typer.Option(help="How many; none has to be there.")] = 1,
@@ -87,7 +90,7 @@ def plan(
     table: Annotated[bool, typer.Option("--table", help="Also every array, how split.")] = False,
     set_: Set = None,
 ) -> None:
-    """Bytes, FLOPs and time of a run on devices that need not be there; loads no weights."""
+    """Plan a run on devices that need not be there: bytes, FLOPs, time; loads no weights."""
     from latent_jax import run as runs
     from latent_jax.commands import plan as plans
     from latent_jax.commands.show import console
@@ -97,7 +100,7 @@ def plan(
     plans.show(found, console(), machine, table)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def sweep(
     config: Config,
     grid: Annotated[
@@ -119,7 +122,7 @@ def sweep(
     run_all(config, grid, _overrides(set_), out, metric or (), quiet, dry_run, cell)
 
 
-@app.command("eval")
+@app.command("eval", rich_help_panel=_TRAIN)
 def eval_(
     run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,
     seed: Seed = None, quiet: Quiet = False,
@@ -130,7 +133,7 @@ def eval_(
     work.evaluate(run, _overrides(set_, seed=seed), checkpoint, out, quiet)
 
 
-@app.command()
+@app.command(rich_help_panel=_TRAIN)
 def report(run: Run) -> None:
     """Make a run's report.html again."""
     from latent_jax import run as runs
@@ -138,7 +141,7 @@ def report(run: Run) -> None:
     print(runs.report(run))
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def generate(
     run: Run, text: Text = None,
     prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
@@ -173,7 +176,7 @@ def generate(
     call(run, options, raw, _overrides(set_, seed=seed), checkpoint, out)
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def ask(
     run: Annotated[str, typer.Argument(help="Run, packaged compressor, or a stored wire.")],
     question: Annotated[str, typer.Option(help="What to ask about it.")],
@@ -195,7 +198,7 @@ def ask(
     _hook("ask", run, checkpoint, set_, out, seed, text=read_text(text), question=question)
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def compress(
     run: Annotated[str, typer.Argument(
         help="Packaged compressor, its directory, a run, or without training smollm2:kv_stride."
@@ -213,7 +216,7 @@ def compress(
     wire.compress(run, text, out, bits, ratio)
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def reconstruct(
     wire: Annotated[str, typer.Argument(help="File of `compress`.")], compressor: Compressor = None
 ) -> None:
@@ -223,7 +226,7 @@ def reconstruct(
     wires.reconstruct(wire, compressor)
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def diagnose(
     run: Annotated[list[str], typer.Argument(help="Runs, or quoted globs: 'runs/e3_seed*'.")],
     checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
@@ -239,7 +242,7 @@ def diagnose(
     present(inspect.call_each("diagnose", run, {}, overrides, checkpoint, out))
 
 
-@app.command()
+@app.command(rich_help_panel=_USE)
 def export(
     run: Run, to: Annotated[str, typer.Option(help="Directory to write.")],
     checkpoint: Checkpoint = "last", set_: Set = None, seed: Seed = None,
@@ -259,7 +262,10 @@ def _hook(
     present(inspect.call(name, run, options, overrides, checkpoint, out))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    rich_help_panel=_HERE,
+)
 def bench(
     context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None,
@@ -276,7 +282,7 @@ def bench(
     present(benches.run(name, context.args, out))
 
 
-@app.command()
+@app.command(rich_help_panel=_HERE)
 def fetch(
     name: Annotated[str, typer.Argument(help="smollm2, zeros or gemma3.")], quiet: Quiet = False
 ) -> None:
@@ -286,15 +292,15 @@ def fetch(
     print(get(name, quiet=quiet))
 
 
-@app.command()
+@app.command(rich_help_panel=_HERE)
 def info() -> None:
-    """Devices, versions, models and data that are at hand."""
+    """Versions, devices, models and data at hand; what is missing, and the command that gets it."""
     from latent_jax.commands.info import info as show
 
     show()
 
 
-@app.command("config")
+@app.command("config", rich_help_panel=_HERE)
 def config_(
     config: Annotated[str | None, typer.Argument(help="Without it, the packaged ones.")] = None,
     set_: Set = None, out: Out = None, seed: Seed = None,
@@ -336,8 +342,8 @@ def _add_groups() -> None:
     from latent_jax.commands.data import app as data
     from latent_jax.commands.mega import app as mega
 
-    app.add_typer(data, name="data")
-    app.add_typer(mega, name="mega")
+    app.add_typer(data, name="data", rich_help_panel=_HERE)
+    app.add_typer(mega, name="mega", rich_help_panel=_USE)
 
 
 _add_groups()

@@ -61,7 +61,7 @@ def generate_text(
 
     Raises:
         BackboneError: an empty prompt, an id outside the vocabulary, or a prompt beyond the
-        context window.
+            context window.
     """
     tokenizer, config = backbone.tokenizer, backbone.config
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)

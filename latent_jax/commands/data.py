@@ -20,7 +20,7 @@ def list_() -> None:
     """Which sources are at hand."""
     from latent_jax.commands import info
 
-    info._data(console())
+    info.data(console())
 
 
 @app.command()

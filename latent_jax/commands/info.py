@@ -1,24 +1,29 @@
-"""`latent-jax info`: devices, versions, models and data that are at hand."""
+"""`latent-jax info`: devices, versions, models and data that are at hand, and what is missing."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from latent_jax.commands import info_checks as checks
+from latent_jax.commands.info_checks import Problem
 from latent_jax.commands.show import console
 from latent_jax.core.errors import DataError, FetchError
 from latent_jax.report.tables import size
 
 
 def info() -> None:
-    """Prints what a run on this machine would find."""
+    """Prints what a run on this machine would find, what is missing, and what gets it."""
     out = console()
-    _versions(out)
-    _devices(out)
-    _backbones(out)
-    _data(out)
+    problems = [
+        *_versions(out), *_devices(out), *_backbones(out), *data(out), *checks.writable(),
+        *checks.peers(),
+    ]  # fmt: skip
+    _advice(out, problems)
 
 
 def _grid(title: str, *columns: str) -> Table:
@@ -28,7 +33,7 @@ def _grid(title: str, *columns: str) -> Table:
     return grid
 
 
-def _versions(out: Console) -> None:
+def _versions(out: Console) -> Iterable[Problem]:
     from latent_jax.report import record
 
     grid = _grid("Versions")
@@ -38,43 +43,59 @@ def _versions(out: Console) -> None:
     if commit:
         grid.add_row("commit", commit)
     out.print(grid)
+    return checks.packages()
 
 
-def _devices(out: Console) -> None:
+def _devices(out: Console) -> Iterable[Problem]:
     import jax
 
-    grid = _grid("Devices", "device", "kind", "memory")
+    from latent_jax.report import record
+
+    grid, platforms, said = _grid("Devices", "device", "kind", "memory"), [], ""
     try:
         for device in jax.devices():
-            stats = device.memory_stats() or {}
-            limit = stats.get("bytes_limit")
-            grid.add_row(str(device), device.device_kind, size(limit) if limit else "")
+            limit = (device.memory_stats() or {}).get("bytes_limit")
+            grid.add_row(str(device), device.device_kind, size(limit) if limit else "the machine's")
+            platforms.append(device.platform)
     except RuntimeError as error:
-        grid.add_row("none", " ".join(str(error).split())[:120], "")
+        said = " ".join(str(error).split())[:120]
+        grid.add_row("none", escape(said), "")
+    machine, free = record.machine(), checks.available_memory()
+    memory = size(machine["memory_bytes"]) if machine["memory_bytes"] else "unknown"
+    memory += f", {size(free)} free" if free is not None else ""
+    grid.add_row("machine", f"{machine['model']}, {machine['cores']} cores", memory)
     out.print(grid)
+    return [*checks.devices(platforms, said), *checks.memory(free)]
 
 
-def _backbones(out: Console) -> None:
+def _backbones(out: Console) -> Iterable[Problem]:
     from latent_jax.backbones import registry
     from latent_jax.core import fetch
     from latent_jax.core.pins import PINS
+    from latent_jax.systems.latentwire.assets import packaged
 
-    grid = _grid("Models and data files", "name", "state", "what")
+    grid = _grid("Models, compressors and data files", "name", "state", "what")
     for name, path in registry.PACKAGED.items():
-        grid.add_row(name, "in the package" if path.exists() else "missing", "small reader")
+        state = "in the package" if path.exists() else "missing"
+        grid.add_row(name, state, "two-million-parameter reader for first steps and tests")
+    for name in packaged():
+        grid.add_row(name, "in the package", "trained LatentWire compressor, for smollm2")
     for name, item in PINS.items():
+        what = f"{item.title} ({item.licence})"
         try:
             path = fetch.cached(name)
         except FetchError as error:
-            grid.add_row(name, str(error), item.title)
+            grid.add_row(name, escape(str(error)), what)
             continue
-        state = f"in the cache, {size(item.size)}" if path else f"latent-jax fetch {name}"
-        grid.add_row(name, state, f"{item.title} ({item.licence})")
+        state = f"in the cache, {size(item.size)}" if path else "not in the cache"
+        grid.add_row(name, state, what)
     out.print(grid)
-    out.print(f"cache: {fetch.cache_dir()} (LATENT_JAX_CACHE)", markup=False)
+    out.print(f"cache: {fetch.cache_dir()} (LATENT_JAX_CACHE)\n", markup=False)
+    return checks.cache()
 
 
-def _data(out: Console) -> None:
+def data(out: Console) -> Iterable[Problem]:
+    """Prints which data sources are at hand; returns what is wrong with the data folder."""
     from latent_jax.data import files, squad, text
 
     grid = _grid("Data", "source", "kind", "state")
@@ -89,9 +110,26 @@ def _data(out: Console) -> None:
     wanted = {"squad": (squad.SQUAD_FILES["train"], "questions")}
     wanted["qed"] = (squad.QED_FILES["train"], "questions")
     wanted |= {name: (path, "text") for name, path in text.ROOT_FILES.items()}
+    found = {}
     for name, (relative, what) in wanted.items():
-        found = root is not None and files.has_file(relative, root)
-        grid.add_row(name, what, "found" if found else "not found")
+        found[name] = root is not None and files.has_file(relative, root)
+        grid.add_row(name, what, "found" if found[name] else "not found")
     out.print(grid)
     where = os.environ.get(files.ENV_ROOT)
-    out.print(f"data folder: {where or f'none ({files.ENV_ROOT} is not set)'}", markup=False)
+    out.print(f"data folder: {where or f'none ({files.ENV_ROOT} is not set)'}\n", markup=False)
+    return checks.data(found)
+
+
+def _advice(out: Console, problems: list[Problem]) -> None:
+    """What to do, what is needed first."""
+    needed = [p for p in problems if p.needed]
+    for title, chosen in (
+        ("To be mended", needed), ("Optional", [p for p in problems if not p.needed]),
+    ):  # fmt: skip
+        if chosen:
+            grid = _grid(title, "what", "command")
+            for problem in chosen:
+                grid.add_row(escape(problem.what), escape(problem.mend))
+            out.print(grid)
+    if not needed:
+        out.print("Nothing that is needed is missing. A first run: latent-jax run latentwire/tiny")

@@ -21,7 +21,7 @@ PALETTE = (
 )  # fmt: skip
 # matplotlib writes fixed colours; this one is replaced by currentColor in the SVG.
 _INK = "#010203"
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -43,14 +43,15 @@ _STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,  # the reader's font may be wider than matplotlib's
 }
-_MAX_POINTS = 500
+_MAX_POINTS, _STRIPES = 500, 50
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def svg(figure: Figure, label: str) -> Markup:
     """Serialises a figure; `label` is its text for screen readers and makes its ids unique."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
@@ -65,7 +66,13 @@ def _svg(figure: Figure, label: str) -> Markup:
     return Markup(text.replace("<svg ", head, 1))
 
 
-def _figure(width: float, height: float) -> Figure:
+def captioned(picture: Markup, text: str) -> Markup:
+    """A figure with a line below: what its points are, how many, and the seed."""
+    return picture + Markup("<figcaption>{}</figcaption>").format(text) if text else picture
+
+
+def new(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
     return Figure(figsize=(width, height))
 
 
@@ -91,11 +98,21 @@ def curve(
     title: str,
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
+    unit: str = "",
+    across: str = "step",
     log: bool = False,
 ) -> Markup:
-    """Lines over steps; a single noisy line is drawn faint with its running mean on top."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(3.5, 2.3)
+    """Lines over steps; a single noisy line is drawn faint with its running mean on top.
+
+    Args:
+      title: above the lines.
+      lines: name → steps and values.
+      unit: of the values.
+      across: what the horizontal axis counts.
+      log: draw a wide range on a logarithmic axis.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = new(3.5, 2.3)
         axes = figure.add_subplot()
         for i, (name, (steps, values)) in enumerate(lines.items()):
             x, y = _thin(steps, values)
@@ -111,50 +128,63 @@ def curve(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title)
-        axes.set_xlabel("step")
+        axes.set_xlabel(across)
+        axes.set_ylabel(unit)
         if len(lines) > 1:
             axes.legend(loc="best")
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def stacked(title: str, lines: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Markup:
-    """Shares that add up, as stacked areas over the steps that all lines have."""
-    steps = sorted(set.intersection(*(set(s) for s, _ in lines.values())))
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(3.5, 2.3)
+    """Shares that add up, as stacked areas, each the mean over a fiftieth of the steps.
+
+    A line without a value at a step has no share there: tasks that alternate batch by batch are
+    seldom in the log together.
+    """
+    at = [dict(zip(steps, values, strict=True)) for steps, values in lines.values()]
+    steps = sorted(set().union(*at))
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), _STRIPES))
+    share = np.array([[row.get(step, 0.0) for step in steps] for row in at])
+    with matplotlib.rc_context(STYLE):
+        figure = new(3.5, 2.3)
         axes = figure.add_subplot()
-        rows = []
-        for s, v in lines.values():
-            at = dict(zip(s, v, strict=True))
-            x, y = _thin(steps, [at[step] for step in steps])
-            rows.append(y)
-        if steps:
-            colours = [PALETTE[i % len(PALETTE)] for i in range(len(rows))]
-            axes.stackplot(x, rows, labels=list(lines), colors=colours, alpha=0.75)
-            axes.legend(loc="best")
+        colours = [PALETTE[i % len(PALETTE)] for i in range(len(at))]
+        axes.stackplot(
+            [np.mean([steps[i] for i in part]) for part in parts],
+            np.array([share[:, part].mean(1) for part in parts]).T,
+            labels=list(lines), colors=colours, alpha=0.75,
+        )  # fmt: skip
+        axes.legend(loc="best")
         axes.set_title(title)
         axes.set_xlabel("step")
-        return _svg(figure, title)
+        axes.set_ylabel("share")
+        return svg(figure, title)
 
 
 def dots(
-    title: str, values: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+    title: str,
+    values: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    unit: str = "",
 ) -> Markup:
     """One horizontal dot per row with its confidence interval, first row on top."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.6, 0.8 + 0.26 * len(values))
+    with matplotlib.rc_context(STYLE):
+        figure = new(5.6, 0.8 + 0.26 * len(values))
         axes = figure.add_subplot()
         names = list(values)
         for y, name in enumerate(names):
-            colour = PALETTE[0] if name.startswith("latent") else PALETTE[-1]
+            own = name.startswith(("latent", "gist", "this run"))
+            colour = PALETTE[0] if own else PALETTE[-1]
             if name in intervals:
                 axes.plot(intervals[name], [y, y], color=colour, linewidth=2, alpha=0.55)
             axes.plot([values[name]], [y], "o", color=colour, markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(left=min(0.0, *values.values()))
+        if min([*values.values(), *(low for low, _ in intervals.values())]) >= 0:
+            axes.set_xlim(left=0.0)
+        axes.set_xlabel(unit)
         axes.set_title(title)
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def against_ratio(
@@ -163,8 +193,8 @@ def against_ratio(
     flat: Mapping[str, float],
 ) -> Markup:
     """A score over compression ratios, one line per arm; `flat` arms do not depend on the ratio."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.6, 3.4)
+    with matplotlib.rc_context(STYLE):
+        figure = new(5.6, 3.4)
         axes = figure.add_subplot()
         for i, (arm, points) in enumerate(arms.items()):
             ratios = sorted(points)
@@ -184,9 +214,10 @@ def against_ratio(
         axes.minorticks_off()
         axes.set_xlabel("context tokens ÷ latents")
         axes.set_ylim(bottom=0)
+        axes.set_ylabel("share")
         axes.set_title(title)
         figure.legend(loc="outside right upper")
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
 def against(
@@ -194,10 +225,11 @@ def against(
     label: str,
     names: Sequence[str],
     lines: Mapping[str, Mapping[str, tuple[float, tuple[float, float] | None]]],
+    unit: str = "",
 ) -> Markup:
     """A score over settings that are named, evenly spaced, one line per entry of ``lines``."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(5.6, 3.0)
+    with matplotlib.rc_context(STYLE):
+        figure = new(5.6, 3.0)
         axes = figure.add_subplot()
         for i, (line, points) in enumerate(lines.items()):
             found = [(x, *points[name]) for x, name in enumerate(names) if name in points]
@@ -212,21 +244,25 @@ def against(
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.3, len(names) - 0.7)
         axes.set_xlabel(label)
+        axes.set_ylabel(unit)
         axes.set_title(title)
         if len(lines) > 1:
             figure.legend(loc="outside right upper")
-        return _svg(figure, title)
+        return svg(figure, title)
 
 
-def histogram(title: str, values: Sequence[float]) -> Markup:
+def histogram(
+    title: str, values: Sequence[float], unit: str = "", across: str = "index"
+) -> Markup:
     """A list-valued result (a spectrum, counts per code) as bars by index."""
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(3.5, 2.3)
+    with matplotlib.rc_context(STYLE):
+        figure = new(3.5, 2.3)
         axes = figure.add_subplot()
         axes.bar(range(len(values)), values, color=PALETTE[0], width=0.9)
         axes.set_title(title)
-        axes.set_xlabel("index")
-        return _svg(figure, title)
+        axes.set_xlabel(across)
+        axes.set_ylabel(unit)
+        return svg(figure, title)
 
 
 def levels(
@@ -249,8 +285,8 @@ def levels(
       across, down: what the axes are.
       spans: stretches of the horizontal axis to point at, each as start and stop.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = _figure(9.0, 5.0)
+    with matplotlib.rc_context(STYLE):
+        figure = new(9.0, 5.0)
         axes = figure.add_subplot()
         colours = [PALETTE[i % len(PALETTE)] for i in range(len(names))]
         image = ListedColormap(colours)(np.maximum(values, 0))
@@ -270,4 +306,4 @@ def levels(
         axes.set_title(title)
         axes.set_xlabel(across)
         axes.set_ylabel(down)
-        return _svg(figure, title)
+        return svg(figure, title)

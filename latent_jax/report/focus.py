@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
 import numpy as np
 from jaxtyping import Int
+from markupsafe import Markup
 
 from latent_jax.core.files import write_text
-from latent_jax.report import figures, tables
+from latent_jax.report import figures, html, tables
 from latent_jax.systems.megacontext import telemetry
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.telemetry import History
@@ -50,44 +50,58 @@ def render(
 ) -> str:
     """The page as text."""
     found = telemetry.summary(layout, history, budget)
-    spent = [float(x) for x in found.pop("residency_histogram")]
-    steps = np.arange(1, len(history.kind) + 1)
-    used = telemetry.costs(layout, history) / budget
-    total = int(_blocks(layout, history)[-1]) * layout.block
-    names = [
-        "raw tokens",
-        *(f"gist of {layout.block * int(w):,} tokens" for w in layout.widths[1:]),
-    ]
-    timeline = figures.levels(
-        "Level of detail", raster(layout, history), names, (0, total, 0.5, len(steps) + 0.5),
-        across="history, tokens", down="iteration", spans=spans,
-    )  # fmt: skip
-    moved = {
-        "expanded": (steps, (history.kind > 0).sum(1)),
-        "collapsed": (steps, ((history.kind < 0) & ~history.forced).sum(1)),
-        "made room": (steps, history.forced.sum(1)),
-    }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("latent_jax.report", "."),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("focus.html.j2").render(
+    del found["residency_histogram"]
+    timeline, *others = pictures(layout, history, budget, spans)
+    return html.templates().get_template("focus.html.j2").render(
         title=title,
         facts=[
-            ("iterations", tables.number(len(steps))),
-            ("history", f"{total:,} tokens"),
+            ("iterations", tables.number(len(history.kind))),
+            ("history", f"{_tokens(layout, history):,} tokens"),
             ("working context", f"{budget:,} entries"),
             ("protected tail", f"{layout.protected * layout.block:,} tokens"),
             ("entries of a gist, by level", ", ".join(map(str, layout.slots))),
         ],
         timeline=timeline,
-        figures=[
-            figures.curve("Actions per iteration", moved),
-            figures.curve("Share of the budget in use", {"used": (steps, used)}),
-            figures.histogram("Completed residencies, iterations", spent),
-        ],
+        figures=others,
         results=[(name, tables.number(value)) for name, value in found.items()],
     )
+
+
+def pictures(
+    layout: Layout, history: History, budget: int, spans: Sequence[tuple[int, int]] = ()
+) -> list[Markup]:
+    """The timeline, and how much moved, was in use, and stayed how long."""
+    steps = np.arange(1, len(history.kind) + 1)
+    total = _tokens(layout, history)
+    names = [
+        "raw tokens",
+        *(f"gist of {layout.block * int(w):,} tokens" for w in layout.widths[1:]),
+    ]
+    spent = telemetry.summary(layout, history, budget)["residency_histogram"]
+    moved = {
+        "expanded": (steps, (history.kind > 0).sum(1)),
+        "collapsed": (steps, ((history.kind < 0) & ~history.forced).sum(1)),
+        "made room": (steps, history.forced.sum(1)),
+    }
+    used = telemetry.costs(layout, history) / budget
+    made = [
+        figures.levels(
+            "Level of detail", raster(layout, history), names, (0, total, 0.5, len(steps) + 0.5),
+            across="history, tokens", down="iteration", spans=spans,
+        ),
+        figures.curve("Actions per iteration", moved, unit="actions", across="iteration"),
+        figures.curve(
+            f"In use of {budget:,} entries", {"used": (steps, used)}, unit="share",
+            across="iteration",
+        ),
+        figures.histogram("Completed residencies", spent, "nodes", "iterations in the context"),
+    ]  # fmt: skip
+    note = f"n = 1 history of {total:,} tokens, {len(steps)} iterations"
+    return [figures.captioned(picture, note) for picture in made]
+
+
+def _tokens(layout: Layout, history: History) -> int:
+    return int(_blocks(layout, history)[-1]) * layout.block
 
 
 def raster(layout: Layout, history: History) -> Int[np.ndarray, "r c"]:

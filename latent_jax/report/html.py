@@ -10,10 +10,10 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from latent_jax.core.files import write_text
-from latent_jax.report import figures, samples, tables
+from latent_jax.report import calibration, comparisons, figures, samples, tables, units
 from latent_jax.report.load import RunFiles, load_run, series
 
 _GROUPS = {
@@ -21,6 +21,7 @@ _GROUPS = {
     "weight": "Weights",
     "share": "Shares of the loss",
     "eval": "Held out, while training",
+    "units": "What a step reads",
 }
 _OPTIMISER = {"grad_norm": "gradient norm", "lr": "learning rate"}
 _SHOWN_WARNINGS = 40
@@ -40,33 +41,21 @@ def write_report(run: str | Path) -> Path:
 
 def render(files: RunFiles) -> str:
     """The page as text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("latent_jax.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["number"] = tables.number
     results = files.results
-    return environment.get_template("page.html.j2").render(
+    return templates().get_template("page.html.j2").render(
         title=str(files.config.get("name") or files.path.resolve().name),
         system=str(files.config.get("system", "")),
         seed=files.config.get("seed"),
         hash=files.config_hash,
         made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         headlines=tables.headlines(results),
-        facts=_facts(files),
+        facts=facts(files),
         machine=_flat(files.environment),
         config=yaml.safe_dump(files.config, sort_keys=False, allow_unicode=True),
-        curves=curves(files.metrics),
+        curves=curves(files.metrics, files.config),
         sections=[
-            (
-                section,
-                _comparisons(section, results, _reader(files.config)),
-                [figures.histogram(name, values) for name, values in section.lists.items()],
-            )
-            for section in tables.sections(results)
+            (section, *pictures(section, files))
+            for section in tables.sections(results, files.config)
         ],
         reconstructions=samples.reconstructions(files.samples),
         answers=samples.answers(files.samples),
@@ -75,6 +64,43 @@ def render(files: RunFiles) -> str:
         warning_count=len(files.warnings),
         notes=files.notes,
     )
+
+
+def templates() -> jinja2.Environment:
+    """The templates of this room."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("latent_jax.report", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may go on in the next line after any of its parts."""
+    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(name))))
+
+
+def pictures(section: tables.Section, files: RunFiles) -> tuple[list[Markup], list[Markup]]:
+    """What is drawn of a section: comparisons, and results that are lists."""
+    made = _comparisons(section, files.results, _reader(files.config))
+    small = [_listed(name, values, files.results) for name, values in section.lists.items()]
+    made, small = ([figures.captioned(p, section.note) for p in each] for each in (made, small))
+    return made, small
+
+
+def _listed(name: str, values: list[float], results: Mapping[str, Any]) -> Markup:
+    """A result that is a list, in the form that its name asks for."""
+    if name.endswith("pit.histogram"):
+        count = results.get("windows")
+        return calibration.pit(name, values, int(count) if tables.is_number(count) else None)
+    across = "codes, most used first" if name.endswith(".usage") else "index"
+    if "pair_correlation" in name:
+        across = "distance, tenths of a mean gap"
+    return figures.histogram(name, values, units.unit(name), across)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -92,7 +118,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _facts(files: RunFiles) -> list[tuple[str, str]]:
+def facts(files: RunFiles) -> list[tuple[str, str]]:
     """What was run, in a line each."""
     config, rows = files.config, files.metrics
     facts = [
@@ -119,8 +145,26 @@ def _reader(config: Mapping[str, Any]) -> str:
     return str(name) if name else ""
 
 
-def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
-    """Figures of the training log, grouped: one per loss term, shares stacked, the rest each."""
+def curves(
+    rows: list[dict[str, Any]], config: Mapping[str, Any] | None = None
+) -> list[tuple[str, list[Markup]]]:
+    """Figures of the training log, grouped: one per loss term, shares stacked, the rest each.
+
+    Args:
+      rows: of ``metrics.jsonl``.
+      config: of the run, for what stands below the figures.
+    """
+    made = _curves(rows)
+    if config is None:
+        return made
+    own, held = units.trained_on(config), units.trained_on(config, held_out=True)
+    return [
+        (title, [figures.captioned(p, held if title == _GROUPS["eval"] else own) for p in each])
+        for title, each in made
+    ]
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     groups: dict[str, dict[str, Any]] = {}
     for name, column in series(rows).items():
         # `term.ae`, `grad_norm.encoder`; a bare `grad_norm` is the whole of its group.
@@ -136,28 +180,33 @@ def curves(rows: list[dict[str, Any]]) -> list[tuple[str, list[Markup]]]:
     moving = {name: c for name, c in weights.items() if name not in fixed}
     shares = groups.pop("share", {})
     main = groups.pop("", {})
-    terms = [figures.curve("loss", {"loss": main.pop("loss")}, log=True)] if "loss" in main else []
+    terms = []
+    if "loss" in main:
+        terms.append(figures.curve("loss", {"loss": main.pop("loss")}, unit="nats", log=True))
     for name, column in groups.pop("term", {}).items():
         title = f"{name} (weight {fixed[name]:g})" if name in fixed else name
-        terms.append(figures.curve(title, {name: column}))
+        terms.append(figures.curve(title, {name: column}, unit=units.unit(f"term.{name}")))
     if len(shares) > 1:
         terms.append(figures.stacked("share of the loss", shares))
     if moving:
         title = "weights" if len(moving) > 1 else f"weight of {next(iter(moving))}"
-        terms.append(figures.curve(title, moving))
+        terms.append(figures.curve(title, moving, unit="weight"))
     if terms:
         made.append(("Loss, and its terms", terms))
     optimiser = [
-        figures.curve(title, groups.pop(name), log=True)
+        figures.curve(title, groups.pop(name), unit=units.unit(name), log=True)
         for name, title in _OPTIMISER.items()
         if name in groups
     ]
     for group, members in groups.items():
-        panels = [figures.curve(name, lines) for name, lines in _by_stage(members).items()]
+        panels = [
+            figures.curve(name, lines, unit=units.unit(f"{group}.{name}"))
+            for name, lines in _by_stage(members).items()
+        ]
         made.append((_GROUPS.get(group, group.replace("_", " ").capitalize()), panels))
     if main:
         panels = [
-            figures.curve(name.replace("_", " "), {name: column})
+            figures.curve(name.replace("_", " "), {name: column}, unit=units.unit(name))
             for name, column in main.items()
             if len(set(column[1])) > 1
         ]
@@ -187,11 +236,15 @@ def _comparisons(
         names, lines = tables.by_bits(results)
         if len(names) > 1 and lines:
             label = "number format and bytes per token of text"
-            made.append(figures.against("Quality against bits", label, names, lines))
+            made.append(figures.against("Quality against bits", label, names, lines, "share"))
+    if section.key == "recovery":
+        made += comparisons.recovery(results)
+    if section.key == "baseline":
+        made += comparisons.likelihoods(results)
     if section.key == "rate_distortion":
         names, lines = tables.by_code_bits(results)
         title = "Right bytes, free-running, by stages kept"
-        made.append(figures.against(title, "code bits per byte", names, lines))
+        made.append(figures.against(title, "code bits per byte", names, lines, "share of bytes"))
     for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}
@@ -209,6 +262,7 @@ def _comparisons(
                     f"{title} at {next(iter(ratios)):g}× compression",
                     {name: point[0] for name, point in points.items()},
                     {name: point[1] for name, point in points.items() if point[1]},
+                    "F1, mean; the bar: its 95 % interval",
                 )
             )
     return made

@@ -86,11 +86,16 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "devices": [f"{count} × {kind}" for kind, count in devices.items()],
         "processes": jax.process_count(),
-        "cpu": {"model": _cpu_model(), "cores": _cores(), "memory_bytes": _memory()},
+        "cpu": machine(),
         "os": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Model, cores and bytes of memory of this machine."""
+    return {"model": _cpu_model(), "cores": _cores(), "memory_bytes": _memory()}
 
 
 def _cores() -> int:

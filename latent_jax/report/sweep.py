@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from latent_jax.core.errors import RunError
 from latent_jax.core.files import write_json, write_text
 from latent_jax.core.yamlio import suggest
-from latent_jax.report import figures, tables
+from latent_jax.report import figures, html, tables, units
 from latent_jax.report.load import is_number
 
 #: An axis over which a score is averaged rather than drawn.
@@ -121,13 +120,19 @@ def write_sweep(
     if names:
         across, drawn = lines(cells, axes, names[0])
         if drawn:
-            picture = figures.against(names[0], across, [str(v) for v in axes[across]], drawn)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("latent_jax.report", "."),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    page = environment.get_template("sweep.html.j2").render(
-        title=out.resolve().name, config=config, axes=list(axes), columns=names, picture=picture,
+            picture = figures.against(
+                names[0], across, [str(v) for v in axes[across]], drawn, units.unit(names[0])
+            )
+            seeds = len(axes.get(SEED, ()))
+            picture = figures.captioned(
+                picture,
+                f"a point: the mean of {seeds} seeds, from the least to the greatest"
+                if seeds > 1
+                else "a point: one run, with its 95 % interval where it has one",
+            )
+    page = html.templates().get_template("sweep.html.j2").render(
+        title=out.resolve().name, config=config, axes=list(axes),
+        columns=[(name, units.unit(name)) for name in names], picture=picture,
         made=datetime.datetime.now().astimezone().isoformat(" ", "minutes"),
         rows=[
             {

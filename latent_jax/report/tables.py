@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
+from latent_jax.report import units
 from latent_jax.report.load import is_number
 
 # First part of a name → the title of its section; others are titled by their own name. The order
@@ -32,11 +33,20 @@ TITLES = {
     "reach": "Facts that the allocator alone brings to level of detail 0",
     "baseline": "Baselines",
     "floor": "Exact floors of random-matrix gaps (nats)",
+    "rmse": "Scores of the last gap",
+    "mae": "Scores of the last gap",
+    "crps": "Scores of the last gap",
+    "windows": "Scores of the last gap",
     "pit": "Calibration: probability integral transform",
     "coverage": "Calibration: coverage of central intervals",
     "slots": "Memory slots",
     "rollout": "Rollouts: error growth, and statistics beside the truth's",
     "rvq": "Residual quantiser",
+    "top": "Row model",
+    "segments": "Rows and segments",
+    "bytes_per_row": "Rows and segments",
+    "bytes_per_top_row": "Rows and segments",
+    "eval": "Rows and segments",
     "latent": "Latent statistics",
     "latents": "Latent statistics",
     "telemetry": "Latent statistics",
@@ -85,7 +95,7 @@ ARMS = {
 # Last parts that are measures rather than rows.
 _MEASURES = frozenset(
     "f1 em nll accuracy loss token_accuracy exact_prefix exact bleu crps perplexity entropy_ratio "
-    "live found top5 top10 mean std".split()
+    "live found top5 top10 mean std rmse".split()
 )
 # Columns that come first.
 _FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")
@@ -114,6 +124,7 @@ class Cell:
     text: str = ""
     interval: str = ""
     share: float = 0.0
+    unit: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,17 +134,25 @@ class Table:
     title: str
     columns: list[str]
     rows: list[tuple[str, str, list[Cell]]]
+    units: tuple[str, ...] = ()
+
+    @property
+    def heads(self) -> list[tuple[str, str]]:
+        """Columns with their units."""
+        return list(zip(self.columns, self.units, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """All results that share a topic: tables, single numbers, and list-valued results."""
+    """All results that share a topic: tables, single numbers, and list-valued results; ``note``
+    says on what they were measured."""
 
     key: str
     title: str
     tables: list[Table]
     facts: list[tuple[str, Cell]]
     lists: dict[str, list[float]]
+    note: str = ""
 
 
 def number(value: Any) -> str:
@@ -142,6 +161,8 @@ def number(value: Any) -> str:
     Example:
       >>> number(0.81234), number(1234567), number(0.0000123), number(3), number(True)
       ('0.812', '1,234,567', '1.23e-05', '3', 'yes')
+      >>> number(0.99999)
+      '1'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -157,7 +178,7 @@ def number(value: Any) -> str:
             return f"{value:,.0f}"
         if size >= 100:
             return f"{value:.1f}"
-        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0")
+        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0").rstrip(".")
     return str(value)
 
 
@@ -194,6 +215,8 @@ def place(name: str) -> tuple[str, str, str] | None:
       ('squad.qwen.x8', 'shuffled', 'f1')
       >>> place("rvq.level0.stage2.live"), place("baseline.unigram.nll")
       (('rvq.level0', 'stage2', 'live'), ('baseline', 'unigram', 'nll'))
+      >>> place("nll_at_h.bm25.w512"), place("nll_at_h.dropped.minus_full")
+      (('nll_at_h', 'bm25', 'w512'), ('nll_at_h', 'dropped', 'minus_full'))
       >>> place("ae.token_accuracy") is None
       True
     """
@@ -203,6 +226,8 @@ def place(name: str) -> tuple[str, str, str] | None:
     *head, second, last = parts
     if last in ARMS or last.removesuffix("_tuned") in ARMS:
         return ".".join(head), last, second
+    if second in ARMS or re.fullmatch(r"w\d+", last):  # an arm, or a policy at a size
+        return ".".join(head), second, last
     indexed = re.fullmatch(r"[a-z_]+\d+", second) and not re.fullmatch(r"[a-z_]+\d+", last)
     if second not in _MEASURES and (last in _MEASURES or indexed):
         return ".".join(head), second, last
@@ -217,18 +242,30 @@ def cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
     share = max(0.0, min(1.0, value / top)) if is_number(value) and top > 0 else 0.0
     return Cell(
         number(value),
-        f"{number(bounds[0])} – {number(bounds[1])}" if bounds else "",
+        _between(*bounds) if bounds else "",
         share if share == share else 0.0,
+        units.unit(name),
     )
 
 
-def _rank(row: str) -> tuple[int, str]:
+def _between(low: float, high: float) -> str:
+    """Two bounds; a dash between them would read as another minus."""
+    return f"{number(low)} {'to' if min(low, high) < 0 else '–'} {number(high)}"
+
+
+def _rank(row: str) -> tuple[int, list[tuple[float, str]]]:
+    """Arms in their order; other rows by name, with the numbers in it as numbers."""
     names = list(ARMS)
-    return (names.index(row), row) if row in ARMS else (len(names), row)
+    if row in ARMS:
+        return names.index(row), []
+    parts = re.split(r"(\d+)", row)
+    return len(names), [(float(p), "") if p.isdigit() else (-1.0, p) for p in parts]
 
 
-def sections(results: Mapping[str, Any]) -> list[Section]:
-    """Groups results into the sections of a page."""
+def sections(
+    results: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> list[Section]:
+    """Groups results into the sections of a page; a run's ``config`` says what is not in them."""
     scalars = {
         name: value
         for name, value in results.items()
@@ -271,7 +308,7 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
         rank = min((order.index(m) for m in mine if m in order), default=len(order))
         section = Section(
             key=sorted(mine)[0],
-            title=title,
+            title=_asked(title, config or {}),
             tables=[
                 _table(results, name, rows)
                 for name, rows in tables.items()
@@ -279,14 +316,25 @@ def sections(results: Mapping[str, Any]) -> list[Section]:
             ],
             facts=[(f, cell(results, f)) for f in facts if f.split(".")[0] in mine],
             lists={n: v for n, v in lists.items() if n.split(".")[0] in mine and v},
+            note=units.measured_on(members[0], results, config or {}),
         )
         found.append((rank, section))
     return [section for _, section in sorted(found, key=lambda pair: pair[0])]
 
 
+def _asked(title: str, config: Mapping[str, Any]) -> str:
+    """A title that says which questions were asked, where they are not SQuAD's."""
+    data = config.get("data")
+    source = data.get("qa") if isinstance(data, Mapping) else None
+    if title == TITLES["squad"] and source not in (None, "auto", "squad"):
+        return f"Question answering ({source})"
+    return title
+
+
 def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
     columns = list(dict.fromkeys(measure for row in rows.values() for measure in row))
     columns.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+    heads = [units.unit(next(r[m] for r in rows.values() if m in r)) for m in columns]
     top = {}
     for measure in columns:
         values = [results[row[measure]] for row in rows.values() if measure in row]
@@ -297,6 +345,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
     return Table(
         title=title,
         columns=columns,
+        units=tuple(heads),
         rows=[
             (
                 row,
@@ -314,6 +363,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
 def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cell]]:
     """The few numbers that stand on top of the page."""
     chosen = [name for name in HEADLINES if is_number(results.get(name))]
+    chosen += [name for name in results if re.fullmatch(r"recovery\.lod\d+\.slots\d+", name)]
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
     return [(name, cell(results, name)) for name in chosen[:limit]]
