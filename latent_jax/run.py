@@ -20,7 +20,7 @@ from latent_jax.core import files
 from latent_jax.core.errors import ConfigError, RunError
 from latent_jax.core.yamlio import suggest
 from latent_jax.report import record, write_report
-from latent_jax.report.directory import prepare
+from latent_jax.report.directory import prepared
 
 # Name in a config's `system:` → its class. `package.module:Class` names one of your own.
 SYSTEMS: dict[str, str] = {
@@ -172,8 +172,6 @@ def train(
 
     began = time.time()
     mesh = make_mesh(config.mesh)  # a wrong mesh is told before a model is loaded
-    out = prepare(config)
-    system = system_class(config.system)(config)
     rates: dict[str, float] = {}
     costs: dict[str, float] = {}
 
@@ -184,7 +182,9 @@ def train(
         if progress is not None:
             progress(event)
 
-    state = fit(system, config, out, mesh, watch, profile)
+    with prepared(config) as out:
+        system = system_class(config.system)(config)
+        state = fit(system, config, out, mesh, watch, profile)
     throughput = {f"throughput.{unit}_per_second": rate for unit, rate in rates.items()} | costs
     if throughput and record.primary():
         files.write_json(out / "throughput.json", throughput)

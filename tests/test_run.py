@@ -10,6 +10,7 @@ import latent_jax
 from latent_jax import run as runs
 from latent_jax.core.config import to_dict
 from latent_jax.core.errors import ConfigError, RunError, UserError
+from latent_jax.report.directory import prepare
 from tests.toy_cli import TOY
 
 
@@ -103,20 +104,20 @@ def test_another_configuration_is_refused_by_name(finished):
 
 def test_what_is_not_computed_may_differ(finished):
     config = runs.resolve(TOY, {"seed": 4, "out": str(finished.out), "train.log_every": 1})
-    assert runs.prepare(config) == finished.out
+    assert prepare(config) == finished.out
 
 
 def test_somebody_elses_directory_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("mine: true\n")
     with pytest.raises(RunError, match="no run wrote"):
-        runs.prepare(runs.resolve(TOY, {"out": str(tmp_path)}))
+        prepare(runs.resolve(TOY, {"out": str(tmp_path)}))
     assert (tmp_path / "config.yaml").read_text() == "mine: true\n"
 
 
 def test_a_file_in_the_way_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write .*file"):
-        runs.prepare(runs.resolve(TOY, {"out": str(tmp_path / "file" / "run")}))
+        prepare(runs.resolve(TOY, {"out": str(tmp_path / "file" / "run")}))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_missing_files_and_runs(tmp_path):
         with pytest.raises(RunError):
             runs.open_run(path)
     config = runs.resolve(TOY, {"out": str(tmp_path / "fresh")})
-    runs.prepare(config)
+    prepare(config)
     with pytest.raises(UserError, match="no checkpoint"):
         runs.evaluate(tmp_path / "fresh")
 
@@ -166,3 +167,14 @@ def test_packaged_configs_parse():
         assert tree_path.suffix == ".yaml"
         assert runs.resolve(name) is not None, name
         assert runs.find_config(f"configs/{name}.yaml") == tree_path or tree_path.is_file()
+
+
+def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path):
+    wrong = {"train.optimizer.groups": {"nothing": {"lr_scale": 2.0}}, "out": str(tmp_path / "new")}
+    with pytest.raises(ConfigError, match="no such label"):
+        runs.train(runs.resolve(TOY, wrong))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ConfigError, match="no such label"):
+        runs.train(runs.resolve(TOY, {**wrong, "out": str(tmp_path / "old")}))
+    assert (tmp_path / "old").is_dir()

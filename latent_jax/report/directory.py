@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from latent_jax.core import config as configs
 from latent_jax.core import files
-from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.core.errors import ConfigError, RunError, UserError
 from latent_jax.report import record
 
 
@@ -47,6 +49,22 @@ def prepare(config: Any) -> Path:
     files.write_text(out / "config.yaml", configs.dump_yaml(tree))
     files.write_json(out / "environment.json", record.environment())
     return out
+
+
+@contextlib.contextmanager
+def prepared(config: Any) -> Iterator[Path]:
+    """`prepare`, and nothing is left of a new directory whose run is refused before its first step.
+
+    Some settings can only be judged once the model is there, such as labels of parameters.
+    """
+    new = not out_dir(config).exists()
+    out = prepare(config)
+    try:
+        yield out
+    except UserError:
+        if new and record.primary() and not (out / "metrics.jsonl").exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _differences(out: Path, config: Any) -> str:
