@@ -71,6 +71,11 @@ register(
     "training step of LatentWire against an in-context autoencoder in torch, same frozen reader",
 )
 register(
+    "scaling",
+    "latent_jax.bench.scaling",
+    "how time grows with batch, length, vectors, codes, stages and devices",
+)
+register(
     "all",
     "latent_jax.bench.everything",
     "all of these in one process, beside the machine's own speed: one table, one JSON",

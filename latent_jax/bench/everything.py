@@ -28,6 +28,8 @@ _QUICK = {
     "mega": ["--blocks", "16", "--budget", "256", "--new-tokens", "2", "--pairs", "1",
              "--grow-to", "0"],
     "rvq": ["--rows", "1024", "--stages", "2", "--pairs", "1"],
+    "scaling": ["--model", "tiny", "--tokens", "16", "--rows", "256", "--codes", "32",
+                "--repeats", "1"],
     "wire": ["--batch", "2", "--tokens", "32", "--pairs", "1"],
 }  # fmt: skip
 
@@ -37,7 +39,8 @@ class Options:
     """Options of `latent-jax bench all`."""
 
     only: str = dataclasses.field(
-        default="backbone,wire,mdn,rvq,mega", metadata={"help": "which, separated by commas"}
+        default="backbone,wire,mdn,rvq,mega,scaling",
+        metadata={"help": "which, separated by commas"},
     )
     quick: bool = dataclasses.field(default=False, metadata={"help": "small sizes, one pair"})
     matmul: int = dataclasses.field(default=2048, metadata={"help": "width of the timed product"})
