@@ -25,6 +25,7 @@ def pieces(
     *,
     top: float | None = None,
     cuts: Sequence[int] = (),
+    hints: Sequence[str] = (),
 ) -> Markup:
     """A text whose pieces are the redder the greater their number; pointing at one tells it.
 
@@ -36,6 +37,7 @@ def pieces(
       note: what stands below, n and seed.
       top: the value of the deepest colour; the largest by default.
       cuts: pieces at which a segment begins.
+      hints: told beside each number.
     """
     known = [v for v in values if math.isfinite(v)]
     top = max(known, default=0.0) if top is None else top
@@ -43,9 +45,10 @@ def pieces(
     for i, (text, value) in enumerate(zip(texts, values, strict=True)):
         share = min(max(value / top, 0.0), 1.0) if top > 0 and math.isfinite(value) else 0.0
         kind = ' class="cut"' if i in marked else ""
+        told = f"{value:.3g} {unit}" + (f"; {hints[i]}" if hints else "")
         spans.append(
-            f'<span{kind} style="--heat:{share * _DEEPEST:.3f}" '
-            f'title="{value:.3g} {escape(unit)}">{escape(_visible(text))}</span>'
+            f'<span{kind} style="--heat:{share * _DEEPEST:.3f}" title="{escape(told)}">'
+            f"{escape(_visible(text))}</span>"
         )
     mean = sum(known) / len(known) if known else math.nan
     scale = f"mean {mean:.3g}, deepest colour {top:.3g} {unit}, {len(known)} pieces"
@@ -57,7 +60,7 @@ def pieces(
 
 def _visible(text: str) -> str:
     """Line ends are shown, and still end lines."""
-    return text.replace("\n", "⏎\n") if text.strip("\n") != text or "\n" in text else text
+    return text.replace("\n", "⏎\n")
 
 
 def matrix(

@@ -24,10 +24,11 @@ def tokens(title: str, found: Sequence[Rebuilt], note: str = "") -> list[Markup]
     """Texts as heat-maps of nats per token under teacher forcing."""
     return [
         heat.pieces(
-            f"{title}, text {i}", one.tokens, one.nats, "nats per token", note, top=_TOKEN_NATS
+            f"{title}, text {i}", one.tokens, one.nats, "nats per token", note, top=_TOKEN_NATS,
+            hints=[f"likeliest: {token!r}" for token in one.likeliest],
         )
         for i, one in enumerate(found)
-    ]
+    ]  # fmt: skip
 
 
 def bytes_of_windows(found: Sequence[Window], note: str = "") -> list[Markup]:

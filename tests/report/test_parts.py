@@ -118,9 +118,10 @@ def test_rows_are_ordered_by_their_numbers(run):
 
 
 def test_texts_are_shown_as_text_and_the_redder_the_dearer():
-    found = Rebuilt([EVIL, "b\n", "c"], np.array([0.0, 4.0, np.nan]), ["x"] * 3)
+    found = Rebuilt([EVIL, "b\n", "c"], np.array([0.0, 4.0, np.nan]), [EVIL, "x", "x"])
     (map_,) = looks.tokens("own", [found], "seed 0")
-    assert "<script>" not in map_ and "alert(1)" in map_ and "⏎" in map_
+    assert "<script>" not in map_ and map_.count("alert(1)") == 2 and "⏎" in map_
+    assert "4 nats per token; likeliest: &#39;x&#39;" in map_
     assert [float(x) for x in re.findall(r"--heat:([\d.]+)", map_)] == [0.0, 0.375, 0.0]
     assert "mean 2, deepest colour 8 nats per token, 2 pieces; seed 0" in map_
     table = looks.nearest([Read(EVIL, [(EVIL, 0.5)])], "one text")
