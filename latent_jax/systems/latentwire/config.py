@@ -182,6 +182,10 @@ class ModelConfig:
                 "segment: they need encoder.slots=memory or both, with encoder.lora_on=memory"
             )
 
+    def __hash__(self) -> int:
+        # A dict has none, and modules that hold this are static in what is compiled.
+        return hash((*self.readers.items(), *(v for k, v in vars(self).items() if k != "readers")))
+
     @property
     def private_slots(self) -> dict[str, int]:
         """Private latents per segment of each reader, in the order in which they are sent."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Int
 
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.systems.latentwire.baselines import Latents
-from latent_jax.systems.latentwire.config import MAIN
+from latent_jax.systems.latentwire.config import MAIN, TASKS
 from latent_jax.systems.latentwire.losses import forced, neighbour_cosine
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.transcribe import own_tokens, room
@@ -26,17 +27,18 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
 
     @jax.jit
     def quick(params, frozen, ids, gold, mask):
-        latents = Latents(model, params, frozen["reader"])
-        body, reader = system.body, frozen["reader"]
-        shown = latents.compress(ids, jnp.ones(ids.shape, bool))
+        shown = Latents(model, params, frozen["reader"]).compress(ids, jnp.ones(ids.shape, bool))
+        body, reader, receiver, own = system.body, frozen["reader"], model, params
         if name != MAIN:
             body, reader = system.readers[name].backbone.decoder, frozen["readers"][name]
-            latents = system.readers[name].latents(latents).replace(frozen=reader)
-        lead = latents.task("reconstruct", len(ids))
+            receiver, own = system.readers[name].adapter, params["readers"][name]
+        apply = functools.partial(receiver.apply, {"params": own})
+        task = jnp.full(len(ids), TASKS.index("reconstruct"), jnp.int32)
+        lead = apply(task, method="lead")
         weight = mask / mask.sum()
 
         def score(wire):
-            prefix = latents.prefix(wire)
+            prefix = apply(wire, reader["embed"].dtype, method="prefix")
             hidden = forced(body, reader, prefix, lead, gold, mask).hidden
             nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
             return jnp.sum(nll * weight), jnp.sum(hit * weight)
