@@ -131,10 +131,7 @@ def _answer_records(config: LatentWireRun, builder: PromptBuilder, readers: Sequ
     rows = []
     for example, context in zip(examples, contexts, strict=True):
         prompt, gold = builder.supervised(example.question, example.answers[0])
-        others = [
-            asked(r, example.question, example.answers[0], room(r.config, d.max_prompt))
-            for r in readers
-        ]
+        others = [asked(r, example.question, example.answers[0], d) for r in readers]
         if None in others or len(prompt) + len(gold) > d.max_prompt or len(gold) > d.max_answer:
             continue
         row = _record(context, prompt + gold, len(gold))

@@ -38,6 +38,7 @@ from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.systems.latentwire.quick import make_quick, quick_eval
 from latent_jax.systems.latentwire.readers import open_reader
 from latent_jax.systems.latentwire.several import train_reader_controls
+from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
 
 _LABELS = (
@@ -86,6 +87,8 @@ class LatentWireSystem:
             label: open_reader(label, config.model, self.backbone, config.prompt)
             for label in config.model.readers
         }
+        for other in self.readers.values():
+            check_window(other, config.data)
         self.frozen = {"reader": self.backbone.params}
         if self.readers:
             own = {label: r.backbone.params for label, r in self.readers.items()}

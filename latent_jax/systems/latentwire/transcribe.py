@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from latent_jax.systems.latentwire.config import MAIN, ReaderConfig
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire.config import MAIN, DataConfig, ReaderConfig
 from latent_jax.systems.latentwire.readers import Reader
 
 #: What a reader is fed: its own tokens, which of them are real, which of them it must predict.
@@ -24,6 +25,22 @@ def field(reader: str, name: str) -> str:
 def room(reader: ReaderConfig, tokens: int) -> int:
     """Static width of what a reader is fed, for so many tokens of the encoder's (and a stop)."""
     return math.ceil(tokens * reader.tokens) + 1
+
+
+def check_window(reader: Reader, data: DataConfig) -> None:
+    """Refuses texts that a reader's LLM could not read as text, beside which its latents stand.
+
+    Raises:
+      ConfigError: naming what to shorten.
+    """
+    need = room(reader.config, data.max_context) + room(reader.config, data.max_prompt)
+    window = reader.backbone.config.max_position
+    if need > window:
+        raise ConfigError(
+            f"model.readers.{reader.label}: a text and a question may take {need} of its tokens, "
+            f"{reader.config.name} reads {window}: lower data.max_context={data.max_context}, or "
+            f"model.readers.{reader.label}.tokens={reader.config.tokens:g}"
+        )
 
 
 def fed(inputs: Sequence[int], supervised: int) -> dict[str, np.ndarray]:
@@ -51,10 +68,15 @@ def retold(
     return _named(reader, fed([*given, *said], len(said)))
 
 
-def asked(reader: Reader, question: str, answer: str, width: int) -> dict[str, np.ndarray] | None:
-    """A question with its answer; None if they do not fit ``width`` tokens of the reader's."""
+def asked(
+    reader: Reader, question: str, answer: str, data: DataConfig
+) -> dict[str, np.ndarray] | None:
+    """A question with its answer; None if they do not fit the room that the reader has."""
     prompt, gold = reader.builder.supervised(question, answer)
-    if len(prompt) + len(gold) > width:
+    own = reader.config
+    if len(prompt) + len(gold) > room(own, data.max_prompt) or len(gold) > room(
+        own, data.max_answer
+    ):
         return None
     return _named(reader, fed([*prompt, *gold], len(gold)))
 

@@ -269,6 +269,11 @@ def test_impossible_readers(changes, message):
         config(**changes)
 
 
+def test_texts_beyond_another_readers_window_are_refused():
+    with pytest.raises(ConfigError, match=r"readers.tiny: a text and .* tiny reads 512: lower"):
+        system_of(**{"data.max_context": 256})
+
+
 def test_an_adapter_for_other_weights_is_refused(system, params):
     wire = dataclasses.replace(
         system.wire({"params": params}, system.frozen), readers={"tiny": "f" * 64}
