@@ -155,6 +155,7 @@ def test_a_readers_loss_reaches_its_adapter_and_the_encoder_but_no_other_reader(
     assert "tasks" in ours - theirs and not [k for k in ours if k.startswith("readers/")]
 
 
+@pytest.mark.slow
 def test_adding_a_reader_moves_its_adapter_alone(system, params, batch):
     labels = system.param_labels(params)
     assert {"reader_tiny", "lora_a", "pool", "memory", "frozen"} <= set(jax.tree.leaves(labels))
@@ -184,6 +185,7 @@ def test_the_start_is_what_the_reader_makes_of_the_text(system, params):
 # What travels
 
 
+@pytest.mark.slow
 def test_what_is_written_before_a_reader_is_added_is_read_after(tmp_path):
     first = system_of(**{"model.readers": {}, "model.private": 0})
     ids = jnp.zeros((1, 32), jnp.int32)
@@ -233,6 +235,7 @@ def test_candidates_are_scored_per_byte_or_as_a_whole():
     assert rescore.choose(answers, scores, "mean") == ["yes indeed", "x"]
 
 
+@pytest.mark.slow
 def test_an_answers_probability_is_that_of_its_tokens(system, params):
     wire = system.wire({"params": params}, system.frozen)
     examples = [QAExample(str(i), "t", c, "cedar?", ("17",), (0,))
