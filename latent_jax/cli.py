@@ -37,6 +37,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
 Profile = Annotated[bool, typer.Option("--profile", help="Trace a few steps, sum them up.")]
 Checkpoint = Annotated[str, typer.Option(help="last, best, peak or a step.")]
+Reader = Annotated[str, typer.Option(help="Which of the compressor's readers answers.")]
 Compressor = Annotated[
     str | None, typer.Option(help="What reads a stored wire; default the one it names.")
 ]
@@ -181,7 +182,7 @@ def ask(
     run: Annotated[str, typer.Argument(help="Run, packaged compressor, or a stored wire.")],
     question: Annotated[str, typer.Option(help="What to ask about it.")],
     text: Annotated[str | None, typer.Option(help="Text file; - for standard input.")] = None,
-    compressor: Compressor = None,
+    compressor: Compressor = None, reader: Reader = "main",
     checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
 ) -> None:  # fmt: skip
     """Answer a question from a text's latents: compressed now, or stored by `compress`."""
@@ -191,7 +192,7 @@ def ask(
 
     if not question.strip():
         raise DataError("--question is empty")
-    if wire.ask(run, [] if text is None else [text], question, compressor):
+    if wire.ask(run, [] if text is None else [text], question, compressor, reader):
         return
     if text is None:
         raise ConfigError(f"--text is missing: {run} is no stored wire; give a text to ask about")
@@ -218,12 +219,13 @@ def compress(
 
 @app.command(rich_help_panel=_USE)
 def reconstruct(
-    wire: Annotated[str, typer.Argument(help="File of `compress`.")], compressor: Compressor = None
-) -> None:
+    wire: Annotated[str, typer.Argument(help="File of `compress`.")],
+    compressor: Compressor = None, reader: Reader = "main",
+) -> None:  # fmt: skip
     """Rebuild the texts of a stored wire from their latents."""
     from latent_jax.commands import wire as wires
 
-    wires.reconstruct(wire, compressor)
+    wires.reconstruct(wire, compressor, reader)
 
 
 @app.command(rich_help_panel=_USE)
@@ -284,12 +286,18 @@ def bench(
 
 @app.command(rich_help_panel=_HERE)
 def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2, zeros or gemma3.")], quiet: Quiet = False
-) -> None:
+    name: Annotated[str, typer.Argument(help="smollm2, zeros or gemma3.")], quiet: Quiet = False,
+    accept_terms: Annotated[
+        bool, typer.Option("--accept-terms", help="Its use terms, if any, are read and accepted.")
+    ] = False,
+) -> None:  # fmt: skip
     """Download a pinned data file into the cache."""
+    from latent_jax.core.fetch import accept
     from latent_jax.core.fetch import fetch as get
 
-    print(get(name, quiet=quiet))
+    path = get(name, quiet=quiet)
+    accept(name, accept_terms)
+    print(path)
 
 
 @app.command(rich_help_panel=_HERE)

@@ -56,10 +56,17 @@ ARCHITECTURES: dict[str, DecoderConfig] = {
         "qwen3", 151_936, 1024, 28, 16, 8, 3072, head_dim=128, qk_norm=True, norm_eps=1e-6,
         window=40_960, rope_theta=1e6,
     ),
+    "google/gemma-3-270m": _of(
+        "gemma3", 262_144, 640, 18, 4, 1, 2048, head_dim=256, qk_norm=True, norm_eps=1e-6,
+        window=512, rope_theta=1e6, post_norms=True, activation="gelu_tanh",
+        embed_scale=640**0.5, local_theta=10_000.0, global_every=6,
+    ),
 }  # fmt: skip
 
 # What a name that is fetched stands for, where it has not been.
-_FETCHED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_FETCHED = {
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma-3-270m",
+}  # fmt: skip
 
 
 def param_shapes(config: DecoderConfig, dtype: Any = jnp.float32) -> Any:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from latent_jax.core.config import field
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3")
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -25,9 +25,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and options of a pre-norm decoder with rotary positions and a SwiGLU MLP.
+    """Shape and options of a pre-norm decoder with rotary positions and a gated MLP.
 
-    One spec covers Llama, Mistral, Qwen2 (``qkv_bias``) and Qwen3 (``qk_norm``).
+    One spec covers Llama, Mistral, Qwen2 (``qkv_bias``), Qwen3 (``qk_norm``) and Gemma 3, whose
+    attention and MLP also norm what they add (``post_norms``), whose embeddings are multiplied by
+    ``embed_scale`` (the parameter ``embed`` is, and tied logits are divided by it again), and of
+    whose layers only every ``global_every``-th turns by ``rope_theta``, the others by
+    ``local_theta``. Its local layers see a window; contexts are held within it, where that is the
+    same as full attention.
     """
 
     family: str
@@ -45,6 +50,12 @@ class DecoderConfig:
     tie_embeddings: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
+    post_norms: bool = False
+    activation: str = "silu"
+    embed_scale: float = 1.0
+    query_scale: float | None = None
+    local_theta: float | None = None
+    global_every: int = 1
 
     @property
     def kv_floats_per_token(self) -> int:
@@ -66,6 +77,7 @@ class DecoderConfig:
         layer = sum(a * b for a, b in self.projection_shapes.values()) + 2 * d
         layer += (q + 2 * kv) if self.qkv_bias else 0
         layer += 2 * self.head_dim if self.qk_norm else 0
+        layer += 2 * d if self.post_norms else 0
         tables = self.vocab_size * d * (1 if self.tie_embeddings else 2) if embedding else 0
         return self.num_layers * layer + d + tables
 
@@ -75,7 +87,8 @@ class BackboneConfig:
     """The frozen LLM of a run: it reads, and its own layers encode."""
 
     name: str = field(
-        default="smollm2", help="smollm2, tiny, a directory, a .gguf or .bin file, or a hub id"
+        default="smollm2",
+        help="smollm2, gemma3, tiny, a directory, a .gguf or .bin file, or a hub id",
     )
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", help="dtype of the frozen weights and of the computation"

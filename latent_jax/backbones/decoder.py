@@ -7,11 +7,13 @@ of its own tokens and the caller decides what to keep.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
@@ -76,9 +78,9 @@ class _Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, lora, prefix_k, prefix_v, shared):
+    def __call__(self, x, lora, prefix_k, prefix_v, inv_freq, shared):
         c = self.config
-        positions, mask, prefix_mask, inv_freq = shared
+        positions, mask, prefix_mask = shared
         b, t, _ = x.shape
         lora = lora or {}
 
@@ -95,15 +97,23 @@ class _Layer(nn.Module):
         if c.qk_norm:
             q, k = _Norm(c.norm_eps, name="q_norm")(q), _Norm(c.norm_eps, name="k_norm")(k)
         q, k = rope.rotate(q, positions, inv_freq), rope.rotate(k, positions, inv_freq)
-        out = attention.attend(q, k, v, mask, prefix_k, prefix_v, prefix_mask)
-        x = constrain(x + dense("o", c.hidden_size, out.reshape(b, t, -1)), *_STREAM)
+        out = attention.attend(q, k, v, mask, prefix_k, prefix_v, prefix_mask, c.query_scale)
+        out = dense("o", c.hidden_size, out.reshape(b, t, -1))
+        if c.post_norms:
+            out = _Norm(c.norm_eps, name="attn_post_norm")(out)
+        x = constrain(x + out, *_STREAM)
 
         h = _Norm(c.norm_eps, name="mlp_norm")(x)
         gate = dense("gate", c.intermediate_size, h)
         up = dense("up", c.intermediate_size, h)
-        inner = constrain(nn.silu(gate) * up, "batch", "length", "mlp")
-        return constrain(x + dense("down", c.hidden_size, inner), *_STREAM), (k, v)
+        inner = constrain(_ACTIVATIONS[c.activation](gate) * up, "batch", "length", "mlp")
+        out = dense("down", c.hidden_size, inner)
+        if c.post_norms:
+            out = _Norm(c.norm_eps, name="mlp_post_norm")(out)
+        return constrain(x + out, *_STREAM), (k, v)
 
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
 
 # The residual stream is split by examples alone: each device then gathers a layer's weights, and
 # never trades parts of activations with the others.
@@ -142,14 +152,14 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, 0, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.final_norm = _Norm(c.norm_eps)
 
     @property
     def inv_freq(self):
-        """Rotary inverse frequencies of this architecture, ``[head_dim / 2]``."""
+        """Rotary inverse frequencies of this architecture; see `inverse_frequencies`."""
         return inverse_frequencies(self.config)
 
     def __call__(
@@ -180,9 +190,11 @@ class Decoder(nn.Module):
         if attention_mask is None:
             attention_mask = attention.causal_mask(mask)
         pk, pv, pm = prefix if prefix is not None else (None, None, None)
-        shared = (positions, attention_mask, pm, jnp.asarray(self.inv_freq))
+        waves = jnp.asarray(self.inv_freq)
+        waves = jnp.broadcast_to(waves, (self.config.num_layers, waves.shape[-1]))
         inputs_embeds = constrain(inputs_embeds, *_STREAM)
-        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, shared)
+        shared = (positions, attention_mask, pm)
+        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, waves, shared)
         return DecoderOutput(self.final_norm(x), KV(k, v, mask))
 
     def embed(self, ids: Int[Array, "b t"], dtype=None) -> Float[Array, "b t d"]:
@@ -200,12 +212,22 @@ class Decoder(nn.Module):
             "btd,vd->btv" if tied else "btd,dv->btv", hidden, table.astype(hidden.dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+        if tied and self.config.embed_scale != 1:
+            logits = logits / self.config.embed_scale
         return constrain(logits, "batch", "length", "vocab")
 
 
 def inverse_frequencies(config: DecoderConfig):
-    """Rotary inverse frequencies of an architecture, ``[head_dim / 2]`` float32."""
+    """Rotary inverse frequencies of an architecture, ``[head_dim / 2]`` float32; ``[layers,
+    head_dim / 2]`` where layers differ.
+    """
     s = config.rope_scaling
+    if config.local_theta is not None:
+        thetas = [
+            config.local_theta if (i + 1) % config.global_every else config.rope_theta
+            for i in range(config.num_layers)
+        ]
+        return np.stack([rope.inverse_frequencies(config.head_dim, t) for t in thetas])
     if s is None:
         return rope.inverse_frequencies(config.head_dim, config.rope_theta)
     return rope.inverse_frequencies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PACKAGED = {"tiny": _ASSETS / "tiny_reader"}
 
 # Models that `latent-jax fetch` knows.
-FETCHED = ("smollm2",)
+FETCHED = ("smollm2", "gemma3")
 
 
 def load(
@@ -34,9 +35,9 @@ def load(
     """Loads a frozen language model.
 
     Args:
-      name_or_path: ``'smollm2'`` (fetched once into the cache), ``'tiny'`` (in the package), a
-        Hugging Face directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such as
-        ``'Qwen/Qwen2.5-0.5B'``.
+      name_or_path: ``'smollm2'`` or ``'gemma3'`` (fetched once into the cache), ``'tiny'`` (in the
+        package), a Hugging Face directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such
+        as ``'Qwen/Qwen2.5-0.5B'``. ``$VARIABLES`` in a path are filled in.
       dtype: of the weights and of the computation.
       shardings: where each weight goes: a tree like the parameters, one sharding for all, or a
         function ``(path, shape) -> Sharding``. Each process then reads only what its devices hold.
@@ -106,13 +107,20 @@ def locate(name_or_path: str | Path) -> Path:
     Raises:
       BackboneError: there is no such model.
     """
-    name = str(name_or_path)
+    name = os.path.expandvars(str(name_or_path))
+    if "$" in name:
+        raise BackboneError(f"{name_or_path}: {name} is not set; set it, or give the path itself.")
     if name in PACKAGED:
         return PACKAGED[name]
     if name in FETCHED:
         from latent_jax.core import fetch  # only named models need the network code
 
         found = fetch.cached(name) or fetch.fetch(name)
+        if not fetch.accepted(name):
+            raise BackboneError(
+                f"{name}: comes under use terms that were not accepted here; latent-jax fetch "
+                f"{name} shows them and asks"
+            )
         return _gguf_in(Path(found))
     path = Path(name).expanduser()
     if path.exists():
@@ -133,7 +141,7 @@ def is_path(name: str) -> bool:
         path.exists()
         or path.suffix in (".gguf", ".bin", ".safetensors", ".json")
         or name.count("/") != 1
-        or name.startswith((".", "~", "/"))
+        or name.startswith((".", "~", "/", "$"))
     )
 
 

@@ -57,6 +57,12 @@ def tiny_config(family: str = "llama", **overrides: Any) -> DecoderConfig:
     elif family == "qwen3":
         # Qwen3's head size is not hidden / heads.
         base = dataclasses.replace(base, family="qwen3", qk_norm=True, head_dim=16, norm_eps=1e-6)
+    elif family == "gemma3":
+        base = dataclasses.replace(
+            base, family="gemma3", qk_norm=True, head_dim=16, norm_eps=1e-6, post_norms=True,
+            activation="gelu_tanh", embed_scale=48**0.5, local_theta=100.0, global_every=2,
+            query_scale=12**-0.5,
+        )  # fmt: skip
     elif family != "llama":
         known = ", ".join((*FAMILIES, "llama3"))
         raise BackboneError(f"no tiny config for family {family!r}: choose from {known}")

@@ -89,7 +89,8 @@ class Ours:
         self.params = init(jax.random.key(options.seed))
 
         def loss(params: Any, reader: Any, batch: Mapping[str, Any]) -> jax.Array:
-            return batch_terms(model, config, params, reader, batch, None)[0]["reconstruct"].value
+            terms = batch_terms(model, config, params, {"reader": reader}, batch, None)[0]
+            return terms["reconstruct"].value
 
         self.gradients = jax.jit(jax.value_and_grad(loss))
         optimizer = optax.adamw(1e-4)

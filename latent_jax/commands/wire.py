@@ -13,6 +13,7 @@ from latent_jax.core.files import make_dir
 from latent_jax.report.tables import size
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import is_compressor
+from latent_jax.systems.latentwire.config import MAIN
 from latent_jax.systems.latentwire.cost import cost
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.training_free import METHODS
@@ -47,10 +48,10 @@ def compress(
     say(c.verdict())
 
 
-def reconstruct(path: str, compressor: str | None) -> None:
-    """Rebuilds the texts of a stored wire."""
+def reconstruct(path: str, compressor: str | None, reader: str = MAIN) -> None:
+    """Rebuilds the texts of a stored wire, as one of its readers says them."""
     wire, z = _open(path, compressor)
-    rebuilt = wire.reconstruct(z)
+    rebuilt = wire.read_by(reader).reconstruct(z)
     for number, text in enumerate(rebuilt):
         if len(rebuilt) > 1:
             say(f"[{number}]")
@@ -58,8 +59,9 @@ def reconstruct(path: str, compressor: str | None) -> None:
 
 
 def ask(
-    target: str, texts: Sequence[str], question: str, compressor: str | None = None
-) -> bool:
+    target: str, texts: Sequence[str], question: str, compressor: str | None = None,
+    reader: str = MAIN,
+) -> bool:  # fmt: skip
     """Answers from a stored wire, or from texts compressed by a named compressor.
 
     Returns:
@@ -74,7 +76,7 @@ def ask(
         z = wire.compress([read_text(path) for path in texts])
     else:
         return False
-    answers = wire.answer(z, question)
+    answers = wire.read_by(reader).answer(z, question)
     for number, answer in enumerate(answers):
         say(f"[{number}] {answer}" if len(answers) > 1 else answer)
     return True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import html
 import os
 import re
 import shutil
@@ -96,6 +97,58 @@ def fetch(name: str, quiet: bool = False) -> Path:
     if not quiet:
         say(f"  done, sha256 verified: {path}")
     return path
+
+
+def accepted(name: str) -> bool:
+    """Whether an asset's use terms, if it has any, were accepted for this cache."""
+    item = asset(name)
+    return not item.terms or _acceptance(item).is_file()
+
+
+def accept(name: str, read: bool = False) -> None:
+    """Shows the use terms of a fetched asset and has them accepted, once per cache.
+
+    Args:
+      name: the asset.
+      read: the person has said already that they are accepted; else a terminal is asked.
+
+    Raises:
+      FetchError: they are not accepted.
+    """
+    item = asset(name)
+    if accepted(name):
+        return
+    files = [cache_dir() / file for wheel in item.wheels for _, file in wheel.documents]
+    console = Console(stderr=True)
+    for path in filter(Path.is_file, files):
+        console.print(f"\n{path}:\n\n{_plain(path)}\n", highlight=False, markup=False)
+    agreed = read or (
+        sys.stdin.isatty() and console.input(f"Accept these terms for {name}? [y/N] ") in ("y", "Y")
+    )
+    if not agreed:
+        raise FetchError(
+            f"fetch {name}: its use terms are not accepted, so it cannot be used by that name; "
+            f"read {files[0] if files else 'them'}, then: latent-jax fetch {name} --accept-terms"
+        )
+    with _file_errors(name):
+        _acceptance(item).write_text(time.strftime("%Y-%m-%d %H:%M:%S %z\n"), encoding="utf-8")
+
+
+def _acceptance(item: Asset) -> Path:
+    return cache_dir() / f"{item.filename}.accepted"
+
+
+def _plain(path: Path) -> str:
+    """Text of a document; of a web page without its marks."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix != ".html":
+        return text.strip()
+    if article := re.search(r"(?is)<article\b.*</article>", text):
+        text = article.group()
+    text = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", "", text)
+    text = re.sub(r"(?i)</?(p|div|li|h\d|br|tr|ul|ol)\b[^>]*>", "\n", text)
+    text = html.unescape(re.sub(r"<[^>]*>", "", text))
+    return "\n".join(" ".join(line.split()) for line in text.splitlines() if line.strip())
 
 
 @contextlib.contextmanager

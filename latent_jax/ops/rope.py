@@ -49,7 +49,10 @@ def rotate(
 
 
 def rotate_layers(
-    x: Float[Array, "l b t h d"], positions: Int[Array, "b t"], inv_freq: Float[Array, " d2"]
+    x: Float[Array, "l b t h d"],
+    positions: Int[Array, "b t"],
+    inv_freq: Float[Array, " d2"] | Float[Array, "l d2"],
 ) -> Float[Array, "l b t h d"]:
-    """`rotate` for keys stacked over layers."""
-    return jax.vmap(rotate, in_axes=(0, None, None))(x, positions, inv_freq)
+    """`rotate` for keys stacked over layers, whose frequencies may differ."""
+    each = None if jnp.ndim(inv_freq) == 1 else 0
+    return jax.vmap(rotate, in_axes=(0, None, each))(x, positions, inv_freq)

@@ -14,7 +14,7 @@ from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.backbones.testing import param_shapes, random_params, tiny_config
 from latent_jax.core.errors import BackboneError
 
-FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "llama3", "mistral", "qwen2", "qwen3", "gemma3"]
 T = 7
 
 
@@ -51,8 +51,10 @@ def numpy_decoder(config, params, x):
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     x, c = x.astype(np.float64), config
     t, positions = x.shape[0], np.arange(x.shape[0])
-    freq = np.asarray(inverse_frequencies(c), np.float64)
+    waves = np.broadcast_to(inverse_frequencies(c), (c.num_layers, c.head_dim // 2))
+    scale = c.head_dim**-0.5 if c.query_scale is None else c.query_scale
     for i in range(c.num_layers):
+        freq = waves[i].astype(np.float64)
         w = jax.tree.map(lambda a, i=i: a[i], params["layers"])
         h = norm(x, w["attn_norm"]["scale"], c.norm_eps)
         q, k, v = (h @ w[n]["kernel"] + w[n].get("bias", 0.0) for n in ("q", "k", "v"))
@@ -66,15 +68,25 @@ def numpy_decoder(config, params, x):
         for head in range(c.num_heads):
             group = head // (c.num_heads // c.num_kv_heads)
             for at in range(t):
-                s = k[: at + 1, group] @ q[at, head] / np.sqrt(c.head_dim)
+                s = k[: at + 1, group] @ q[at, head] * scale
                 p = np.exp(s - s.max())
                 out[at, head] = (p / p.sum()) @ v[: at + 1, group]
-        x = x + out.reshape(t, -1) @ w["o"]["kernel"]
+        out = out.reshape(t, -1) @ w["o"]["kernel"]
+        if c.post_norms:
+            out = norm(out, w["attn_post_norm"]["scale"], c.norm_eps)
+        x = x + out
         h = norm(x, w["mlp_norm"]["scale"], c.norm_eps)
         gate = h @ w["gate"]["kernel"]
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up"]["kernel"])) @ w["down"]["kernel"]
+        if c.activation == "silu":
+            gate = gate / (1 + np.exp(-gate))
+        else:
+            gate = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        out = (gate * (h @ w["up"]["kernel"])) @ w["down"]["kernel"]
+        if c.post_norms:
+            out = norm(out, w["mlp_post_norm"]["scale"], c.norm_eps)
+        x = x + out
     x = norm(x, params["final_norm"]["scale"], c.norm_eps)
-    return x, x @ (params["embed"].T if c.tie_embeddings else params["head"])
+    return x, x @ (params["embed"].T / c.embed_scale if c.tie_embeddings else params["head"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

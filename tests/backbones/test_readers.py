@@ -267,6 +267,8 @@ def interleave(rows: np.ndarray, heads: int) -> np.ndarray:
 GGUF_NAMES = {
     "attn_norm/scale": "attn_norm.weight",
     "mlp_norm/scale": "ffn_norm.weight",
+    "attn_post_norm/scale": "post_attention_norm.weight",
+    "mlp_post_norm/scale": "post_ffw_norm.weight",
     "q/kernel": "attn_q.weight",
     "k/kernel": "attn_k.weight",
     "v/kernel": "attn_v.weight",
@@ -294,6 +296,8 @@ def write_gguf(path: Path, config, params, *, arch=None, quant=None, extra=(), d
     writer.add_key_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
+    if config.family == "gemma3":
+        writer.add_sliding_window(config.max_position)
     byte = ByteTokenizer()
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
@@ -302,7 +306,7 @@ def write_gguf(path: Path, config, params, *, arch=None, quant=None, extra=(), d
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(257)
     tensors = {
-        "token_embd.weight": params["embed"],
+        "token_embd.weight": params["embed"] / config.embed_scale,
         "output_norm.weight": params["final_norm"]["scale"],
     }
     if "head" in params:
@@ -337,6 +341,32 @@ def test_gguf_round_trip(family, tmp_path):
     assert bb.config.norm_eps == pytest.approx(config.norm_eps)
     jax.tree.map(np.testing.assert_array_equal, bb.params, params)
     assert bb.tokenizer.encode("<s>héhe") == [257, *"hé".encode(), 256]
+
+
+def test_gemma3_round_trips(tmp_path):
+    """Scaled embeddings and norms less 1 in Hugging Face's files, only the former in GGUF's."""
+    config, params = make("gemma3", num_layers=6, global_every=6, local_theta=1e4, query_scale=None)
+    gguf_file = write_gguf(tmp_path / "m.gguf", config, params)
+    save_hf(tmp_path / "hf", config, params, ByteTokenizer())
+    stored = safetensors.numpy.load_file(tmp_path / "hf" / "model.safetensors")
+    np.testing.assert_allclose(
+        stored["model.layers.3.pre_feedforward_layernorm.weight"],
+        params["layers"]["mlp_norm"]["scale"][3] - 1, atol=1e-6,
+    )  # fmt: skip
+    for bb in (backbones.load(gguf_file), backbones.load(tmp_path / "hf")):
+        assert bb.config.norm_eps == pytest.approx(config.norm_eps)
+        assert dataclasses.replace(bb.config, norm_eps=1e-6) == config
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), bb.params, params)
+    for changes, message in (
+        ({"layer_types": ["full_attention", "sliding_attention"] * 3}, "without a period"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is not supported"),
+        ({"hidden_activation": "silu"}, "activation 'silu' is not supported"),
+    ):
+        before = (tmp_path / "hf" / "config.json").read_text()
+        edit_config(tmp_path / "hf", **changes)
+        with pytest.raises(BackboneError, match=message):
+            backbones.load(tmp_path / "hf")
+        (tmp_path / "hf" / "config.json").write_text(before)
 
 
 def test_gguf_rope_freqs(tmp_path):

@@ -20,6 +20,7 @@ PUBLISHED = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-7B": 7_615_616_512,
     "Qwen/Qwen3-0.6B": 596_049_920,
+    "google/gemma-3-270m": 268_098_176,
 }
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from latent_jax.core import fetch as module
 from latent_jax.core.errors import FetchError
-from latent_jax.core.fetch import cache_dir, cached, fetch
+from latent_jax.core.fetch import accept, accepted, cache_dir, cached, fetch
 from latent_jax.core.pins import PINS, Asset, Wheel
 
 PIECES = (b"first half, " * 500, b"second half." * 500)
@@ -143,6 +143,21 @@ def test_quiet_still_shows_terms(
 ) -> None:
     fetch("toy", quiet=True)
     assert capfd.readouterr().err.strip() == "Be kind."
+
+
+def test_terms_are_shown_in_full_and_accepted_once(
+    index: SimpleNamespace, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fetch("toy", quiet=True)
+    assert not accepted("toy") and accepted("smollm2")  # which has none
+    with pytest.raises(FetchError, match="not accepted.*toy.LICENSE.*--accept-terms") as caught:
+        accept("toy")
+    assert "\n" not in str(caught.value) and "do as you like" in capfd.readouterr().err
+    accept("toy", read=True)
+    assert accepted("toy")
+    capfd.readouterr()
+    accept("toy")
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

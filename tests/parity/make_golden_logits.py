@@ -1,10 +1,11 @@
-"""Makes golden_smollm2.npz: SmolLM2's logits by transformers and torch, from the same GGUF file.
+"""Makes golden_<name>.npz: a model's logits by transformers and torch, from the same GGUF file.
 
 transformers' own GGUF loader dequantises, un-permutes and names the weights, so that nothing of
 latent_jax takes part. Kept per position: argmax, logsumexp, the 16 largest logits and 512 fixed
 columns.
 
-  python tests/parity/make_golden_logits.py path/to/SmolLM2-135M-Instruct.Q4_1.gguf
+  python tests/parity/make_golden_logits.py smollm2 path/to/SmolLM2-135M-Instruct.Q4_1.gguf
+  python tests/parity/make_golden_logits.py gemma3 path/to/gemma-3-270m-q4_k_m.gguf
 
 Needs torch, transformers, gguf and accelerate (without which transformers reads no GGUF).
 """
@@ -33,16 +34,16 @@ COLUMNS = 512
 TOP = 16
 
 
-def main(path: str) -> None:
+def main(name: str, path: str) -> None:
     """Runs the reference and writes the arrays beside this file."""
     import torch
     import transformers
 
     torch.manual_seed(0)
-    folder, name = str(Path(path).parent), Path(path).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    folder, file = str(Path(path).parent), Path(path).name
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32, attn_implementation="eager"
+        folder, gguf_file=file, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     vocab = model.config.vocab_size
     columns = np.sort(np.random.default_rng(0).choice(vocab, COLUMNS, replace=False))
@@ -65,10 +66,10 @@ def main(path: str) -> None:
     arrays["versions"] = np.array(
         f"transformers {transformers.__version__}, torch {torch.__version__}"
     )
-    out = Path(__file__).with_name("golden_smollm2.npz")
+    out = Path(__file__).with_name(f"golden_{name}.npz")
     np.savez_compressed(out, **arrays)
     print(f"{out}: {out.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:3])

@@ -29,6 +29,14 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=64,
 )
+GEMMA3 = dict(
+    head_dim=16, query_pre_attn_scalar=12, sliding_window=128, num_hidden_layers=4,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+    rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    },
+)  # fmt: skip
 CASES = {
     "llama": ("Llama", dict(tie_word_embeddings=True)),
     "llama_untied_mha": ("Llama", dict(num_key_value_heads=6, rms_norm_eps=1e-5)),
@@ -37,12 +45,14 @@ CASES = {
     "mistral": ("Mistral", dict(sliding_window=None)),
     "qwen2": ("Qwen2", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3", dict(head_dim=16)),
+    "gemma3": ("Gemma3", GEMMA3),
 }
 
 
 def reference(kind: str, options: dict, seed: int = 0):
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{kind}Config")(**(SHAPE | options))
+    name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, name)(**(SHAPE | options))
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():  # norms and biases start at 1 and 0, where mistakes do not show
         for name, weight in model.named_parameters():

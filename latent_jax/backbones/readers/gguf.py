@@ -1,4 +1,4 @@
-"""GGUF files: llama-family and Qwen language models, dequantised."""
+"""GGUF files: llama-family, Qwen and Gemma 3 language models, dequantised."""
 
 from __future__ import annotations
 
@@ -15,23 +15,30 @@ from latent_jax.backbones.readers.table import Rule
 from latent_jax.backbones.tokenizer import Tokenizer
 from latent_jax.core.errors import BackboneError
 
-FAMILIES = {"llama": "llama", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen3"}
+FAMILIES = {name: name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma3")}
+
+# What Gemma 3's converter leaves out, as llama.cpp has it: every sixth layer is global, the others
+# turn by this base.
+_GEMMA3_EVERY, _GEMMA3_LOCAL_THETA = 6, 10_000.0
 
 # Families whose converter stores Q and K rows in interleaved rotary order.
 _INTERLEAVED = ("llama", "mistral")
 
 
-def rules(family: str) -> list[Rule]:
+def rules(family: str, embed_scale: float = 1.0) -> list[Rule]:
     """Load table: GGUF tensor name → parameter path."""
     layer = r"blk\.(?P<layer>\d+)\."
     q_heads, k_heads = ("num_heads", "num_kv_heads") if family in _INTERLEAVED else ("", "")
     return [
-        Rule(r"token_embd\.weight", "embed"),
+        Rule(r"token_embd\.weight", "embed", scale=embed_scale),
         Rule(r"output_norm\.weight", "final_norm/scale"),
         Rule(r"output\.weight", "head", transpose=True),
         Rule(r"rope_freqs\.weight", ""),
         Rule(layer + r"attn_norm\.weight", "layers/attn_norm/scale"),
         Rule(layer + r"ffn_norm\.weight", "layers/mlp_norm/scale"),
+        # Gemma's converter has added the 1 that its norms carry.
+        Rule(layer + r"post_attention_norm\.weight", "layers/attn_post_norm/scale"),
+        Rule(layer + r"post_ffw_norm\.weight", "layers/mlp_post_norm/scale"),
         Rule(layer + r"attn_q\.weight", "layers/q/kernel", True, q_heads),
         Rule(layer + r"attn_k\.weight", "layers/k/kernel", True, k_heads),
         Rule(layer + r"attn_v\.weight", "layers/v/kernel", True),
@@ -65,7 +72,7 @@ def read(
     """
     file = GGUFFile(path)
     config, tokenizer, sha256 = _outline(file)
-    slots = table.plan(file, rules(config.family), config)
+    slots = table.plan(file, rules(config.family, config.embed_scale), config)
     params = table.assemble(file, slots, config, dtype, shardings)
     return config, params, tokenizer, sha256
 
@@ -114,6 +121,16 @@ def config_from(file: GGUFFile) -> DecoderConfig:
     if "token_embd.weight" not in file.tensors:
         raise BackboneError(f"{file.path}: missing tensor 'token_embd.weight'.")
     theta = float(get("rope.freq_base", 10_000.0))
+    limit, gemma = int(get("context_length", 2048)), {}
+    if arch == "gemma3":
+        # Within the window of the local layers, local attention is full attention.
+        limit = min(limit, int(get("attention.sliding_window")))
+        gemma = {
+            "post_norms": True, "activation": "gelu_tanh", "embed_scale": hidden**0.5,
+            "local_theta": _GEMMA3_LOCAL_THETA, "global_every": _GEMMA3_EVERY,
+        }  # fmt: skip
+        if int(get("block_count")) == 62:  # 27B alone scales queries by hidden / heads
+            gemma["query_scale"] = (hidden / heads) ** -0.5
     return DecoderConfig(
         family=FAMILIES[arch],
         vocab_size=file.shape("token_embd.weight")[0],
@@ -123,13 +140,14 @@ def config_from(file: GGUFFile) -> DecoderConfig:
         num_kv_heads=int(get("attention.head_count_kv", heads)),
         head_dim=head_dim,
         intermediate_size=int(get("feed_forward_length")),
-        max_position=int(get("context_length", 2048)),
+        max_position=limit,
         rope_theta=theta,
         rope_scaling=_rope_scaling(file, head_dim),
         norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
         tie_embeddings="output.weight" not in file.tensors,
         qkv_bias="blk.0.attn_q.bias" in file.tensors,
         qk_norm="blk.0.attn_q_norm.weight" in file.tensors,
+        **gemma,
     )
 
 

@@ -26,24 +26,38 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
+_FAMILY = {"gemma3_text": "gemma3"}  # where it is not the model_type
 
 
-def rules(tied: bool) -> list[Rule]:
+def rules(tied: bool, embed_scale: float = 1.0, gemma: bool = False) -> list[Rule]:
     """Load table: Hugging Face tensor name → parameter path."""
+    one = 1.0 if gemma else 0.0  # Gemma stores its norms' scales less 1
+    norms = {"input_layernorm": "attn", "post_attention_layernorm": "mlp"}
+    if gemma:
+        norms = {
+            "input_layernorm": "attn", "post_attention_layernorm": "attn_post",
+            "pre_feedforward_layernorm": "mlp", "post_feedforward_layernorm": "mlp_post",
+        }  # fmt: skip
     layer = r"model\.layers\.(?P<layer>\d+)\."
     attention, mlp = layer + r"self_attn\.", layer + r"mlp\."
     return [
-        Rule(r"model\.embed_tokens\.weight", "embed"),
-        Rule(r"model\.norm\.weight", "final_norm/scale"),
+        Rule(r"model\.embed_tokens\.weight", "embed", scale=embed_scale),
+        Rule(r"model\.norm\.weight", "final_norm/scale", offset=one),
         # Some tied checkpoints store the table a second time.
         Rule(r"lm_head\.weight", "" if tied else "head", transpose=True),
         Rule(r".*rotary_emb\.inv_freq", ""),
-        Rule(layer + r"input_layernorm\.weight", "layers/attn_norm/scale"),
-        Rule(layer + r"post_attention_layernorm\.weight", "layers/mlp_norm/scale"),
+        *(
+            Rule(layer + rf"{name}\.weight", f"layers/{ours}_norm/scale", offset=one)
+            for name, ours in norms.items()
+        ),
         *(Rule(attention + rf"{p}_proj\.weight", f"layers/{p}/kernel", True) for p in "qkvo"),
         *(Rule(attention + rf"{p}_proj\.bias", f"layers/{p}/bias") for p in "qkv"),
-        *(Rule(attention + rf"{p}_norm\.weight", f"layers/{p}_norm/scale") for p in "qk"),
+        *(
+            Rule(attention + rf"{p}_norm\.weight", f"layers/{p}_norm/scale", offset=one)
+            for p in "qk"
+        ),
         *(
             Rule(mlp + rf"{p}_proj\.weight", f"layers/{p}/kernel", True)
             for p in ("gate", "up", "down")
@@ -122,9 +136,13 @@ def read(
     directory = Path(directory)
     config = config_from(directory)
     source = SafetensorsFiles(directory)
-    slots = table.plan(source, rules(config.tie_embeddings), config)
+    slots = table.plan(source, _rules(config), config)
     params = table.assemble(source, slots, config, dtype, shardings)
     return config, params, Tokenizer.from_directory(directory), _digest(source)
+
+
+def _rules(config: DecoderConfig) -> list[Rule]:
+    return rules(config.tie_embeddings, config.embed_scale, config.family == "gemma3")
 
 
 def outline(directory: str | Path) -> tuple[DecoderConfig, Tokenizer, str]:
@@ -165,22 +183,24 @@ def config_from(directory: str | Path) -> DecoderConfig:
 def _config(raw: Mapping[str, Any], family: str, path: Path) -> DecoderConfig:
     heads = int(raw["num_attention_heads"])
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
-    activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
-        raise BackboneError(f"{path}: activation '{activation}' is not supported (silu is).")
+    gemma = family == "gemma3_text"
+    wanted = "gelu_pytorch_tanh" if gemma else "silu"
+    activation = raw.get("hidden_activation" if gemma else "hidden_act", wanted)
+    if activation != wanted:
+        raise BackboneError(f"{path}: activation '{activation}' is not supported ({wanted} is).")
     if raw.get("mlp_bias"):
         raise BackboneError(f"{path}: biases in the MLP are not supported.")
     if raw.get("attention_bias"):
         # These families put a bias on the output projection as well.
         raise BackboneError(f"{path}: attention_bias is not supported for {family}.")
-    theta, scaling = _rope(raw, path)
+    theta, scaling = _rope(_global_rope(raw) if gemma else raw, path)
     limit = int(raw.get("max_position_embeddings", 2048))
     window = raw.get("sliding_window")
-    if window and raw.get("use_sliding_window", family == "mistral"):
+    if window and raw.get("use_sliding_window", family == "mistral" or gemma):
         # Within the window, sliding attention is full attention.
         limit = min(limit, int(window))
     return DecoderConfig(
-        family=family,
+        family=_FAMILY.get(family, family),
         vocab_size=int(raw["vocab_size"]),
         hidden_size=int(raw["hidden_size"]),
         num_layers=int(raw["num_hidden_layers"]),
@@ -192,10 +212,41 @@ def _config(raw: Mapping[str, Any], family: str, path: Path) -> DecoderConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", gemma)),
         qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
+        qk_norm=family == "qwen3" or gemma,
+        **(_gemma3(raw, int(head_dim), path) if gemma else {}),
     )
+
+
+def _global_rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Gemma 3's rotary parameters of the global layers, where others have theirs."""
+    rope = raw.get("rope_parameters") or {}
+    rope = rope.get("full_attention", rope)
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 1e6
+    return {"rope_parameters": {**(rope or raw.get("rope_scaling") or {}), "rope_theta": theta}}
+
+
+def _gemma3(raw: Mapping[str, Any], head_dim: int, path: Path) -> dict[str, Any]:
+    """What only Gemma 3 has."""
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if raw.get(name):
+            raise BackboneError(f"{path}: {name} is not supported.")
+    layers, every = int(raw["num_hidden_layers"]), int(raw.get("sliding_window_pattern") or 6)
+    kinds = raw.get("layer_types")
+    if kinds is not None:
+        found = [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"]
+        every = found[0] if found else layers + 1
+        if found != list(range(every, layers + 1, every)):
+            raise BackboneError(f"{path}: layer_types without a period are not supported.")
+    rope = raw.get("rope_parameters") or {}
+    local = rope.get("sliding_attention", {}).get("rope_theta") or raw.get("rope_local_base_freq")
+    scalar = float(raw.get("query_pre_attn_scalar", head_dim))
+    return {
+        "post_norms": True, "activation": "gelu_tanh", "global_every": every,
+        "embed_scale": float(raw["hidden_size"]) ** 0.5, "local_theta": float(local or 10_000.0),
+        "query_scale": None if scalar == head_dim else scalar**-0.5,
+    }  # fmt: skip
 
 
 def _rope(raw: Mapping[str, Any], path: Path) -> tuple[float, RopeScaling | None]:
@@ -229,9 +280,11 @@ def to_hf_config(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any
             "high_freq_factor": s.high_freq_factor,
             "original_max_position_embeddings": s.original_max_position,
         }
+    types = {family: kind for kind, family in _FAMILY.items()}
+    kind = types.get(config.family, config.family)
     return {
-        "architectures": [ARCHITECTURES[config.family]],
-        "model_type": config.family,
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -249,6 +302,28 @@ def to_hf_config(config: DecoderConfig, dtype: str = "float32") -> dict[str, Any
         "attention_bias": False,
         "sliding_window": None,
         "dtype": dtype,
+        **(_to_gemma3(config) if config.family == "gemma3" else {}),
+    }
+
+
+def _to_gemma3(config: DecoderConfig) -> dict[str, Any]:
+    """What only Gemma 3 has, and its own names of what all have."""
+    scalar = config.head_dim if config.query_scale is None else config.query_scale**-2
+    default = {"rope_type": "default"}
+    layers = range(1, config.num_layers + 1)
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scalar,
+        "sliding_window": config.max_position,
+        "sliding_window_pattern": config.global_every,
+        "layer_types": [
+            "sliding_attention" if i % config.global_every else "full_attention" for i in layers
+        ],
+        "rope_local_base_freq": config.local_theta,
+        "rope_parameters": {
+            "full_attention": {**default, "rope_theta": config.rope_theta},
+            "sliding_attention": {**default, "rope_theta": config.local_theta},
+        },
     }
 
 
@@ -276,9 +351,9 @@ def save_hf(
     directory = Path(directory)
     flat = {path: np.asarray(leaf) for path, leaf in table.flatten(params).items()}
     tensors: dict[str, np.ndarray] = {}
-    for name, path, layer, transpose in _tensor_names(config):
-        array = flat[path] if layer is None else flat[path][layer]
-        array = array.T if transpose else array
+    for name, rule, layer in _tensor_names(config):
+        array = flat[rule.path] if layer is None else flat[rule.path][layer]
+        array = rule.undo(array.T if rule.transpose else array)
         tensors[name] = np.ascontiguousarray(array if dtype is None else array.astype(dtype))
     directory.mkdir(parents=True, exist_ok=True)
     stored = str(tensors["model.embed_tokens.weight"].dtype)
@@ -303,11 +378,11 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def _tensor_names(config: DecoderConfig):
-    """(name, path, layer or None, transposed) of every tensor of an exported model."""
-    for rule in rules(config.tie_embeddings):
+    """(name, rule, layer or None) of every tensor of an exported model."""
+    for rule in _rules(config):
         if not rule.path or rule.path not in table.expected_shapes(config):
             continue
         stacked = rule.path.startswith("layers/")
         for layer in range(config.num_layers) if stacked else (None,):
             name = rule.pattern.replace(r"(?P<layer>\d+)", str(layer)).replace("\\", "")
-            yield name, rule.path, layer, rule.transpose
+            yield name, rule, layer

@@ -51,12 +51,29 @@ class Rule:
       transpose: stored as [out, in], kept as [in, out].
       interleaved: rows are stored in the interleaved rotary order of GGUF's llama family and of
         llama2.c; names the config field with the number of heads.
+      scale: the parameter is the stored tensor times this, plus
+      offset: this.
     """
 
     pattern: str
     path: str
     transpose: bool = False
     interleaved: str = ""
+    scale: float = 1.0
+    offset: float = 0.0
+
+    def apply(self, stored: np.ndarray) -> np.ndarray:
+        """The parameter's values."""
+        if self.scale == 1 and self.offset == 0:
+            return stored
+        return stored.astype(np.float32) * np.float32(self.scale) + np.float32(self.offset)
+
+    def undo(self, values: np.ndarray) -> np.ndarray:
+        """Inverse of `apply`."""
+        if self.scale == 1 and self.offset == 0:
+            return values
+        changed = (values.astype(np.float32) - np.float32(self.offset)) / np.float32(self.scale)
+        return changed.astype(values.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +211,7 @@ def to_half_split(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _read_one(source: TensorSource, slot: Slot, layer: int, config: DecoderConfig) -> np.ndarray:
-    array = source.read(slot.names[layer])
+    array = slot.rule.apply(source.read(slot.names[layer]))
     if slot.rule.interleaved:
         array = to_half_split(array, getattr(config, slot.rule.interleaved))
     return array.T if slot.rule.transpose else array
@@ -216,7 +233,7 @@ def _read_block(
     for at, layer in enumerate(layers):
         if read_slice is not None and not slot.rule.interleaved:
             stored = inner[::-1] if slot.rule.transpose else inner
-            part = read_slice(slot.names[layer], stored)
+            part = slot.rule.apply(read_slice(slot.names[layer], stored))
             part = part.T if slot.rule.transpose else part
         else:
             part = _read_one(source, slot, layer, config)[inner]

@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,20 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.config import parse, to_dict
-from latent_jax.core.errors import CheckpointError, DataError
+from latent_jax.core.errors import CheckpointError, DataError, WireError
 from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
-from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
+from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
 from latent_jax.systems.latentwire.scoring import context_width, decode
 from latent_jax.systems.latentwire.training_free import Selected, model_config
+from latent_jax.systems.latentwire.transcribe import room
 from latent_jax.systems.latentwire.wire import (
     Origin,
     check_origin,
@@ -59,6 +62,8 @@ class LatentWire:
       name: what it was loaded as.
       centre: mean latent of its training texts, if known.
       method: of a compressor without training, else None.
+      readers: of each further reader, the sha256 of the LLM that its adapter was trained for.
+      by: the further reader that reads; None for the frozen LLM itself.
 
     Example:
       >>> wire = LatentWire.load("smollm2-4x")  # doctest: +SKIP
@@ -76,6 +81,8 @@ class LatentWire:
     name: str = ""
     centre: np.ndarray | None = dataclasses.field(default=None, repr=False)
     method: str | None = None
+    readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by: Reader | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def load(cls, name: str | Path, backbone: backbones.Backbone | None = None) -> LatentWire:
@@ -96,8 +103,9 @@ class LatentWire:
         params = jax.tree.map(jnp.asarray, stored.params)
         builder = PromptBuilder(backbone.tokenizer, stored.prompt)
         return cls(
-            backbone, stored.config, params, builder, stored.tasks, str(name), stored.centre
-        )
+            backbone, stored.config, params, builder, stored.tasks, str(name), stored.centre,
+            readers=stored.readers,
+        )  # fmt: skip
 
     @classmethod
     def training_free(
@@ -127,12 +135,36 @@ class LatentWire:
         builder = PromptBuilder(reader.tokenizer, PromptConfig())
         return cls(reader, config, {}, builder, (), f"{reader.name}:{method}", method=method)
 
+    def read_by(self, reader: str, backbone: backbones.Backbone | None = None) -> LatentWire:
+        """The same compressor, whose latents another of its readers answers from.
+
+        Args:
+          reader: of ``config.readers``, or ``main``.
+          backbone: its LLM, if it is loaded already.
+
+        Raises:
+          WireError: it has no adapter for that reader.
+          BackboneError: the LLM cannot be loaded.
+          CheckpointError: the LLM is another than the adapter was trained for.
+        """
+        if reader == MAIN:
+            return dataclasses.replace(self, by=None)
+        if reader not in self.config.readers:
+            known = ", ".join([f"{MAIN} ({self.backbone.name})", *self.config.readers])
+            raise WireError(
+                f"{self.name or 'this compressor'} has no adapter for the reader {reader!r}; it "
+                f"has {known}: train one with model.start and model.readers.{reader}"
+            )
+        found = open_reader(
+            reader, self.config, self.backbone, self.builder.config, backbone,
+            self.readers.get(reader, ""),
+        )  # fmt: skip
+        return dataclasses.replace(self, by=found)
+
     @property
     def width(self) -> int:
         """Numbers per latent."""
-        reader, c = self.backbone.config, self.config
-        full = reader.kv_floats_per_token if c.encoder.output == "kv" else reader.hidden_size
-        return c.wire.d_z or full
+        return latent_width(self.config, self.backbone.config)
 
     @property
     def sink(self) -> int | None:
@@ -149,10 +181,15 @@ class LatentWire:
     @functools.cached_property
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
-        shape = to_dict(dataclasses.replace(self.config, start=None, remat=False))
+        shape = to_dict(dataclasses.replace(self.config, start=None, remat=False, readers={}))
         shape = to_dict(parse(ModelConfig, shape))  # a ratio of 4 is one of 4.0
+        # Readers are not the encoder's: one that is added later reads what was written before. Only
+        # the layout of private latents is.
+        del shape["readers"], shape["private"]
+        if any(self.config.private_slots.values()):
+            shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
         digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        flat = trees.flatten(self.params)
+        flat = trees.flatten({k: v for k, v in self.params.items() if k != "readers"})
         if self.centre is not None:
             flat["centre"] = self.centre
         for name, leaf in sorted(flat.items()):
@@ -180,9 +217,11 @@ class LatentWire:
             c = dataclasses.replace(c, ratio=ratio)
         latents = dataclasses.replace(self, config=c).latents
         wire = self._compress(latents, texts, c.segment)
-        made = Message(wire, self.origin, c.ratio, c.segment, self.centre)
+        private = sum(c.private_slots.values())
+        made = Message(wire, self.origin, c.ratio, c.segment, self.centre, private=private)
         if ratio is not None:
             for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
+                m -= private * math.ceil(tokens / c.segment)
                 if m != (exact := num_latents(tokens, ratio)):
                     raise DataError(
                         f"ratio {ratio:g} does not divide segments of {c.segment} tokens: {tokens} "
@@ -255,7 +294,10 @@ class LatentWire:
         header, _ = read_header(data, name)
         check_origin(header.origin, self.origin, name)
         wire, header, _ = unpack(data, self.centre, name)
-        return Message(wire, self.origin, header.ratio, header.segment, self.centre, header.form)
+        return Message(
+            wire, self.origin, header.ratio, header.segment, self.centre, header.form,
+            header.private,
+        )  # fmt: skip
 
     def open(self, path: str | Path) -> Message:
         """Reads a file of `Message.save`.
@@ -279,7 +321,7 @@ class LatentWire:
           WireError: another encoder's latents.
           DataError: questions and texts that cannot be paired.
         """
-        wire, _, _ = self._opened(wire)
+        wire, latents = self._opened(wire)
         b = wire.z.shape[0]
         questions = [questions] * b if isinstance(questions, str) else list(questions)
         if b == 1 and len(questions) > 1:
@@ -290,37 +332,51 @@ class LatentWire:
                 f"{len(questions)} questions about {b} texts: give one question per text, one for "
                 "all, or several about a single text"
             )
-        rows = [self.builder.prompt_ids(q) for q in questions]
-        prompt = pad_rows(rows, max(map(len, rows)), self.builder.pad_id, left=True)
-        ids, lengths = self._decode(wire, "answer", prompt, max_new_tokens, self.builder.stop_ids)
-        return [self.builder.text(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+        builder = self._builder
+        rows = [builder.prompt_ids(q) for q in questions]
+        prompt = pad_rows(rows, max(map(len, rows)), builder.pad_id, left=True)
+        ids, lengths = self._decode(latents, wire, "answer", prompt, max_new_tokens)
+        return [builder.text(row[:n]) for row, n in zip(ids, lengths, strict=True)]
 
     def rebuild_ids(self, wire: Message | Wire) -> list[list[int]]:
-        """Greedy reconstructions as token ids: as many as each text had."""
-        wire, ratio, segment = self._opened(wire)
-        parts = split_segments(wire, segment, ratio)
+        """Greedy reconstructions as token ids: as many as each text had, or as many as another
+        reader takes to say it.
+        """
+        wire, latents = self._opened(wire)
+        c, builder = latents.module.config, self._builder
+        parts = split_segments(wire, c.segment, c.ratio, sum(c.private_slots.values()))
         b, n = len(wire.z), len(parts.z) // len(wire.z)
         # Where no embedding was trained to ask for the text, words do.
-        asking = [] if "reconstruct" in self.tasks else self.backbone.tokenizer.encode(AGAIN)
-        prompt = pad_rows([asking] * (b * n), len(asking), self.builder.pad_id)
-        lengths = np.asarray(parts.length)
-        ids, _ = self._decode(parts, "reconstruct", prompt, int(lengths.max()), ())
-        rows = [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+        asking = [] if "reconstruct" in self.tasks else builder.tokenizer.encode(AGAIN)
+        prompt = pad_rows([asking] * (b * n), len(asking), builder.pad_id)
+        lengths, stops = np.asarray(parts.length), ()
+        if self.by is not None:
+            lengths = np.array([room(self.by.config, k) if k else 0 for k in lengths.tolist()])
+            stops = builder.tokenizer.stop_ids
+        ids, said = self._decode(latents, parts, "reconstruct", prompt, int(lengths.max()), stops)
+        rows = [row[: min(k, m)].tolist() for row, k, m in zip(ids, lengths, said, strict=True)]
         return [sum(rows[i * n : (i + 1) * n], []) for i in range(b)]
 
     def reconstruct(self, wire: Message | Wire) -> list[str]:
         """Greedy reconstructions as text."""
-        return [self.backbone.tokenizer.decode(ids) for ids in self.rebuild_ids(wire)]
+        return [self._builder.tokenizer.decode(ids) for ids in self.rebuild_ids(wire)]
 
-    def _opened(self, wire: Message | Wire) -> tuple[Wire, float, int]:
-        """Bare latents with the ratio and segment they were made with."""
+    @property
+    def _builder(self) -> PromptBuilder:
+        return self.builder if self.by is None else self.by.builder
+
+    def _opened(self, wire: Message | Wire) -> tuple[Wire, Any]:
+        """Bare latents, and the compressor at the ratio and segment that they were made with."""
         if isinstance(wire, Wire):
-            return wire, self.config.ratio, self.config.segment
+            return wire, self.latents
         check_origin(wire.origin, self.origin, "these latents")
-        return wire.wire, wire.ratio, wire.segment
+        c = dataclasses.replace(self.config, ratio=wire.ratio, segment=wire.segment)
+        return wire.wire, dataclasses.replace(self, config=c).latents
 
-    def _decode(self, wire, task, prompt, max_new_tokens, stop_ids):
-        latents, reader = self.latents, self.backbone
+    def _decode(self, latents, wire, task, prompt, max_new_tokens, stop_ids=None):
+        reader, stop_ids = self.backbone, self._builder.stop_ids if stop_ids is None else stop_ids
+        if self.by is not None:
+            reader, latents = self.by.backbone, self.by.latents(latents)
         given = _given(reader.decoder, latents, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)

@@ -41,6 +41,7 @@ class Stored:
       record: how it came to be (config, data, seed, curves, results); empty for a bare run.
       prompt: how questions are put to its reader.
       centre: mean latent of its training texts, which integer wires take off; None for a bare run.
+      readers: of each further reader, the sha256 of the LLM that its adapter was trained for.
     """
 
     config: ModelConfig
@@ -50,6 +51,7 @@ class Stored:
     record: dict[str, Any]
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     centre: np.ndarray | None = None
+    readers: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def packaged() -> list[str]:
@@ -72,6 +74,7 @@ def save_compressor(
     tasks: Sequence[str],
     record: Mapping[str, Any],
     prompt: PromptConfig | None = None,
+    readers: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
 
@@ -91,6 +94,7 @@ def save_compressor(
         "model": json.dumps(to_dict(dataclasses.replace(config, start=None))),
         "backbone": json.dumps({"name": backbone.name, "sha256": backbone.sha256}),
         "prompt": json.dumps(to_dict(prompt or PromptConfig())),
+        "readers": json.dumps(dict(readers or {})),
     }
     write_bytes(out / WEIGHTS, serialise(flat, metadata))
     write_json(out / "record.json", dict(record))
@@ -227,6 +231,7 @@ def _read_file(directory: Path) -> Stored:
         json.loads(record.read_text()) if record.exists() else {},
         parse(PromptConfig, json.loads(meta.get("prompt", "{}")), f"{path}: prompt"),
         centre,
+        json.loads(meta.get("readers", "{}")),
     )
 
 

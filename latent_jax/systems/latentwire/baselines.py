@@ -160,6 +160,12 @@ def encode(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
     return latents.compress(ids, mask)
 
 
+@jax.jit
+def received(latents: Compressed, wire: Any) -> Bool[Array, "b m"]:
+    """Which latents of a wire its reader is given: not those that are private to others."""
+    return latents.prefix(wire).mask
+
+
 @functools.partial(jax.jit, static_argnames=("arm", "decoder"))
 def latent_given(
     arm: str, decoder: Decoder, params: Any, latents: Compressed, wire: Any,

@@ -11,7 +11,7 @@ from latent_jax.systems.latentwire import diagnose
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.baselines import span_means
 from latent_jax.systems.latentwire.given import prefill
-from latent_jax.systems.latentwire.model import Wire
+from latent_jax.systems.latentwire.model import Wire, num_latents
 from latent_jax.systems.latentwire.pool import spans
 
 
@@ -34,10 +34,12 @@ def beside_text(
       ``span_mean_cosine``, to the mean of each latent's span.
     """
     prefix = wire.latents.prefix(z)
-    real, params, ratio = np.asarray(z.mask), wire.backbone.params, wire.config.ratio
+    params, ratio = wire.backbone.params, wire.config.ratio
+    spans_of = num_latents(ids.shape[1], ratio)  # private latents stand for no span
+    real = np.asarray(prefix.mask)[:, :spans_of]
     if prefix.kv is None:
         table = np.asarray(params["embed"], np.float32)
-        shown = np.asarray(prefix.embeds, np.float32)[real]
+        shown = np.asarray(prefix.embeds, np.float32)[:, :spans_of][real]
         means = span_means(wire.backbone.decoder, params, ids, mask, ratio).embeds
         return {
             "norm_ratio": diagnose.norm_ratio(shown, table),
@@ -49,7 +51,7 @@ def beside_text(
     cut = spans(cache, ratio)
     means = _rows(KV(cut.k, cut.v * cut.mask[None, :, :, None, None], cut.mask)).sum(1)
     means = means / np.maximum(np.asarray(cut.mask).sum(1), 1)[:, None]
-    shown, text = _rows(prefix.kv)[real], _rows(cache)[np.asarray(mask)]
+    shown, text = _rows(prefix.kv)[:, :spans_of][real], _rows(cache)[np.asarray(mask)]
     return {
         "value_ratio": diagnose.norm_ratio(shown, text),
         "span_mean_cosine": _cosine(shown, means[real.reshape(-1)]),

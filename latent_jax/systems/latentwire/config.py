@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,8 @@ from latent_jax.train.curriculum import ScheduleConfig
 TASKS = ("reconstruct", "continue", "answer", "recall")
 # Tasks that the reader can do from the text itself, and teach.
 TAUGHT = ("answer", "recall")
+#: The reader that is also the encoder's body.
+MAIN = "main"
 # What a phase's `data` may be: the mixture, or questions on raw texts (for the prompt).
 PHASES = ("main", "prompt")
 
@@ -99,6 +102,31 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
+class ReaderConfig:
+    """Another frozen LLM that reads the same wire through an adapter of its own."""
+
+    name: str = field(
+        help="smollm2, gemma3, tiny, a directory, a .gguf or .bin file ($VARIABLES are filled in), "
+        "or a hub id"
+    )
+    kind: Literal["kv", "soft"] = field(
+        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
+    )
+    hidden: int = field(
+        default=0, ge=0, help="width of the adapter's residual layer; 0: it is linear"
+    )
+    private: int = field(
+        default=0, ge=0, help="latents per segment that only this reader is given"
+    )
+    tokens: float = field(
+        default=2.0, gt=0, help="room for its own tokens, per token of the encoder's"
+    )
+    prompt: PromptConfig | None = field(
+        default=None, help="how questions are put to it; none: as to the main reader"
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Encoder, wire and adapter."""
 
@@ -116,6 +144,12 @@ class ModelConfig:
         help="learned soft tokens between a text, or its latents, and a question about it; 0: the "
         "one vector that names the task",
     )  # fmt: skip
+    private: int = field(
+        default=0, ge=0, help="latents per segment that only the main reader is given"
+    )
+    readers: dict[str, ReaderConfig] = field(
+        default_factory=dict, help="further readers of the same wire, by a short name"
+    )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
         default=None,
@@ -135,6 +169,27 @@ class ModelConfig:
                 f"model.ratio={self.ratio} leaves less than one latent per "
                 f"model.segment={self.segment}"
             )
+        for label in self.readers:
+            if label == MAIN or not re.fullmatch(r"[a-z][a-z0-9_]*", label):
+                raise ConfigError(
+                    f"model.readers: {label!r} is no short name: small letters, digits and _, and "
+                    f"not {MAIN}, which is the encoder's own"
+                )
+        unable = self.encoder.slots == "pooled" or self.encoder.lora_on == "all"
+        if unable and (found := [n for n, p in self.private_slots.items() if p]):
+            raise ConfigError(
+                f"model: private latents ({', '.join(found)}) are memory slots over the whole "
+                "segment: they need encoder.slots=memory or both, with encoder.lora_on=memory"
+            )
+
+    def __hash__(self) -> int:
+        # A dict has none, and modules that hold this are static in what is compiled.
+        return hash((*self.readers.items(), *(v for k, v in vars(self).items() if k != "readers")))
+
+    @property
+    def private_slots(self) -> dict[str, int]:
+        """Private latents per segment of each reader, in the order in which they are sent."""
+        return {MAIN: self.private, **{name: r.private for name, r in self.readers.items()}}
 
 
 @dataclass(frozen=True)
@@ -173,6 +228,12 @@ class DataConfig:
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruct": 1.0},
         help=f"share of batches per task: {', '.join(TASKS)}",
+    )
+    read_by: tuple[str, ...] = field(
+        default=(), help=f"readers that are trained: {MAIN}, names of model.readers; none: all"
+    )
+    turns: Literal["summed", "alternating"] = field(
+        default="summed", help="every batch is read by all of them, or each by one in turn"
     )
 
     def validate(self) -> None:
@@ -288,6 +349,15 @@ class LatentWireRun(RunBase):
                 f"losses.distil_*: give data.mix a share of {' or '.join(TAUGHT)}, in which the "
                 "reader on the text teaches"
             )
+        if unknown := sorted(set(self.data.read_by) - {MAIN, *self.model.readers}):
+            raise ConfigError(
+                f"data.read_by: no reader {', '.join(unknown)}; there are: "
+                f"{', '.join([MAIN, *self.model.readers])}"
+            )
+        if self.losses.distils and MAIN not in self.read_by:
+            raise ConfigError(
+                f"losses.distil_*: only the main reader is a teacher: put {MAIN} into data.read_by"
+            )
         segment = self.model.segment
         for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)
@@ -303,3 +373,11 @@ class LatentWireRun(RunBase):
                 f"model.ratio={self.model.ratio} is above the shortest text, {shortest} tokens: "
                 "it would be shorter than the span of one latent"
             )
+
+    @property
+    def read_by(self) -> tuple[str, ...]:
+        """The readers that are trained, the main one first."""
+        return tuple(
+            name for name in (MAIN, *self.model.readers)
+            if not self.data.read_by or name in self.data.read_by
+        )  # fmt: skip

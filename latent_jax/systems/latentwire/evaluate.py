@@ -26,6 +26,7 @@ from latent_jax.systems.latentwire.scoring import (
     batch_widths,
     batches,
     common_lead,
+    context_width,
     decode,
     score_answers,
     task_embedding,
@@ -38,10 +39,11 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tokenised question."""
+    """One tokenised question; ``source`` is its context in the encoder's tokens."""
 
     example: QAExample
     context: list[int]
+    source: list[int]
     prompt: list[int]
     gold: list[int]
 
@@ -70,25 +72,36 @@ def check_arms(arms: Sequence[str], tuned: Sequence[str] = (), prompt_tokens: in
 
 
 def prepare(
-    builder: PromptBuilder, examples: Sequence[QAExample], max_context: int
+    builder: PromptBuilder,
+    examples: Sequence[QAExample],
+    max_context: int,
+    source: PromptBuilder | None = None,
 ) -> tuple[list[Row], int]:
     """Tokenises examples and leaves out those whose passage is longer than ``max_context``.
 
     They are left out and counted, not cut: a cut passage may have lost the answer.
 
+    Args:
+      builder: of the reader.
+      examples: questions.
+      max_context: longest passage, in the encoder's tokens.
+      source: of the encoder, if that is another LLM than the reader.
+
     Raises:
       DataError: no example is left.
     """
     contexts = {text: builder.context_ids(text) for text in {e.context for e in examples}}
+    sources = contexts if source is None else {t: source.context_ids(t) for t in contexts}
     rows = [
         Row(
             e,
             contexts[e.context],
+            sources[e.context],
             builder.prompt_ids(e.question),
             builder.answer_ids(e.answers[0], stop=False),
         )
         for e in examples
-        if 0 < len(contexts[e.context]) <= max_context
+        if 0 < len(sources[e.context]) <= max_context
     ]
     if not rows:
         raise DataError(f"no question's passage fits {max_context} tokens: raise data.max_context")
@@ -149,6 +162,7 @@ def evaluate_qa(
     score: bool = True,
     sink: int | None = None,
     cramming_steps: int = 200,
+    source: PromptBuilder | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -161,7 +175,8 @@ def evaluate_qa(
         with ``_prompted`` for those that borrow the compressor's.
       builder: the one prompt builder of training and evaluation.
       ratio: context tokens per latent, and per slot of the budgeted arms.
-      max_context: longest passage in tokens; questions on longer ones are left out and counted.
+      max_context: longest passage in (the encoder's) tokens; questions on longer ones are left out
+        and counted.
       max_new_tokens: longest answer in tokens.
       batch_size: rows at once.
       segment: contexts are padded to multiples of this (the compressor's segment).
@@ -191,7 +206,7 @@ def evaluate_qa(
         raise ConfigError(
             f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)"
         )
-    rows, dropped = prepare(builder, examples, max_context)
+    rows, dropped = prepare(builder, examples, max_context, source)
     partner = partners(rows, seed) if "shuffled" in arms else None
     widths = (
         bucket(max(len(r.prompt) for r in rows), 8),
@@ -203,6 +218,7 @@ def evaluate_qa(
     plan = list(batches([len(r.context) for r in rows], batch_size))
     lengths = [max(len(rows[i].context) for i in at) for at in plan]
     context_widths = batch_widths(lengths, segment)
+    source_width = context_width(max(len(r.source) for r in rows), segment)
     size = reader.config.hidden_size
     leads = {a: tuned[a.removesuffix(TUNED)] for a in arms if a.endswith(TUNED)}
     leads |= {a: own_prompt[0] for a in arms if a.endswith(PROMPTED)}
@@ -220,6 +236,11 @@ def evaluate_qa(
             width = max(width, wide)
             return pad_rows([rows[i].context for i in which], width, builder.pad_id)
 
+        def sources(which):
+            if source is None:
+                return texts(which)
+            return pad_rows([rows[i].source for i in which], source_width, source.pad_id)
+
         prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
@@ -228,7 +249,7 @@ def evaluate_qa(
             cache = prefill(reader.decoder, reader.params, *own, first)
         from_wire = {"latent", "cramming", "scrambled", "zero", baselines.REBUILT}
         if bases & from_wire and latents is not None:
-            wire = baselines.encode(latents, *own)
+            wire = baselines.encode(latents, *sources(at))
         if baselines.REBUILT in bases:
             again = rebuild(reader, latents, wire, segment, ratio, rebuild_task)
         for arm in arms:
@@ -236,6 +257,8 @@ def evaluate_qa(
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
             if base == "shuffled":
                 shown, sent = texts(partner[at]), None
+                if source is not None:
+                    sent = baselines.encode(latents, *sources(partner[at]))
             elif base == "cramming":
                 sent = cram(reader.decoder, reader.params, latents, wire, *own, cramming_steps)
             elif base == baselines.REBUILT:
@@ -248,7 +271,7 @@ def evaluate_qa(
             )  # fmt: skip
             if base == "latent":
                 tokens += int(own[1][:real].sum())
-                slots += int(np.asarray(wire.mask)[:real].sum())
+                slots += int(np.asarray(baselines.received(latents, wire))[:real].sum())
             if given.embeds is None:
                 held = 0 if given.kv is None else given.kv.mask.shape[1]
                 places = max(wide + (sink is not None), held)

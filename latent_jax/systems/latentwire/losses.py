@@ -25,6 +25,8 @@ from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
+from latent_jax.systems.latentwire.readers import Reader
+from latent_jax.systems.latentwire.transcribe import field, room
 
 
 class Forced(NamedTuple):
@@ -122,46 +124,59 @@ def batch_terms(
     model: Compressor,
     config: LatentWireRun,
     params: Any,
-    reader: Any,
+    frozen: Mapping[str, Any],
     batch: Mapping[str, Any],
     key: jax.Array | None,
+    readers: Mapping[str, Reader] | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any], dict[str, Any]]:
     """Cross-entropy of the supervised tokens per task (nats), what is distilled, and what the
-    guards watch.
+    guards watch; of further readers as ``<term>.<reader>``.
 
     Args:
       model: compressor and adapter.
       config: the run.
       params: what is trained.
-      reader: the frozen LLM's parameters.
+      frozen: parameters of the LLMs, ``reader`` and ``readers/<name>``.
       batch: of `recipe.train_stream`.
       key: of the randomised inputs; None leaves them as they are.
+      readers: further readers by name; those read the batch whose inputs are in it.
 
     Returns:
       As `latent_jax.train.protocol.System.loss_terms`.
     """
+    apply = functools.partial(model.apply, {"params": params})
+    terms, aux, wire = {}, {}, None
+    if "raw" not in batch:
+        wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
+        aux["latent_cosine"] = cosine_between(model, wire)
+    if "inputs" in batch:
+        found = _main_terms(model, config, params, frozen["reader"], batch, key, wire)
+        terms, aux = terms | found[0], aux | found[1]
+    for label, reader in (readers or {}).items():
+        if field(label, "inputs") in batch:
+            own = params["readers"][label], frozen["readers"][label]
+            found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire)
+            for out, new in zip((terms, aux), found, strict=True):
+                out |= {f"{name}.{label}": value for name, value in new.items()}
+    return terms, {}, aux
+
+
+def _main_terms(model, config, params, reader, batch, key, wire):
+    """Terms and aux of the reader that is the encoder's own LLM; without a wire on raw text."""
     body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
     apply = functools.partial(model.apply, {"params": params})
-    asked, raw = "asked" in batch, "raw" in batch
-    task, targets, inputs = batch["task"], batch["inputs"], batch["inputs"]
-    if key is not None and losses.corrupt and not asked:
-        noisy = corrupt_tokens(key, inputs, losses.corrupt, model.reader.vocab_size)
-        inputs = jnp.where((task == TASKS.index("reconstruct"))[:, None], noisy, inputs)
+    asked, task, targets = "asked" in batch, batch["task"], batch["inputs"]
+    inputs = _corrupted(key, batch, targets, losses, model.reader.vocab_size)
     lead = apply(task, asked, method="lead")
     real, supervised = batch["inputs_mask"], batch["supervised"]
     text = functools.partial(
         raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
     )
+    prefix = text() if wire is None else apply(wire, reader["embed"].dtype, method="prefix")
     aux, terms = {}, {}
-    if raw:
-        prefix = text()
-    else:
-        wire = apply(reader, batch["context"], batch["context_mask"], method="compress")
-        prefix = apply(wire, reader["embed"].dtype, method="prefix")
-        aux["latent_cosine"] = cosine_between(model, wire)
     own = forced(body, reader, prefix, lead, inputs, real)
     hidden, teacher = own.hidden, None
-    if losses.distils and not raw and (asked or "recalled" in batch):
+    if losses.distils and wire is not None and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
         terms["distil_states"] = unexplained(own.states, teacher.states, real)
     full = None if teacher is None else teacher.hidden
@@ -178,12 +193,44 @@ def batch_terms(
         terms["distil_logits"] = Mean(jnp.sum(found.kl * weight), weight.sum())
         aux["teacher_nll"] = Mean(jnp.sum(found.full_nll * weight), weight.sum())
         aux["teacher_accuracy"] = Mean(jnp.sum(found.full_hit * weight), weight.sum())
+    by_task = _by_task(config, task, nll, hit, supervised)
+    return terms | by_task[0], aux | by_task[1]
+
+
+def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
+    """Terms and aux of a further reader."""
+    body, adapter = Decoder(reader.backbone.config, remat=remat), reader.adapter
+    mine = functools.partial(field, reader.label)
+    asked, task, targets = "asked" in batch, batch["task"], batch[mine("inputs")]
+    real, supervised = batch[mine("inputs_mask")], batch[mine("supervised")]
+    inputs = _corrupted(key, batch, targets, config.losses, reader.backbone.config.vocab_size)
+    apply = functools.partial(adapter.apply, {"params": params})
+    prefix = apply(wire, frozen["embed"].dtype, method="prefix")
+    lead = apply(task, asked, method="lead")
+    hidden = forced(body, frozen, prefix, lead, inputs, real).hidden
+    if asked:
+        width = room(reader.config, config.data.max_answer)
+        supervised, targets, hidden = _last(supervised, width, supervised, targets, hidden)[1:]
+    nll, hit = token_cross_entropy(body, frozen, hidden, targets, config.losses.chunk)
+    return _by_task(config, task, nll, hit, supervised)
+
+
+def _corrupted(key, batch, inputs, losses, vocabulary):
+    """Teacher-forced inputs of reconstructions with a share of random tokens."""
+    if key is None or not losses.corrupt or "asked" in batch:
+        return inputs
+    noisy = corrupt_tokens(key, inputs, losses.corrupt, vocabulary)
+    return jnp.where((batch["task"] == TASKS.index("reconstruct"))[:, None], noisy, inputs)
+
+
+def _by_task(config, task, nll, hit, supervised) -> tuple[dict[str, Mean], dict[str, Mean]]:
+    """Terms and accuracies of every task, and of first tokens."""
     supervised = supervised.astype(jnp.float32)
     first = supervised * (jnp.cumsum(supervised, axis=1) == 1)
-    terms["first_token"] = Mean(jnp.sum(nll * first), jnp.sum(first))
+    terms, aux = {"first_token": Mean(jnp.sum(nll * first), jnp.sum(first))}, {}
     for number, name in enumerate(TASKS):
         if config.data.mix.get(name):
             mask = supervised * (task == number)[:, None]
             terms[name] = Mean(jnp.sum(nll * mask), jnp.sum(mask))
             aux[f"{name}_accuracy"] = Mean(jnp.sum(hit * mask), jnp.sum(mask))
-    return terms, {}, aux
+    return terms, aux

@@ -25,6 +25,7 @@ class Message:
       segment: tokens that were compressed at once.
       centre: the compressor's centre, which integer formats take off before rounding.
       bits: number format in which they came, ``fp32`` if they never travelled.
+      private: latents of each segment that only single readers are given.
     """
 
     wire: Wire = dataclasses.field(repr=False)
@@ -33,6 +34,7 @@ class Message:
     segment: int
     centre: Float[np.ndarray, " z"] | None = dataclasses.field(default=None, repr=False)
     bits: str = "fp32"
+    private: int = 0
 
     @property
     def z(self) -> Float[Array, "b m z"]:
@@ -96,5 +98,6 @@ class Message:
 
     def _packed(self, bits: str) -> tuple[bytes, files.Bytes]:
         return files.pack(
-            self.wire, self.origin, self.ratio, self.segment, bits, centre=self.centre
-        )
+            self.wire, self.origin, self.ratio, self.segment, bits, centre=self.centre,
+            private=self.private,
+        )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
@@ -21,7 +22,7 @@ from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_fre
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
-from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.pool import KVPool, spans
 
 
@@ -60,13 +61,38 @@ def num_latents(tokens: int, ratio: float) -> int:
     return math.ceil(tokens / ratio - 1e-9)
 
 
-def split_segments(wire: Wire, segment: int, ratio: float) -> Wire:
+def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:
+    """What one reader is given of a wire: the latents that all share, and its private ones.
+
+    Every segment is laid out as ``[shared | private of each reader in turn]``.
+    """
+    layout = config.private_slots
+    if not any(layout.values()):
+        return wire
+    private, before = sum(layout.values()), 0
+    for name, own in layout.items():
+        if name == reader:
+            break
+        before += own
+    total = wire.z.shape[1]
+    n = max(1, total // (num_latents(config.segment, config.ratio) + private))
+    each = total // n
+    shared = each - private
+    kept = np.r_[:shared, shared + before : shared + before + own]
+    at = (np.arange(n)[:, None] * each + kept).reshape(-1)
+    return Wire(wire.z[:, at], wire.mask[:, at], wire.positions[:, at], wire.length)
+
+
+def split_segments(wire: Wire, segment: int, ratio: float, private: int = 0) -> Wire:
     """One row per segment of each text, ``[b n …]``, at the positions it was compressed at.
 
     Segments were compressed alone, so each is rebuilt alone.
+
+    Args:
+      private: latents of a segment beside those of its spans, of all readers together.
     """
     b, total, _ = wire.z.shape
-    n = max(1, total // num_latents(segment, ratio))
+    n = max(1, total // (num_latents(segment, ratio) + private))
     start = jnp.arange(n) * segment
     return Wire(
         wire.z.reshape(b * n, total // n, -1),
@@ -120,6 +146,8 @@ class Compressor(nn.Module):
         scale = nn.initializers.normal(0.02)
         if c.encoder.slots != "pooled":
             self.memory = self.param("memory", scale, (r.hidden_size,))
+        if private := sum(c.private_slots.values()):
+            self.private = self.param("private", scale, (private, r.hidden_size))
         self.tasks = self.param("tasks", scale, (len(TASKS), r.hidden_size))
         if c.prompt_tokens:
             self.prompt = self.param("prompt", scale, (c.prompt_tokens, r.hidden_size))
@@ -158,9 +186,31 @@ class Compressor(nn.Module):
             kv, hidden = self._untouched(
                 frozen, jax.lax.stop_gradient(run.kv), text, valid, positions, sink
             )
+            if any(c.private_slots.values()):
+                cache = behind(sink, jax.lax.stop_gradient(run.kv))
+                own, there, where = self._private(frozen, cache, text, mask)
+                kv = KV(
+                    jnp.concatenate([kv.k, own.kv.k], axis=2),
+                    jnp.concatenate([kv.v, own.kv.v], axis=2),
+                    jnp.concatenate([valid, there], axis=1),
+                )
+                if hidden is not None:
+                    hidden = jnp.concatenate([hidden, own.hidden], 1)
+                valid, positions = kv.mask, jnp.concatenate([positions, where], 1)
         if c.encoder.output == "kv":
             return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
         return hidden, valid, positions
+
+    def _private(self, frozen, cache: KV, text, mask):
+        """Slots of single readers, which see all of the segment, spread evenly over it."""
+        p, length = len(self.private), mask.sum(-1, keepdims=True)
+        where = jnp.floor((jnp.arange(p) + 0.5) * length / p).astype(jnp.int32)
+        there = jnp.broadcast_to(length > 0, where.shape)
+        slots = jnp.broadcast_to(self.private, (len(mask), *self.private.shape)).astype(text.dtype)
+        lora = self.lora() if self.config.encoder.lora_rank else None
+        seen = jnp.broadcast_to(there[:, None, :], (*where.shape, p))
+        out = self.body.apply({"params": frozen}, slots, where, there, seen, cache, lora)
+        return out, there, where
 
     def _memory(self, text, mask, m) -> Float[Array, "b m d"]:
         """Inputs of memory slots: the mean embedding of the span, on the embedding manifold and
@@ -242,6 +292,7 @@ class Compressor(nn.Module):
     def prefix(self, wire: Wire, dtype=jnp.float32) -> Prefix:
         """Wire → what the reader gets."""
         c, r = self.config, self.reader
+        wire = own_slots(wire, c)
         z = wire.z
         if c.wire.d_z is not None:
             z = (z @ self.up) * self.out_scale + self.out_mean

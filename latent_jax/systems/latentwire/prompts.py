@@ -80,6 +80,10 @@ class PromptBuilder:
             self.stop_id = tokenizer.eos_id
         else:
             raise ConfigError("prompt.stop: this tokenizer has no EOS token; use newline")
+        # SentencePiece puts a space before every text by itself: an answer must not bring another.
+        piece = getattr(tokenizer, "id_to_token", None)
+        start = tokenizer.encode("a")[:1]
+        self._adds_space = piece is not None and (piece(start[0]) or "").startswith("▁")
         #: Ids at which generation ends. Text is cut at the first newline as well (`text`).
         self.stop_ids = tuple(
             sorted({self.stop_id, *(() if tokenizer.eos_id is None else (tokenizer.eos_id,))})
@@ -118,7 +122,9 @@ class PromptBuilder:
 
     def answer_ids(self, answer: str, stop: bool = True) -> list[int]:
         """Tokens of an answer, with the stop token unless ``stop=False``."""
-        return self.tokenizer.encode(self.answer_text(answer)) + ([self.stop_id] if stop else [])
+        text = self.answer_text(answer)
+        ids = self.tokenizer.encode(text[1:] if self._adds_space and text[:1] == " " else text)
+        return ids + ([self.stop_id] if stop else [])
 
     def supervised(self, question: str, answer: str) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one training example, checked against the joint tokenisation.
@@ -135,7 +141,7 @@ class PromptBuilder:
         """Asserts that the first gold token after the anchor is the supervised one."""
         text = self.prompt_text(question)
         alone = self.tokenizer.encode(text)
-        first = self.tokenizer.encode(self.answer_text(answer))[:1]
+        first = self.answer_ids(answer, stop=False)[:1]
         joint = self.tokenizer.encode(text + self.answer_text(answer))
         if not first or joint[: len(alone)] != alone or joint[len(alone) : len(alone) + 1] != first:
             raise DataError(

@@ -9,7 +9,7 @@ shape.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +18,10 @@ import numpy as np
 from latent_jax import data
 from latent_jax.core.errors import DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire.config import MAIN, TASKS, LatentWireRun
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.readers import Reader
+from latent_jax.systems.latentwire.transcribe import FED, asked, fed, field, retold, room
 from latent_jax.train.protocol import BatchSpec
 
 
@@ -67,15 +69,25 @@ def _record(
     context: Sequence[int], inputs: Sequence[int], supervised: int
 ) -> dict[str, np.ndarray]:
     """One example; its last ``supervised`` inputs are what the reader must predict."""
-    mask = np.zeros(len(inputs), bool)
-    mask[len(inputs) - supervised :] = True
     return {
         "context": np.asarray(context, np.int32),
         "context_mask": np.ones(len(context), bool),
-        "inputs": np.asarray(inputs, np.int32),
-        "inputs_mask": np.ones(len(inputs), bool),
-        "supervised": mask,
+        **fed(inputs, supervised),
     }
+
+
+def _retold(get, task: str, tokenizer, readers: Sequence[Reader]):
+    """Text records with the parts of further readers."""
+
+    def both(i: int):
+        record = get(i)
+        inputs, supervised = record["inputs"], int(record["supervised"].sum())
+        for reader in readers:
+            stop = task == "reconstruct"
+            record |= retold(tokenizer, reader, inputs, supervised, stop)
+        return record
+
+    return both if readers else get
 
 
 def _text_records(config: LatentWireRun, tokenizer, task: str, length: int):
@@ -113,20 +125,26 @@ def _recall_records(config: LatentWireRun, tokenizer):
     return get, len(windows)
 
 
-def _answer_records(config: LatentWireRun, builder: PromptBuilder):
+def _answer_records(config: LatentWireRun, builder: PromptBuilder, readers: Sequence[Reader]):
     d = config.data
     examples, contexts = questions(config, builder, "train", d.questions)
     rows = []
     for example, context in zip(examples, contexts, strict=True):
         prompt, gold = builder.supervised(example.question, example.answers[0])
-        if len(prompt) + len(gold) <= d.max_prompt and len(gold) <= d.max_answer:
-            rows.append((context, prompt + gold, len(gold)))
+        others = [asked(r, example.question, example.answers[0], d) for r in readers]
+        if None in others or len(prompt) + len(gold) > d.max_prompt or len(gold) > d.max_answer:
+            continue
+        row = _record(context, prompt + gold, len(gold))
+        for other in others:
+            row |= other
+        rows.append(row)
     if not rows:
         raise DataError(
             f"data.qa={d.qa}: no question with its answer fits data.max_prompt={d.max_prompt} and "
             f"data.max_answer={d.max_answer} tokens"
+            + ("".join(f", and the room that {r.label} has" for r in readers))
         )
-    return (lambda i: _record(*rows[i])), len(rows)
+    return rows.__getitem__, len(rows)
 
 
 def _bucket(n: int, segment: int) -> int:
@@ -143,7 +161,8 @@ class Kind(NamedTuple):
       rows: examples of a batch.
       length: of the texts, tokens.
       context: static length that they are padded to.
-      inputs: static length of what the reader is fed.
+      inputs: static length of what the main reader is fed.
+      readers: who reads the batches.
     """
 
     task: str
@@ -152,6 +171,7 @@ class Kind(NamedTuple):
     length: int
     context: int
     inputs: int
+    readers: tuple[str, ...] = (MAIN,)
 
 
 def kinds(config: LatentWireRun, phase: str = "main") -> dict[str, Kind]:
@@ -164,9 +184,17 @@ def kinds(config: LatentWireRun, phase: str = "main") -> dict[str, Kind]:
     mix = d.mix if phase == "main" else {"answer": 1.0}
     found: dict[str, Kind] = {}
 
+    together = config.read_by if phase == "main" else (MAIN,)
+    turns = [together]
+    if d.turns == "alternating" and len(together) > 1:
+        turns = [(reader,) for reader in together]
+
     def add(name, task, share, rows, length, inputs):
         context = _bucket(length, config.model.segment)
-        found[name] = Kind(task, share, rows, length, context, inputs)
+        for readers in turns:
+            key = name if len(turns) == 1 else f"{name}-{readers[0]}"
+            part = share / len(turns)
+            found[key] = Kind(task, part, rows, length, context, inputs, readers)
 
     for task in TASKS:
         share = mix.get(task)
@@ -191,15 +219,25 @@ def _marks(task: str, phase: str) -> tuple[str, ...]:
     return own if phase == "main" else (*own, "raw")
 
 
+def _widths(config: LatentWireRun, kind: Kind) -> dict[str, int]:
+    """Static width of every array of a batch."""
+    widths = {"context": kind.context, "context_mask": kind.context}
+    for reader in kind.readers:
+        width = kind.inputs
+        if reader != MAIN:
+            width = room(config.model.readers[reader], width)
+        widths |= {field(reader, name): width for name in FED}
+    return widths
+
+
 def batch_specs(config: LatentWireRun, phase: str = "main") -> tuple[BatchSpec, ...]:
     """Shapes of the batches of `train_stream`, from the configuration alone."""
     specs = []
     for name, kind in kinds(config, phase).items():
         sizes = {
-            "context": (kind.context, np.int32), "context_mask": (kind.context, bool),
-            "inputs": (kind.inputs, np.int32), "inputs_mask": (kind.inputs, bool),
-            "supervised": (kind.inputs, bool),
-        }  # fmt: skip
+            name: (width, bool if name.endswith(("mask", "supervised")) else np.int32)
+            for name, width in _widths(config, kind).items()
+        }
         arrays = {
             field: jax.ShapeDtypeStruct((kind.rows, size), dtype)
             for field, (size, dtype) in sizes.items()
@@ -212,32 +250,33 @@ def batch_specs(config: LatentWireRun, phase: str = "main") -> tuple[BatchSpec, 
 
 
 def train_stream(
-    config: LatentWireRun, tokenizer, builder: PromptBuilder, phase: str = "main"
-):
+    config: LatentWireRun, tokenizer, builder: PromptBuilder, phase: str = "main",
+    readers: Mapping[str, Reader] | None = None,
+):  # fmt: skip
     """The endless, resumable mixture of `kinds`.
 
     Batches of questions carry ``asked``, of recall ``recalled``. In the phase ``prompt`` there are
-    only questions, which carry ``raw`` as well: they are about the text, not its latents.
+    only questions, which carry ``raw`` as well: they are about the text, not its latents. For each
+    of ``readers`` that reads a batch there is ``<reader>.inputs`` and so on beside ``inputs``.
     """
     streams, shares = {}, {}
     for name, kind in kinds(config, phase).items():
+        others = [(readers or {})[r] for r in kind.readers if r != MAIN]
         if kind.task == "answer":
-            get, size = _answer_records(config, builder)
+            get, size = _answer_records(config, builder, others)
         elif kind.task == "recall":
             get, size = _recall_records(config, tokenizer)
         else:
             get, size = _text_records(config, tokenizer, kind.task, kind.length)
-        buckets = {
-            "context": kind.context, "context_mask": kind.context, "inputs": kind.inputs,
-            "inputs_mask": kind.inputs, "supervised": kind.inputs,
-        }  # fmt: skip
+        if kind.task != "answer":
+            get = _retold(get, kind.task, tokenizer, others)
         fields = {mark: np.True_ for mark in _marks(kind.task, phase)}
         shares[name] = kind.share
         streams[name] = data.pipeline(
-            _with(get, {"task": np.int32(TASKS.index(kind.task)), **fields}),
+            _with(get, {"task": np.int32(TASKS.index(kind.task)), **fields}, kind.readers),
             kind.rows,
             size=size,
-            buckets=buckets,
+            buckets=_widths(config, kind),
             seed=config.seed + len(streams),
             remainder="drop" if size >= kind.rows else "wrap",
             process_index=jax.process_index(),
@@ -246,5 +285,7 @@ def train_stream(
     return data.mix(streams, shares, seed=config.seed, task_field=None)
 
 
-def _with(get, fields):
-    return lambda i: {**get(i), **fields}
+def _with(get, fields, readers):
+    """Records with the marks of their kind, without the part of a main reader that has no turn."""
+    gone = () if MAIN in readers else FED
+    return lambda i: {k: v for k, v in {**get(i), **fields}.items() if k not in gone}

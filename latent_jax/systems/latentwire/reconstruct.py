@@ -40,6 +40,7 @@ def evaluate_ae(
     samples: int = 16,
     name: str = "ae",
     cramming_steps: int = 200,
+    said: Sequence[Sequence[int]] | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know them.
@@ -47,7 +48,7 @@ def evaluate_ae(
     Args:
       reader: the frozen LLM.
       latents: the trained compressor.
-      segments: tokens of the texts, all of one length.
+      segments: (the encoder's) tokens of the texts, all of one length.
       arms: of `baselines.LATENT_ARMS`.
       batch_size: rows at once.
       segment: the compressor's segment; longer texts are padded to a multiple of it.
@@ -56,6 +57,7 @@ def evaluate_ae(
       samples: texts returned for the report.
       name: prefix of the metrics.
       cramming_steps: of the arm ``cramming``.
+      said: the same texts in the reader's own tokens, if those are others than the encoder's.
       progress: called after every arm of every batch.
 
     Returns:
@@ -76,13 +78,16 @@ def evaluate_ae(
     width = length if length <= segment else -(-length // segment) * segment
     empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
     scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
-    rebuilt = {a: np.zeros((n, length), np.int32) for a in arms}
+    told = list(segments) if said is None else list(said)
+    longest = max(map(len, told))
+    rebuilt = {a: np.zeros((n, longest), np.int32) for a in arms}
     plan = list(batches([length] * n, batch_size))
     tokens = slots = done = 0
     for at in plan:
         real = len(dict.fromkeys(at.tolist()))
-        gold = segments[at], np.ones((len(at), length), bool)
-        ids, mask = pad_rows(gold[0], width)
+        gold = pad_rows([told[i] for i in at], longest)
+        ids, mask = pad_rows(segments[at], width)
+        shown = (ids, mask) if said is None else gold
         wire = baselines.encode(latents, ids, mask)
         for arm in arms:
             sent = wire
@@ -90,7 +95,7 @@ def evaluate_ae(
                 sent = _neighbours(latents, wire, segments, at, real, width)
             elif arm == "cramming":
                 sent = cram(
-                    reader.decoder, reader.params, latents, wire, ids, mask, cramming_steps
+                    reader.decoder, reader.params, latents, wire, *shown, cramming_steps
                 )
             given = baselines.build(
                 arm, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
@@ -98,28 +103,28 @@ def evaluate_ae(
             )  # fmt: skip
             lead = task_embedding(latents, arm, task, len(at))
             asked = Asked(given, *empty, lead)
-            guess, _ = decode(reader, asked, length, ())
+            guess, _ = decode(reader, asked, longest, ())
             forced = score_answers(reader.decoder, reader.params, asked, *gold)
             row = metrics.agreement(guess, *gold)
             row |= {k: np.asarray(forced[k]) for k in ("nll", "hit")}
             row["bleu"] = np.array(
-                [metrics.bleu(g, t) for g, t in zip(guess, gold[0], strict=True)]
+                [metrics.bleu(g[m], t[m]) for g, t, m in zip(guess, *gold, strict=True)]
             )
             for key, value in row.items():
                 scores[arm].setdefault(key, np.zeros(n))[at[:real]] = value[:real]
             rebuilt[arm][at[:real]] = guess[:real]
             if arm == "latent":
-                tokens += int(mask[:real].sum())
-                slots += int(np.asarray(wire.mask)[:real].sum())
+                tokens += int(gold[1][:real].sum())
+                slots += int(np.asarray(baselines.received(latents, wire))[:real].sum())
             done += 1
             if progress is not None:
                 progress(f"{name}: {arm}", done, len(plan) * len(arms))
     out: dict[str, Any] = {f"{name}.segments": n, f"{name}.length": length}
     if slots:
-        out["ratio"] = tokens / slots
+        out["ratio" if said is None else f"{name}.ratio"] = tokens / slots
     for arm in arms:
         _report_ae(out, name, "" if arm == "latent" else f".{arm}", scores[arm], seed)
-    return out, _ae_samples(reader.tokenizer, segments, rebuilt, scores, min(samples, n))
+    return out, _ae_samples(reader.tokenizer, told, rebuilt, scores, min(samples, n))
 
 
 def rebuild(
@@ -181,7 +186,7 @@ def _report_ae(
 
 def _ae_samples(
     tokenizer: Any,
-    segments: np.ndarray,
+    told: Sequence[Sequence[int]],
     rebuilt: Mapping[str, np.ndarray],
     scores: Mapping[str, Mapping[str, np.ndarray]],
     count: int,
@@ -189,16 +194,18 @@ def _ae_samples(
     rows = []
     pieces = lambda ids: [tokenizer.decode([int(i)], skip_special=False) for i in ids]  # noqa: E731
     for i in range(count):
+        gold = [int(t) for t in told[i]]
         row = {
             "kind": "reconstruction",
-            "text": tokenizer.decode(segments[i].tolist()),
-            "tokens": pieces(segments[i]),
+            "text": tokenizer.decode(gold),
+            "tokens": pieces(gold),
         }
         for arm, ids in rebuilt.items():
             key = "reconstruction" if arm == "latent" else arm
-            row[key] = tokenizer.decode(ids[i].tolist())
+            made = ids[i][: len(gold)].tolist()
+            row[key] = tokenizer.decode(made)
             if arm == "latent":
-                row["reconstruction_tokens"] = pieces(ids[i])
+                row["reconstruction_tokens"] = pieces(made)
                 share = scores[arm]["correct"][i] / scores[arm]["count"][i]
                 row["token_accuracy"] = round(float(share), 4)
         rows.append(row)

@@ -15,6 +15,7 @@ from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.several import evaluate_readers
 from latent_jax.systems.latentwire.symptoms import said_from_latents
 
 
@@ -46,7 +47,7 @@ def final_evaluation(
         )  # fmt: skip
         metrics |= found
         samples += rows
-    demonstration = None
+    demonstration, answered = None, []
     if e.questions:
         examples = system.held_out_questions()
         found, rows = evaluate_qa(
@@ -59,8 +60,13 @@ def final_evaluation(
         )  # fmt: skip
         metrics |= found
         samples += rows
+        answered = rows
         demonstration = demonstrate(wire, examples[0].context, examples[0].question)
         demonstration["expected"] = examples[0].answers[0]
+    if system.readers:
+        found, rows = evaluate_readers(system, wire, answered, progress)
+        metrics |= found
+        samples += rows
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
     if e.wire_bits:
         metrics |= quality_against_bits(system, wire, progress)

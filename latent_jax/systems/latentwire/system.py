@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax import backbones
-from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import bottleneck, recipe, suite
+from latent_jax.systems.latentwire import bottleneck, reader_start, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -29,13 +28,17 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
     with_every_task,
 )
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.baselines import Compressed, Latents
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
-from latent_jax.systems.latentwire.losses import batch_terms, cosine_between, forced
+from latent_jax.systems.latentwire.losses import batch_terms
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.quick import make_quick, quick_eval
+from latent_jax.systems.latentwire.readers import open_reader
+from latent_jax.systems.latentwire.several import train_reader_controls
+from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
 
 _LABELS = (
@@ -43,9 +46,9 @@ _LABELS = (
     (r"^lora/.*_b$", "lora_b"),
     (r"^pool/[kv]$", "pool"),
     (r"^gate$", "gate"),
-    (r"^(memory|tasks)$", "memory"),
+    (r"^(memory|private|tasks)$", "memory"),
     (r"^prompt$", "prompt"),
-    (r"^(in_mean|in_scale)$", "frozen"),
+    (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
 
@@ -80,21 +83,35 @@ class LatentWireSystem:
         self.sink = sink_token(self.backbone.tokenizer) if config.model.sink else None
         self.model = Compressor(config.model, self.backbone.config, self.sink)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
+        self.readers = {
+            label: open_reader(label, config.model, self.backbone, config.prompt)
+            for label in config.model.readers
+        }
+        for other in self.readers.values():
+            check_window(other, config.data)
         self.frozen = {"reader": self.backbone.params}
+        if self.readers:
+            own = {label: r.backbone.params for label, r in self.readers.items()}
+            self.frozen["readers"] = own
         losses = config.losses
-        self.weights = {
+        common = {
             "reconstruct": losses.reconstruct,
             "continue": losses.proceed,
             "answer": losses.answer,
             "recall": losses.recall,
             "first_token": losses.first_token,
+        }
+        self.weights = {
+            **common,
             "distil_logits": losses.distil_logits,
             "distil_states": losses.distil_states,
+            **{f"{k}.{label}": w for label in self.readers for k, w in common.items()},
         }
         self._held_out: np.ndarray | None = None
         self._questions: list[QAExample] | None = None
         self._tuned: dict[str, jax.Array] = {}
-        self._quick = jax.jit(self._quick_terms)
+        self.tuned_by: dict[str, dict[str, jax.Array]] = {}
+        self.quick = {name: make_quick(self, name) for name in config.read_by}
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters, or those of ``model.start``; a fresh bottleneck is fitted to data."""
@@ -106,12 +123,22 @@ class LatentWireSystem:
         if model.prompt_tokens:
             tokenizer = self.backbone.tokenizer
             params |= init_prompt(reader["embed"], tokenizer, model.prompt_tokens)
-        start = {}
+        start, theirs = {}, {}
         if model.start is not None:
-            start = load_compressor(model.start, self.backbone).params
+            stored = load_compressor(model.start, self.backbone)
+            reader_start.check_layout(model.start, stored.config, model)
+            start = dict(stored.params)
+            theirs = start.pop("readers", {})
             params = bottleneck.adopt(params, start, model.start)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
+        if self.readers:
+            encoder = Latents(self.model, params, reader)
+            adapters = reader_start.fresh(self.readers, rngs["params"])
+            params["readers"] = reader_start.start(
+                self.readers, encoder, self.backbone.tokenizer, adapters, theirs,
+                lambda: self.train_data("main", None),
+            )  # fmt: skip
         return {"params": params}
 
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,7 +148,12 @@ class LatentWireSystem:
             lambda r, i: self.model.init(jax.random.key(0), r, i, jnp.ones(i.shape, bool)),
             self.frozen["reader"], jax.ShapeDtypeStruct(ids.shape, jnp.int32),
         )  # fmt: skip
-        return {"params": found["params"]}
+        params = dict(found["params"])
+        if self.readers:
+            params["readers"] = jax.eval_shape(
+                lambda: reader_start.fresh(self.readers, jax.random.key(0))
+            )
+        return {"params": params}
 
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`."""
@@ -129,9 +161,10 @@ class LatentWireSystem:
 
     def param_labels(self, params):
         """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt`` and
-        ``bottleneck``; a bottleneck's input statistics are frozen.
+        ``bottleneck``, and ``reader_<name>`` of each further reader; input statistics are frozen.
         """
-        return trees.match_tree(_LABELS, params)
+        own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
+        return trees.match_tree((*_LABELS, *own), params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Compressed tokens in a batch."""
@@ -140,8 +173,8 @@ class LatentWireSystem:
     def loss_terms(self, variables, frozen, batch, rngs, train):
         """See `batch_terms`."""
         return batch_terms(
-            self.model, self.config, variables["params"], frozen["reader"], batch,
-            rngs["corrupt"] if train else None,
+            self.model, self.config, variables["params"], frozen, batch,
+            rngs["corrupt"] if train else None, self.readers,
         )  # fmt: skip
 
     def train_data(self, phase: str, start_state: Any):
@@ -158,7 +191,9 @@ class LatentWireSystem:
             )  # fmt: skip
         if self.config.eval.segments:
             self.eval_data()
-        stream = recipe.train_stream(self.config, self.backbone.tokenizer, self.builder, phase)
+        stream = recipe.train_stream(
+            self.config, self.backbone.tokenizer, self.builder, phase, self.readers
+        )
         if start_state is not None:
             stream.set_state(start_state)
         return stream
@@ -180,44 +215,14 @@ class LatentWireSystem:
             )
         return self._held_out
 
-    def _quick_terms(self, params, reader, ids):
-        batch = {
-            "context": ids,
-            "context_mask": jnp.ones(ids.shape, bool),
-            "inputs": ids,
-            "inputs_mask": jnp.ones(ids.shape, bool),
-            "supervised": jnp.ones(ids.shape, bool),
-            "task": jnp.zeros(ids.shape[:1], jnp.int32),
-        }
-        apply = functools.partial(self.model.apply, {"params": params})
-        shown = apply(reader, ids, batch["context_mask"], method="compress")
-        lead = apply(batch["task"], method="lead")
-
-        def score(wire):
-            prefix = apply(wire, reader["embed"].dtype, method="prefix")
-            hidden = forced(self.body, reader, prefix, lead, ids, batch["inputs_mask"]).hidden
-            nll, hit = token_cross_entropy(self.body, reader, hidden, ids, self.config.losses.chunk)
-            return nll.mean(), hit.mean()
-
-        other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
-        return score(shown), score(other), cosine_between(self.model, shown)
-
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's
-        latents.
+        latents, by every reader that is trained; see `quick.quick_eval`.
         """
         n = self.config.eval.quick_segments
         if not n or not self.config.data.mix.get("reconstruct"):
             return {}
-        own, other, cosine = self._quick(
-            variables["params"], frozen["reader"], jnp.asarray(self.eval_data()[:n])
-        )
-        return {
-            "reconstruct": float(own[0]),
-            "reconstruct_accuracy": float(own[1]),
-            "reconstruct_accuracy.shuffled": float(other[1]),
-            "latent_cosine": float(cosine),
-        }
+        return quick_eval(self, variables["params"], frozen, self.eval_data()[:n])
 
     def wire(self, variables, frozen) -> LatentWire:
         """The compressor with these weights, as users hold it.
@@ -237,9 +242,13 @@ class LatentWireSystem:
         return mean_latent(latents, ((row["context"], row["context_mask"]) for row in stream))
 
     def train_controls(self, fit, out, mesh=None) -> None:
-        """Trains the soft prompts of ``eval.tuned``, each a small (resumable) run below ``out``."""
+        """Trains the soft prompts of ``eval.tuned`` for every reader, each a small (resumable) run
+        below ``out``.
+        """
         arms = self.config.eval.tuned if self.config.eval.questions else ()
         self._tuned = train_controls(self.config, self.backbone, self.builder, arms, fit, out, mesh)
+        if arms:
+            self.tuned_by = train_reader_controls(self, fit, Path(out), mesh)
 
     def evaluate(self, variables, frozen, progress=None):
         """See `suite.final_evaluation`."""
@@ -264,8 +273,9 @@ class LatentWireSystem:
         params, tasks = variables["params"], trained_tasks(self.config)
         config = self.config
         out = save_compressor(
-            to, params, config.model, self.backbone, tasks, record, config.prompt
-        )
+            to, params, config.model, self.backbone, tasks, record, config.prompt,
+            {label: r.backbone.sha256 for label, r in self.readers.items()},
+        )  # fmt: skip
         # Of the weights as they are stored, which are what will be loaded.
         stored = jax.tree.map(jnp.asarray, load_compressor(out, self.backbone).params)
         centre = self.centre(self.wire({"params": stored}, frozen).latents)

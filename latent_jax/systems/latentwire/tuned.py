@@ -25,7 +25,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire import baselines, recipe
-from latent_jax.systems.latentwire.config import EvalConfig, LatentWireRun
+from latent_jax.systems.latentwire.config import MAIN, EvalConfig, LatentWireRun
 from latent_jax.systems.latentwire.given import Asked, answer_hidden
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.train.config import CheckpointConfig, OptimizerConfig, TrainConfig
@@ -133,7 +133,7 @@ class SoftPromptSystem:
 
     def train_data(self, phase: str, start_state: Any) -> Any:
         """The compressor's own questions, in the same order."""
-        data = dataclasses.replace(self.config.data, mix={"answer": 1.0})
+        data = dataclasses.replace(self.config.data, mix={"answer": 1.0}, read_by=(MAIN,))
         config = dataclasses.replace(self.config, data=data)
         stream = recipe.train_stream(config, self.backbone.tokenizer, self.builder)
         if start_state is not None:

@@ -61,6 +61,7 @@ class Header:
       lengths: tokens of each text.
       latents: latents of each text, ``M``.
       positions: of each text's latents, where they are not the middles of their spans.
+      private: latents of each segment that only single readers are given.
     """
 
     origin: Origin
@@ -73,6 +74,7 @@ class Header:
     lengths: tuple[int, ...]
     latents: tuple[int, ...]
     positions: tuple[tuple[int, ...], ...] | None = None
+    private: int = 0
 
 
 class Bytes(NamedTuple):
@@ -88,22 +90,29 @@ class Bytes(NamedTuple):
         return sum(self)
 
 
-def places(lengths: Sequence[int], width: int, ratio: float, segment: int) -> tuple[
-    Bool[np.ndarray, "b m"], Int[np.ndarray, "b m"]
-]:  # fmt: skip
-    """Which latents are real, and the middles of their spans, of texts padded to ``width`` tokens.
+def places(
+    lengths: Sequence[int], width: int, ratio: float, segment: int, private: int = 0
+) -> tuple[Bool[np.ndarray, "b m"], Int[np.ndarray, "b m"]]:
+    """Which latents are real, and where they stand, of texts padded to ``width`` tokens.
 
-    Segments are compressed alone: each has its own ``ceil(tokens / ratio)`` latents.
+    Segments are compressed alone: each has its own ``ceil(tokens / ratio)`` latents, in the middles
+    of their spans, and then its private ones, spread evenly over it.
     """
     n = max(1, width // segment)
     m = num_latents(width // n, ratio)
     slot, start = np.arange(m), np.arange(n)[:, None] * (width // n)
     # fp32, as the compressor computes them
     middle = np.floor(slot * np.float32(ratio) + np.float32((ratio - 1) / 2)).astype(np.int32)
-    left = np.asarray(lengths)[:, None, None] - start
-    mask = slot * np.float32(ratio) < np.minimum(left, width // n)
-    shape = (len(lengths), n * m)
-    return mask.reshape(shape), np.broadcast_to(start + middle, (len(lengths), n, m)).reshape(shape)
+    left = np.clip(np.asarray(lengths)[:, None, None] - start, 0, width // n)
+    mask = slot * np.float32(ratio) < left
+    where = np.broadcast_to(middle, mask.shape)
+    if private:
+        own = (np.arange(private) + np.float32(0.5)) * left.astype(np.float32)
+        own = np.floor(own / np.float32(private)).astype(np.int32)
+        mask = np.concatenate([mask, np.broadcast_to(left > 0, own.shape)], axis=-1)
+        where = np.concatenate([where, own], axis=-1)
+    shape = (len(lengths), n * (m + private))
+    return mask.reshape(shape), (start + where).reshape(shape)
 
 
 def pack(
@@ -114,6 +123,7 @@ def pack(
     form: str = "fp32",
     group: int = codec.GROUP,
     centre: Float[np.ndarray, " z"] | None = None,
+    private: int = 0,
 ) -> tuple[bytes, Bytes]:
     """A wire as bytes, and what each part of them takes.
 
@@ -125,6 +135,7 @@ def pack(
       form: of `ops.wire.FORMATS`.
       group: numbers that share a scale, in the integer formats.
       centre: the encoder's centre, which integer formats take off; it does not travel.
+      private: latents of each segment that only single readers are given.
 
     Raises:
       WireError: unknown format, or latents that it cannot hold.
@@ -142,16 +153,20 @@ def pack(
     scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
     where, lengths = np.asarray(wire.positions), np.asarray(wire.length).tolist()
     # Widths follow from the slots: all segments have equally many.
-    slots = num_latents(segment, ratio)
+    slots = num_latents(segment, ratio) + private
     width = segment * max(1, mask.shape[1] // slots)
-    expected = places(lengths, width, ratio, segment)[1][:, : mask.shape[1]]
+    expected = places(lengths, width, ratio, segment, private)[1][:, : mask.shape[1]]
     usual = np.array_equal(where[mask], expected[mask])
     header = Header(
         origin, float(ratio), int(segment), int(z.shape[-1]), form, group, centred,
         tuple(lengths), tuple(mask.sum(1).tolist()),
         None if usual else tuple(tuple(w[m].tolist()) for w, m in zip(where, mask, strict=True)),
+        private,
     )  # fmt: skip
-    text = json.dumps(dataclasses.asdict(header), separators=(",", ":")).encode()
+    fields = dataclasses.asdict(header)
+    if not private:  # such wires are written as they were before there were private latents
+        del fields["private"]
+    text = json.dumps(fields, separators=(",", ":")).encode()
     data = SIGNATURE + _PREAMBLE.pack(VERSION, len(text)) + text + scales + payload
     data += _digest(data)
     return data, Bytes(len(data) - len(scales) - len(payload), len(scales), len(payload))
@@ -280,7 +295,7 @@ def unpack(
     segment = header.segment
     longest = max(header.lengths)
     width = longest if longest <= segment else -(-longest // segment) * segment
-    mask, positions = places(header.lengths, width, header.ratio, segment)
+    mask, positions = places(header.lengths, width, header.ratio, segment, header.private)
     if tuple(mask.sum(1).tolist()) != header.latents:
         raise WireError(f"{name}: its header makes no sense (latents and lengths do not match)")
     if header.positions is not None:
@@ -311,6 +326,7 @@ def _parse(tree: dict[str, Any]) -> Header:
         raise ValueError(f"format {header.form!r}")
     if not header.lengths or len(header.lengths) != len(header.latents) or min(header.lengths) < 1:
         raise ValueError("lengths and latents do not match")
-    if min(header.segment, header.width, header.group) < 1 or header.ratio < 1:
+    least = min(header.segment, header.width, header.group, header.private + 1)
+    if least < 1 or header.ratio < 1:
         raise ValueError("sizes below 1")
     return header
