@@ -38,12 +38,14 @@ def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
     """
     c = system.config
     rows = system.gaps.windows(system.gaps.spread(windows), c.data.window)
+    score = predict.predictor(system.model, c, last_only=True)
     parts = [
-        _one(system, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows)
+        _one(system, score, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows)
         for i in range(c.seeds)
     ]
     found: dict[str, Any] = {}
-    for name in parts[0]:
+    # A share of next to nothing is left out, by each seed for itself.
+    for name in (n for n in parts[0] if all(n in p for p in parts)):
         values = np.asarray([p[name] for p in parts], np.float64)
         found[name] = values.mean(0).tolist() if values.ndim > 1 else float(values.mean())
         if c.seeds > 1 and values.ndim == 1:
@@ -51,17 +53,18 @@ def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
     return found | {"findings": findings(found)}
 
 
-def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+def _one(
+    system: Any, score: Any, params: PyTree, rows: dict[str, np.ndarray]
+) -> dict[str, Any]:
     c = system.config
     memory = c.model.memory
-    score = predict.predictor(system.model, c, positions=1)
 
     def nll(change: Ablation | None) -> np.ndarray:
         return predict.predict(score, params, rows, c.eval.batch_size, change).nll[0]
 
     base = ablation.none(c.model) if memory.kind != "none" else None
     own = nll(base)
-    found: dict[str, Any] = {"nll.last": float(own.mean())} | _blocks(own, rows["log_height"])
+    found: dict[str, Any] = {"nll.diagnosed": float(own.mean())} | _blocks(own, rows["log_height"])
     if base is None:
         return found
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
@@ -110,6 +113,10 @@ def _ablations(nll: Any, own: np.ndarray, base: Ablation, kind: str, mean: Array
         else ablation.overwrite(base, everything, mean)
     )
     found["slots.joint_delta"] = delta(whole)
+    for what in ("ablation", "hidden"):
+        each = [found.get(f"slots.{what}_delta.{i}") for i in everything]
+        if None not in each:
+            found[f"slots.least_{what}_delta"] = min(each)
     return found
 
 

@@ -48,7 +48,7 @@ def continuations(
     """
     family = config.model.head.family
 
-    def step(window: Array, key: Array, sampled: bool):
+    def step(params: PyTree, window: Array, key: Array, sampled: bool):
         out = model.apply({"params": params["model"]}, window, height, rngs={"sample": key})
         density = jax.tree.map(lambda x: x[:, -1], losses.mixture(config, out.raw))
         if sampled:
@@ -59,14 +59,14 @@ def continuations(
         return jnp.concatenate([window[:, 1:], following[:, None]], axis=1), following
 
     @jax.jit
-    def both(window: Array, key: Array):
+    def both(params: PyTree, window: Array, key: Array):
         keys = jax.random.split(key, horizon)
-        sampled = jax.lax.scan(lambda w, k: step(w, k, True), window, keys)[1]
-        mean = jax.lax.scan(lambda w, k: step(w, k, False), window, keys)[1]
+        sampled = jax.lax.scan(lambda w, k: step(params, w, k, True), window, keys)[1]
+        mean = jax.lax.scan(lambda w, k: step(params, w, k, False), window, keys)[1]
         return sampled.T, mean.T
 
     height = jnp.asarray(log_height)
-    sampled, mean = jax.device_get(both(jnp.asarray(gaps), key))
+    sampled, mean = jax.device_get(both(params, jnp.asarray(gaps), key))
     return sampled, mean
 
 

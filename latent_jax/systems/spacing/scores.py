@@ -71,7 +71,7 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         values = np.asarray([row[name] for row in rows])
         found[name] = float(values.mean())
         kind = name.removeprefix("un").removeprefix("calibrated.")
-        if kind.startswith(("nll", "crps", "rmse", "pit.ks")):
+        if kind.startswith(("nll", "crps", "rmse", "pit.ks", "rollout.slope", "rollout.error")):
             found[f"{name}.std"] = float(values.std(ddof=1))
         if kind.startswith("nll"):
             found |= {f"{name}.seed{i}": float(v) for i, v in enumerate(values)}

@@ -178,3 +178,10 @@ class SpacingSystem:
         from latent_jax.systems.spacing.diagnose import diagnose
 
         return diagnose(self, variables["params"], windows)
+
+    @classmethod
+    def compare(cls, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """See `latent_jax.systems.spacing.comparison.compare`."""
+        from latent_jax.systems.spacing.comparison import compare
+
+        return compare(found)

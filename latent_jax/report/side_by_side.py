@@ -1,0 +1,56 @@
+"""Configurations side by side: tables of means and standard deviations as one page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import jinja2
+
+from latent_jax.report import tables
+
+Row = Mapping[str, Sequence[float | None]]
+
+
+def columns(rows: Mapping[str, Row]) -> list[str]:
+    """All columns that some row has, in order."""
+    return list(dict.fromkeys(column for row in rows.values() for column in row))
+
+
+def text(cell: Sequence[float | None] | None) -> str:
+    """A mean with its standard deviation, where it has one.
+
+    Example:
+      >>> text((-0.68675, 0.0105)), text((0.5, None)), text(None)
+      ('-0.687 ± 0.011', '0.5', '')
+    """
+    if cell is None or cell[0] is None:
+        return ""
+    mean, std = cell
+    if std is None:
+        return tables.number(float(mean))
+    return f"{tables.number(float(mean))} ± {tables.number(float(std))}"
+
+
+def render(
+    title: str, made: str, found: Mapping[str, Mapping[str, Row]], findings: Iterable[str]
+) -> str:
+    """The page.
+
+    Args:
+      title: what is compared.
+      made: when.
+      found: table → row → column → (mean, standard deviation or None).
+      findings: what the numbers say, a line each.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("latent_jax.report", "."),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    shown = {
+        name: (columns(rows), {r: [text(row.get(c)) for c in columns(rows)]
+                               for r, row in rows.items()})
+        for name, rows in found.items()
+    }
+    return environment.get_template("side_by_side.html.j2").render(
+        title=title, made=made, tables=shown, findings=list(findings)
+    )
