@@ -16,6 +16,7 @@ _TABLES = {
         "PIT KS": "pit.ks",
         "RMSE": "rmse",
         "rollout slope (goal < 0.5)": "rollout.slope",
+        "rollouts that run away": "rollout.diverged.mean",
     },
     "Are slots necessary? Change of the last position's NLL (nats)": {
         "above no slots": "nll.above_none",

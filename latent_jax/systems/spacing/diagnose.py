@@ -22,25 +22,28 @@ from latent_jax.systems.spacing.model import Ablation
 
 _PERMUTATIONS = 4
 _BLOCKS = 8
-_GRADIENT_WINDOWS = 128
+_BLOCK_WINDOWS = 2048
+_GRADIENT_WINDOWS = 64
 
 
-def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
+def diagnose(system: Any, params: PyTree, windows: int = 256) -> dict[str, Any]:
     """All diagnostics of every seed; mean over seeds, ``.std`` between them.
 
     Args:
       system: the `SpacingSystem` of the run.
       params: parameters with a leading axis of seeds.
-      windows: held-out windows to look at.
+      windows: held-out windows that slots are changed in; blocks of heights have more.
 
     Returns:
       Flat numbers (differences of NLL in nats, at the last position) and ``findings`` in words.
     """
     c = system.config
-    rows = system.gaps.windows(system.gaps.spread(windows), c.data.window)
+    rows, many = (
+        system.gaps.windows(system.gaps.spread(n), c.data.window) for n in (windows, _BLOCK_WINDOWS)
+    )
     score = predict.predictor(system.model, c, last_only=True)
     parts = [
-        _one(system, score, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows)
+        _one(system, score, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows, many)
         for i in range(c.seeds)
     ]
     found: dict[str, Any] = {}
@@ -54,19 +57,23 @@ def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
 
 
 def _one(
-    system: Any, score: Any, params: PyTree, rows: dict[str, np.ndarray]
+    system: Any,
+    score: Any,
+    params: PyTree,
+    rows: dict[str, np.ndarray],
+    many: dict[str, np.ndarray],
 ) -> dict[str, Any]:
     c = system.config
     memory = c.model.memory
 
-    def nll(change: Ablation | None) -> np.ndarray:
+    def nll(change: Ablation | None, rows: dict[str, np.ndarray] = rows) -> np.ndarray:
         return predict.predict(score, params, rows, c.eval.batch_size, change).nll[0]
 
     base = ablation.none(c.model) if memory.kind != "none" else None
-    own = nll(base)
-    found: dict[str, Any] = {"nll.diagnosed": float(own.mean())} | _blocks(own, rows["log_height"])
+    found = _blocks(nll(base, many), many["log_height"])
     if base is None:
         return found
+    own = nll(base)
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
     content = _contents(system, one, rows)
     found |= _ablations(nll, own, base, memory.kind, content["mean"])
@@ -80,7 +87,7 @@ def _one(
 
 def _blocks(own: np.ndarray, log_height: np.ndarray) -> dict[str, Any]:
     """H: likelihood in blocks of increasing height, with standard errors."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"nll.diagnosed": float(own.mean())}
     for i, part in enumerate(np.array_split(np.argsort(log_height, kind="stable"), _BLOCKS)):
         found[f"blocks.nll.{i}"] = float(own[part].mean())
         found[f"blocks.se.{i}"] = float(own[part].std(ddof=1) / np.sqrt(len(part)))
