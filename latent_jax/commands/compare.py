@@ -92,7 +92,7 @@ def _shown(tables: Tables) -> Iterable[Table]:
     for title, rows in tables.items():
         columns = side_by_side.columns(rows)
         grid = Table(title=escape(title), title_justify="left")
-        grid.add_column("")
+        grid.add_column("", overflow="fold")
         for column in columns:
             grid.add_column(escape(column), justify="right")
         for name, row in rows.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import jinja2
@@ -17,18 +18,20 @@ def columns(rows: Mapping[str, Row]) -> list[str]:
 
 
 def text(cell: Sequence[float | None] | None) -> str:
-    """A mean with its standard deviation, where it has one.
+    """A mean with its standard deviation, where it has one, to the latter's two first digits.
 
     Example:
-      >>> text((-0.68675, 0.0105)), text((0.5, None)), text(None)
-      ('-0.687 ± 0.011', '0.5', '')
+      >>> text((-0.68675, 0.0105)), text((0.0645, 1e-5)), text((0.5, None)), text(None)
+      ('-0.687 ± 0.011', '0.0645 ± 0.0000', '0.5', '')
     """
     if cell is None or cell[0] is None:
         return ""
-    mean, std = cell
-    if std is None:
-        return tables.number(float(mean))
-    return f"{tables.number(float(mean))} ± {tables.number(float(std))}"
+    mean, std = float(cell[0]), cell[1]
+    if std is None or not math.isfinite(std):
+        return tables.number(mean)
+    # Four decimals are as many as any of these numbers mean.
+    places = min(4, max(0, 1 - math.floor(math.log10(std)))) if std > 0 else 3
+    return f"{mean:.{places}f} ± {std:.{places}f}"
 
 
 def render(

@@ -142,6 +142,8 @@ def number(value: Any) -> str:
     Example:
       >>> number(0.81234), number(1234567), number(0.0000123), number(3), number(True)
       ('0.812', '1,234,567', '1.23e-05', '3', 'yes')
+      >>> number(0.99983)
+      '1'
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -157,7 +159,7 @@ def number(value: Any) -> str:
             return f"{value:,.0f}"
         if size >= 100:
             return f"{value:.1f}"
-        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0")
+        return f"{value:.3g}" if size < 0.01 else f"{value:.3f}".rstrip("0").rstrip(".")
     return str(value)
 
 

@@ -15,14 +15,14 @@ _TABLES = {
         "CRPS": "crps",
         "PIT KS": "pit.ks",
         "RMSE": "rmse",
-        "rollout slope (goal < 0.5)": "rollout.slope",
-        "rollouts that run away": "rollout.diverged.mean",
+        "rollout slope (goal 0.5)": "rollout.slope",
+        "runs away": "rollout.diverged.mean",
     },
     "Are slots necessary? Change of the last position's NLL (nats)": {
         "above no slots": "nll.above_none",
         "all overwritten": "slots.joint_delta",
-        "least of one overwritten (goal 0.02)": "slots.least_ablation_delta",
-        "least of one hidden": "slots.least_hidden_delta",
+        "one overwritten, the least (goal 0.02)": "slots.least_ablation_delta",
+        "one hidden, the least": "slots.least_hidden_delta",
         "effect entropy": "slots.effect_entropy",
     },
     "Are slots anonymous? Change of the last position's NLL (nats)": {
