@@ -235,13 +235,13 @@ def diagnose(
 ) -> None:  # fmt: skip
     """Look for the known failures in a run: collapse, magnitudes, what the latents mean.
 
-    Several runs give one table of mean and standard deviation.
+    Runs of several seeds give one table of mean and standard deviation, several configurations
+    one row each.
     """
-    from latent_jax.commands import inspect
+    from latent_jax.commands import compare
     from latent_jax.commands.show import present
 
-    overrides = _overrides(set_, seed=seed)
-    present(inspect.call_each("diagnose", run, {}, overrides, checkpoint, out))
+    present(compare.diagnose(run, _overrides(set_, seed=seed), checkpoint, out))
 
 
 @app.command(rich_help_panel=_USE)

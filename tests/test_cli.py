@@ -169,6 +169,25 @@ def test_diagnose_of_a_glob_with_one_run_is_that_of_the_run(three_runs, capsys):
     assert found["telemetry.norm"] == 6.0 and "runs" not in found
 
 
+def test_configurations_are_diagnosed_side_by_side(three_runs, capsys, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree("runs/toy", other)
+    tree = {**TOY, "name": "<other>", "train": {**TOY["train"], "log_every": 3}, "seed": 3}
+    (other / "config.yaml").write_text(dump_yaml(tree))
+    code, out, _ = call(capsys, "diagnose", "many/run*", str(other), "--out", "both.json")
+    assert code == 0 and "Norms [nats]" in out
+    assert "│ toy     │ 3.0 ± 2.6 │" in out and "│ <other> │ 4.0 ± 9.0 │" in out
+    assert "  toy: many/run5: seed 5\n" in out and "  <other>: seed 3\n" in out
+    written = json.loads(Path("both.json").read_text())
+    assert written["tables"]["Norms [nats]"]["toy"]["norm"] == pytest.approx([3.0, 7**0.5])
+    assert written["found"]["toy"]["toy.mse"] == written["found"]["<other>"]["toy.mse"]
+    page = Path("both.html").read_text()
+    assert "<td>3.0 ± 2.6</td>" in page and "<td>&lt;other&gt;</td>" in page
+    # Of one configuration there is nothing to compare.
+    assert call(capsys, "diagnose", "many/run*", "--out", "seeds.json")[0] == 0
+    assert not Path("seeds.html").exists()
+
+
 @pytest.mark.parametrize("name", ["many/run1", "many/run*"])
 def test_diagnose_writes_into_a_folder(three_runs, capsys, name, tmp_path):
     assert call(capsys, "diagnose", name, "--out", str(tmp_path))[0] == 0

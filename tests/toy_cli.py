@@ -78,6 +78,16 @@ class Toy(ToySystem):
             "findings": f"seed {seed}" if seed else ["seed 0", "none"],
         }  # fmt: skip
 
+    @classmethod
+    def compare(cls, found: Any) -> dict[str, Any]:
+        return {
+            "Norms [nats]": {
+                name: {"norm": (own["telemetry.norm"], own["telemetry.norm.std"]),
+                       "error": (own["toy.mse"], None)}
+                for name, own in found.items()
+            }
+        }  # fmt: skip
+
 
 class Mute(Toy):
     """A toy without hooks."""

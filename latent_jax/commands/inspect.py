@@ -9,6 +9,8 @@ A system may define any of these; their keyword arguments are the options of the
     diagnose(variables, frozen) -> mapping: flat numbers as in results.json, and findings as text
         (one, or a list)
     show(results) -> anything rich can print, or a mapping, at the end of `run` and `eval`
+
+and `compare`, see `latent_jax.commands.compare`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import glob
 import inspect
 import statistics
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +94,11 @@ def call(
         given["run"] = path
     system, variables = runs.load(path, config, checkpoint)
     value = getattr(system, hook)(variables, system.frozen, **given)
-    _write(hook, value, out)
+    write(hook, value, out)
     return value
 
 
-def _write(hook: str, value: Any, out: str | None) -> None:
+def write(hook: str, value: Any, out: str | None) -> None:
     """What a hook returned as JSON: into a file, or a folder as ``<hook>.json``."""
     if out is None:
         return
@@ -169,33 +171,50 @@ def call_each(
     Raises:
       RunError: a glob that matches no run; else as `call`.
     """
-    found = list(dict.fromkeys(run for name in names for run in _expand(name)))
+    found = expand(names)
     if len(found) == 1:
         return call(hook, found[0], options, overrides, checkpoint, out)
     parts = [call(hook, run, options, overrides, checkpoint) for run in found]
-    joined: dict[str, Any] = {"runs": len(found)}
+    value = {"runs": len(found), **joined(parts)}
+    value["findings"] = [
+        f"{run}: {text}"
+        for run, part in zip(found, parts, strict=True)
+        for text in lines(part.get("findings", ()))
+    ]
+    write(hook, value, out)
+    return value
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs' numbers as means, with ``<name>.std`` between runs; one run's as they are."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    found: dict[str, Any] = {}
     for name in parts[0]:
         if name.endswith(".std") and name.removesuffix(".std") in parts[0]:
             continue
         values = [part.get(name) for part in parts]
         if all(is_number(value) for value in values):
-            joined[name] = statistics.fmean(values)
-            joined[f"{name}.std"] = statistics.stdev(values)
-    joined["findings"] = [
-        f"{run}: {text}"
-        for run, part in zip(found, parts, strict=True)
-        for text in _lines(part.get("findings", ()))
-    ]
-    _write(hook, joined, out)
-    return joined
+            found[name] = statistics.fmean(values)
+            found[f"{name}.std"] = statistics.stdev(values)
+    return found
 
 
-def _lines(findings: str | Iterable[str]) -> Iterable[str]:
+def lines(findings: str | Iterable[str]) -> Iterable[str]:
+    """Findings one by one, of a hook that gives them as a text or as a list."""
     return (findings,) if isinstance(findings, str) else findings
 
 
-def _expand(name: str) -> list[str]:
-    """A run's name, or the runs that a glob matches."""
+def expand(names: Iterable[str]) -> list[str]:
+    """Runs by name, or that globs match, each once.
+
+    Raises:
+      RunError: a glob that matches no run.
+    """
+    return list(dict.fromkeys(run for name in names for run in _matches(name)))
+
+
+def _matches(name: str) -> list[str]:
     if not glob.has_magic(name) or Path(name).is_dir():
         return [name]
     found = sorted(p for p in glob.glob(name) if (Path(p) / "config.yaml").is_file())

@@ -22,28 +22,33 @@ from latent_jax.systems.spacing.model import Ablation
 
 _PERMUTATIONS = 4
 _BLOCKS = 8
-_GRADIENT_WINDOWS = 128
+_BLOCK_WINDOWS = 2048
+_GRADIENT_WINDOWS = 64
 
 
-def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
+def diagnose(system: Any, params: PyTree, windows: int = 256) -> dict[str, Any]:
     """All diagnostics of every seed; mean over seeds, ``.std`` between them.
 
     Args:
       system: the `SpacingSystem` of the run.
       params: parameters with a leading axis of seeds.
-      windows: held-out windows to look at.
+      windows: held-out windows that slots are changed in; blocks of heights have more.
 
     Returns:
       Flat numbers (differences of NLL in nats, at the last position) and ``findings`` in words.
     """
     c = system.config
-    rows = system.gaps.windows(system.gaps.spread(windows), c.data.window)
+    rows, many = (
+        system.gaps.windows(system.gaps.spread(n), c.data.window) for n in (windows, _BLOCK_WINDOWS)
+    )
+    score = predict.predictor(system.model, c, last_only=True)
     parts = [
-        _one(system, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows)
+        _one(system, score, jax.tree.map(lambda x, i=i: x[i : i + 1], params), rows, many)
         for i in range(c.seeds)
     ]
     found: dict[str, Any] = {}
-    for name in parts[0]:
+    # A share of next to nothing is left out, by each seed for itself.
+    for name in (n for n in parts[0] if all(n in p for p in parts)):
         values = np.asarray([p[name] for p in parts], np.float64)
         found[name] = values.mean(0).tolist() if values.ndim > 1 else float(values.mean())
         if c.seeds > 1 and values.ndim == 1:
@@ -51,19 +56,24 @@ def diagnose(system: Any, params: PyTree, windows: int = 512) -> dict[str, Any]:
     return found | {"findings": findings(found)}
 
 
-def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, Any]:
+def _one(
+    system: Any,
+    score: Any,
+    params: PyTree,
+    rows: dict[str, np.ndarray],
+    many: dict[str, np.ndarray],
+) -> dict[str, Any]:
     c = system.config
     memory = c.model.memory
-    score = predict.predictor(system.model, c, positions=1)
 
-    def nll(change: Ablation | None) -> np.ndarray:
+    def nll(change: Ablation | None, rows: dict[str, np.ndarray] = rows) -> np.ndarray:
         return predict.predict(score, params, rows, c.eval.batch_size, change).nll[0]
 
     base = ablation.none(c.model) if memory.kind != "none" else None
-    own = nll(base)
-    found: dict[str, Any] = {"nll.last": float(own.mean())} | _blocks(own, rows["log_height"])
+    found = _blocks(nll(base, many), many["log_height"])
     if base is None:
         return found
+    own = nll(base)
     one = jax.tree.map(lambda x: jnp.asarray(x[0]), params)
     content = _contents(system, one, rows)
     found |= _ablations(nll, own, base, memory.kind, content["mean"])
@@ -77,7 +87,7 @@ def _one(system: Any, params: PyTree, rows: dict[str, np.ndarray]) -> dict[str, 
 
 def _blocks(own: np.ndarray, log_height: np.ndarray) -> dict[str, Any]:
     """H: likelihood in blocks of increasing height, with standard errors."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"nll.diagnosed": float(own.mean())}
     for i, part in enumerate(np.array_split(np.argsort(log_height, kind="stable"), _BLOCKS)):
         found[f"blocks.nll.{i}"] = float(own[part].mean())
         found[f"blocks.se.{i}"] = float(own[part].std(ddof=1) / np.sqrt(len(part)))
@@ -110,6 +120,10 @@ def _ablations(nll: Any, own: np.ndarray, base: Ablation, kind: str, mean: Array
         else ablation.overwrite(base, everything, mean)
     )
     found["slots.joint_delta"] = delta(whole)
+    for what in ("ablation", "hidden"):
+        each = [found.get(f"slots.{what}_delta.{i}") for i in everything]
+        if None not in each:
+            found[f"slots.least_{what}_delta"] = min(each)
     return found
 
 

@@ -33,7 +33,8 @@ def evaluate(
 
     Returns:
       metrics: of `scores.summary` (mean over seeds, see `scores.over_seeds`), plus
-        ``nll.position_averaged`` (nats, every scored position; never comparable with ``nll.last``),
+        ``nll.position_averaged`` (nats, over all positions, of which a postfix scores some, see
+        `predict.averaging`; never comparable with ``nll.last``),
         with ``data.calibration`` also scores of ``eval.calibration_targets`` gaps after a whole
         window, ``uncalibrated.*`` and, after `calibration.fit`, ``calibrated.*``
         (``calibrated.set_apart.nll`` is what that starts from);
@@ -48,7 +49,8 @@ def evaluate(
     score = predict.predictor(system.model, c)
     found = predict.predict(score, params, rows, c.eval.batch_size, progress=progress)
     truth = rows["gaps"][:, -1]
-    summaries = [_summary(found, i, truth) for i in range(c.seeds)]
+    share = predict.averaging(predict.scored(c))
+    summaries = [_summary(found, i, truth, share) for i in range(c.seeds)]
     if c.data.calibration:
         calibrated = _calibrated(system, params)
         summaries = [one | other for one, other in zip(summaries, calibrated, strict=True)]
@@ -67,10 +69,12 @@ def evaluate(
     return metrics, {}
 
 
-def _summary(found: Predicted, seed: int, truth: np.ndarray) -> dict[str, Any]:
+def _summary(
+    found: Predicted, seed: int, truth: np.ndarray, share: np.ndarray
+) -> dict[str, Any]:
     crps = None if found.crps is None else found.crps[seed]
     metrics = scores.summary(found.nll[seed], crps, found.mean[seed], found.pit[seed], truth)
-    per_window = found.everywhere[seed].mean(1)
+    per_window = found.everywhere[seed] @ share
     metrics["nll.position_averaged"] = float(per_window.mean())
     metrics["nll.position_averaged.ci95"] = mean_interval(per_window)
     return metrics
@@ -165,7 +169,7 @@ def linear(gaps: Gaps, starts: np.ndarray, window: int) -> dict[str, Any]:
 
 
 def _rollouts(system: Any, params: PyTree) -> dict[str, Any]:
-    """Continuations of the first seed, where held-out gaps go on long enough."""
+    """Continuations by every seed, where held-out gaps go on long enough."""
     c, gaps = system.config, system.gaps
     length = c.data.window - 1 + c.eval.horizon
     # Every gap of these windows is held out: so is the window that ends with the last of them.
@@ -174,9 +178,9 @@ def _rollouts(system: Any, params: PyTree) -> dict[str, Any]:
     if not len(starts):
         return {}
     starts = starts[np.linspace(0, len(starts) - 1, c.eval.rollouts).astype(int)]
-    first = jax.tree.map(lambda x: x[0], params)
     rows = gaps.windows(starts, length)
-    return rollout.statistics(system.model, c, first, rows)
+    seeds = [jax.tree.map(lambda x, i=i: x[i], params) for i in range(c.seeds)]
+    return scores.over_seeds([rollout.statistics(system.model, c, one, rows) for one in seeds])
 
 
 def _unbroken(gaps: Gaps, starts: np.ndarray, length: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from latent_jax.core.types import PyTree
 from latent_jax.ops import mdn
@@ -16,6 +16,8 @@ from latent_jax.systems.spacing import losses
 from latent_jax.systems.spacing.config import SpacingRun
 from latent_jax.systems.spacing.model import Ablation, SpacingModel
 from latent_jax.systems.spacing.recipe import Gaps, Part
+
+_PLACES = 16  # of a window, from which the slots of a postfix predict
 
 
 class Predicted(NamedTuple):
@@ -31,39 +33,49 @@ class Predicted(NamedTuple):
     crps: Float[np.ndarray, "s n"] | None
 
 
-def scored(config: SpacingRun, positions: int | None = None) -> np.ndarray:
-    """Positions of a window that are scored, the last among them: all, or some for a postfix."""
+def scored(config: SpacingRun) -> Int[np.ndarray, " p"]:
+    """Positions of a window that are scored, the last among them.
+
+    All; of a postfix, where each costs a pass of the slots, some, close together where the past is
+    short and each further gap says much.
+    """
     inputs = config.data.window - 1
     if config.model.memory.kind != "postfix":
         return np.arange(inputs)
-    return np.unique(np.linspace(inputs - 1, 0, positions or 16).astype(int))
+    return np.unique(np.geomspace(1, inputs, _PLACES).round().astype(int)) - 1
+
+
+def averaging(at: Int[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
+    """Weights of scored positions in a mean over all up to the last, those between interpolated."""
+    every = np.arange(at[-1] + 1)
+    return np.stack([np.interp(every, at, unit) for unit in np.eye(len(at))]).mean(1)
 
 
 def predictor(
-    model: SpacingModel, config: SpacingRun, positions: int | None = None
+    model: SpacingModel, config: SpacingRun, last_only: bool = False
 ) -> Callable[[PyTree, Array, Array, Array, Ablation | None], dict[str, Array]]:
     """A compiled function ``(params, gaps, log_height, key, ablation) -> scores``.
 
     Args:
       model: the architecture.
       config: the run.
-      positions: postfix only: places of the window that are scored, evenly spread, the last among
-        them (others score every position); default 16.
+      last_only: score the last position of each window only, not all of `scored`.
 
     Returns:
       A function of parameters with a leading axis of seeds and windows with one gap more than the
       input; its scores have the axes seed, window (and position, for ``everywhere``).
     """
     family = config.model.head.family
-    at = scored(config, positions)
-    cuts = jnp.asarray(at) if config.model.memory.kind == "postfix" else None
+    at = scored(config)[-1:] if last_only else scored(config)
+    postfix = config.model.memory.kind == "postfix"
+    cuts = jnp.asarray(at) if postfix else None
 
     def one(params: PyTree, gaps: Array, log_height: Array, key: Array, ablation: Any):
         out = model.apply(
             {"params": params["model"]}, gaps[:, :-1], log_height,
             cuts=cuts, ablation=ablation, rngs={"sample": key},
         )  # fmt: skip
-        density = losses.mixture(config, out.raw)
+        density = losses.mixture(config, out.raw if postfix else out.raw[:, at])
         truth = gaps[:, at + 1]
         last = jax.tree.map(lambda x: x[:, -1], density)
         scores = {

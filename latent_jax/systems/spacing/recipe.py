@@ -68,14 +68,14 @@ class Gaps:
         return float(h.mean()), float(max(h.std(), 1e-3))
 
     def reach(self, window: int) -> float:
-        """Physical length of the longest window in use, with a little room.
+        """Physical distance that the gaps before a target span at every height in use.
 
-        At most 5/4 of the middle one's: the first zeros' windows are ten times as long, and
-        kernels that reached over them would resolve nothing.
+        That of the greatest height, where they lie closest. Kernels that reached farther would be
+        cut off by the window's end elsewhere at each height: least squares bends them to suit the
+        ends that it sees, and at heights above those the error grows.
         """
         used = self.log_height[np.concatenate([self.train, self.validation])]
-        lowest = max(float(used.min()), 0.8 * float(np.median(used)))
-        return 2 * np.pi * (window + 1) / lowest
+        return 2 * np.pi * (window - 1) / float(used.max())
 
 
 def load(config: SpacingDataConfig) -> Gaps:

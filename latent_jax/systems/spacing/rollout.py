@@ -19,6 +19,7 @@ from latent_jax.systems.spacing.model import SpacingModel
 HORIZONS = (1, 10, 50, 200)
 _VARIANCE_LENGTHS = (1, 2, 5, 10, 20)
 _LINES = 6
+_DIVERGED = 50.0  # mean gaps: no gap is as long, and a continuation with one has run away
 
 
 def continuations(
@@ -48,7 +49,7 @@ def continuations(
     """
     family = config.model.head.family
 
-    def step(window: Array, key: Array, sampled: bool):
+    def step(params: PyTree, window: Array, key: Array, sampled: bool):
         out = model.apply({"params": params["model"]}, window, height, rngs={"sample": key})
         density = jax.tree.map(lambda x: x[:, -1], losses.mixture(config, out.raw))
         if sampled:
@@ -59,14 +60,14 @@ def continuations(
         return jnp.concatenate([window[:, 1:], following[:, None]], axis=1), following
 
     @jax.jit
-    def both(window: Array, key: Array):
+    def both(params: PyTree, window: Array, key: Array):
         keys = jax.random.split(key, horizon)
-        sampled = jax.lax.scan(lambda w, k: step(w, k, True), window, keys)[1]
-        mean = jax.lax.scan(lambda w, k: step(w, k, False), window, keys)[1]
+        sampled = jax.lax.scan(lambda w, k: step(params, w, k, True), window, keys)[1]
+        mean = jax.lax.scan(lambda w, k: step(params, w, k, False), window, keys)[1]
         return sampled.T, mean.T
 
     height = jnp.asarray(log_height)
-    sampled, mean = jax.device_get(both(jnp.asarray(gaps), key))
+    sampled, mean = jax.device_get(both(params, jnp.asarray(gaps), key))
     return sampled, mean
 
 
@@ -127,7 +128,9 @@ def statistics(
     Returns:
       ``rollout.error.h<h>`` (mean distance of the h-th point from its place, mean gaps), their
       ``rollout.slope`` (of ln error over ln h), and for sampled and true continuations
-      ``rollout.number_variance.l<L>``, ``rollout.pair_correlation`` and ``rollout.line.<q>``.
+      ``rollout.number_variance.l<L>``, ``rollout.pair_correlation`` and ``rollout.line.<q>``; all
+      of those that stay near the truth, ``rollout.diverged.mean`` and ``.sampled`` are the shares
+      of the others.
     """
     inputs = config.data.window - 1
     past, future = rows["gaps"][:, :inputs], rows["gaps"][:, inputs:]
@@ -135,20 +138,28 @@ def statistics(
     sampled, mean = continuations(
         model, config, params, past, rows["log_height"], horizon, jax.random.key(config.seed)
     )
-    apart = np.abs(np.cumsum(mean, 1) - np.cumsum(future, 1)).mean(0)
-    found: dict[str, Any] = {}
-    at = [h for h in HORIZONS if h <= horizon]
-    found |= {f"rollout.error.h{h}": float(apart[h - 1]) for h in at}
+    # Not a number is no small gap either.
+    stays, sane = ((gaps < _DIVERGED).all(1) for gaps in (mean, sampled))
+    found: dict[str, Any] = {
+        "rollout.diverged.mean": float(1 - stays.mean()),
+        "rollout.diverged.sampled": float(1 - sane.mean()),
+    }
+    apart = np.abs(np.cumsum(mean[stays], 1) - np.cumsum(future[stays], 1))
+    at = [h for h in HORIZONS if h <= horizon and stays.any()]
+    found |= {f"rollout.error.h{h}": float(apart[:, h - 1].mean()) for h in at}
     if len(at) > 1:
-        growth = np.log(apart[np.array(at) - 1])
+        growth = np.log([found[f"rollout.error.h{h}"] for h in at])
         found["rollout.slope"] = float(np.polyfit(np.log(at), growth, 1)[0])
     edges = np.linspace(0, 3, 31)
-    for name, gaps in (("sampled", sampled), ("true", future)):
+    for name, gaps in (("sampled", sampled[sane]), ("true", future[sane])):
+        if not len(gaps):
+            continue
         for length in _VARIANCE_LENGTHS:
             if 4 * length < horizon:
                 key = f"rollout.number_variance.l{length}.{name}"
                 found[key] = number_variance(gaps, length)
         for q in prime_powers(_LINES):
-            found[f"rollout.line.{int(q)}.{name}"] = line_power(gaps, rows["log_height"], q)
+            power = line_power(gaps, rows["log_height"][sane], q)
+            found[f"rollout.line.{int(q)}.{name}"] = power
         found[f"rollout.pair_correlation.{name}"] = pair_correlation(gaps, edges).tolist()
     return found

@@ -11,6 +11,8 @@ from scipy import stats
 from latent_jax.ops.bootstrap import mean_interval
 
 LEVELS = (50, 80, 95)
+# What has a standard deviation between seeds.
+_SPREAD = ("nll", "crps", "rmse", "pit.ks", "rollout.slope", "rollout.error", "rollout.diverged")
 
 
 def summary(
@@ -65,13 +67,15 @@ def over_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
         return rows[0]
     found: dict[str, Any] = {}
     for name, value in rows[0].items():
+        if not all(name in row for row in rows):
+            continue
         if not isinstance(value, float):
             found[name] = value
             continue
         values = np.asarray([row[name] for row in rows])
         found[name] = float(values.mean())
         kind = name.removeprefix("un").removeprefix("calibrated.")
-        if kind.startswith(("nll", "crps", "rmse", "pit.ks")):
+        if kind.startswith(_SPREAD):
             found[f"{name}.std"] = float(values.std(ddof=1))
         if kind.startswith("nll"):
             found |= {f"{name}.seed{i}": float(v) for i, v in enumerate(values)}

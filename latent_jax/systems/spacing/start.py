@@ -70,6 +70,7 @@ def least_squares(
     reach: float,
     products: int = 0,
     ridge: float = _RIDGE,
+    farthest: float | None = None,
 ) -> Fit:
     """Fits the last gap of windows to all before it.
 
@@ -80,12 +81,12 @@ def least_squares(
       reach: physical distance of the last knot.
       products: second-order channels.
       ridge: relative to the variance of each regressor.
+      farthest: distance at which kernels end, default ``reach``; see `recipe.Gaps.reach`.
     """
     n, ahead = len(gaps), gaps[:, -1].astype(np.float32) - 1
-    # A short past touches the first knots only; the coefficients of the others are 0.
+    # A short past is for the first knots only; the coefficients of the others are 0.
     step = reach / (knots - 1)
-    farthest = 2 * np.pi * (gaps.shape[1] - 1) / float(log_height.min())
-    used = min(knots, int(np.ceil(farthest / step)) + 1)
+    used = knots if farthest is None else min(knots, int(farthest / step + 1e-6) + 1)
     size = (1 + products) * used
     gram, cross, total = np.zeros((size, size)), np.zeros(size), np.zeros(size)
     for rows, x in _features(gaps[:, :-1], log_height, used, step * (used - 1), products):
@@ -132,7 +133,10 @@ def embedding(
     if embed.start == "autoregression":
         fitted = lengths(context)[: embed.kernels]
         fits = [
-            least_squares(rows["gaps"][:, -n - 1 :], height, embed.knots, reach, embed.products)
+            least_squares(
+                rows["gaps"][:, -n - 1 :], height, embed.knots, reach, embed.products,
+                farthest=reach * n / context,
+            )
             for n in fitted
         ]
         found = np.stack([fit.kernels for fit in fits], axis=-1)

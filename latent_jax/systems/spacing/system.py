@@ -173,8 +173,15 @@ class SpacingSystem:
 
         return evaluate(self, variables["params"], progress or (lambda *_: None))
 
-    def diagnose(self, variables, frozen, windows: int = 512) -> dict[str, Any]:
+    def diagnose(self, variables, frozen, windows: int = 256) -> dict[str, Any]:
         """See `latent_jax.systems.spacing.diagnose.diagnose`."""
         from latent_jax.systems.spacing.diagnose import diagnose
 
         return diagnose(self, variables["params"], windows)
+
+    @classmethod
+    def compare(cls, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """See `latent_jax.systems.spacing.comparison.compare`."""
+        from latent_jax.systems.spacing.comparison import compare
+
+        return compare(found)
