@@ -18,7 +18,7 @@ _PICTURES |= {127: 0x2421, **dict.fromkeys(range(128, 160), 0xFFFD)}
 
 
 class Screen:
-    """Bytes as they come, as text that a terminal can be given.
+    r"""Bytes as they come, as text that a terminal can be given.
 
     A character that is not complete waits for its other bytes; bytes that are no UTF-8 become
     replacement characters, and control characters, which could move the cursor or worse, pictures.
