@@ -140,7 +140,7 @@ def test_two_names_for_one_parameter():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported: llama"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; .*gemma3_text, llama"),
         ({"model_type": "qwen2"}, "missing tensors.*layers/q/bias"),
         ({"hidden_size": "wide"}, "missing or wrong field"),
         ({"num_attention_heads": 0}, "num_heads is 0"),

@@ -140,7 +140,9 @@ def test_a_rebuilt_text_is_read_as_text(monkeypatch):
 
 def test_shuffled_never_uses_the_same_passage():
     passages = ["a", "b", "a", "c", "a", "a", "b"] * 5
-    rows = [Row(QAExample(str(i), "", p, "", ("",)), [1], [1], [1]) for i, p in enumerate(passages)]
+    rows = [
+        Row(QAExample(str(i), "", p, "", ("",)), [1], [1], [1], [1]) for i, p in enumerate(passages)
+    ]
     for seed in range(20):
         partner = evaluate.partners(rows, seed)
         assert all(passages[i] != passages[j] for i, j in enumerate(partner))
