@@ -9,7 +9,6 @@ beside the rate-distortion bound.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import statistics
 from typing import Any
 
@@ -204,17 +203,16 @@ def main(options: Options) -> dict[str, Any]:
             results[f"throughput.{part}.ours_per_second"] = options.rows / seconds
             console.print(f"{part}: {options.rows / seconds:.0f} vectors/s")
             continue
-        other = functools.partial(getattr(peer, part))
+        other = getattr(peer, part)
         pair = timing.alternate(run, other, pairs=options.pairs)
         results |= {f"throughput.{part}.{k}": v for k, v in pair.summary(options.rows).items()}
-        memory = {"ours": timing.peak_of(run), "peer": timing.peak_of(other)}
-        results |= {f"memory.{part}.{who}_bytes": v for who, v in memory.items()}
-        results[f"memory.{part}.ratio"] = memory["ours"] / max(memory["peer"], 1.0)
+        results |= timing.memory(part, run, other)
         console.print(
             f"{part}: ours {statistics.median(pair.ours):.2f} s, peer "
             f"{statistics.median(pair.peer):.2f} s, {pair.ratio:.2f}x faster (median of pairs; "
             f"{min(pair.ratios):.2f} to {max(pair.ratios):.2f}); peak memory ours "
-            f"{memory['ours'] / 2**20:.0f} MiB, peer {memory['peer'] / 2**20:.0f} MiB, "
+            f"{results[f'memory.{part}.ours_bytes'] / 2**20:.0f} MiB, peer "
+            f"{results[f'memory.{part}.peer_bytes'] / 2**20:.0f} MiB, "
             f"{results[f'memory.{part}.ratio']:.2f} of the peer's"
         )
     if options.scaling:

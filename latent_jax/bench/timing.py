@@ -123,6 +123,13 @@ def peak_of(run: Callable[[], Any]) -> float:
         return float("nan")
 
 
+def memory(part: str, ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[str, float]:
+    """`peak_of` both programs and their ratio, as flat results below ``memory.<part>``."""
+    found = {"ours": peak_of(ours), "peer": peak_of(peer)}
+    out = {f"memory.{part}.{who}_bytes": value for who, value in found.items()}
+    return out | {f"memory.{part}.ratio": found["ours"] / max(found["peer"], 1.0)}
+
+
 def machine() -> dict[str, str]:
     """What a figure was measured on: processor, cores, devices, versions."""
     name = platform.processor() or platform.machine()

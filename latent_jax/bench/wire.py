@@ -228,13 +228,12 @@ def main(options: Options) -> dict[str, Any]:
     for part, ours in (("step", same), ("own", Ours(options, True, backbone, ids))):
         pair = timing.alternate(ours.step, peer.step, pairs=options.pairs)
         results |= {f"throughput.{part}.{k}": v for k, v in pair.summary(ids.size).items()}
-        memory = {"ours": timing.peak_of(ours.step), "peer": timing.peak_of(peer.step)}
-        results |= {f"memory.{part}.{who}_bytes": v for who, v in memory.items()}
-        results[f"memory.{part}.ratio"] = memory["ours"] / max(memory["peer"], 1.0)
+        results |= timing.memory(part, ours.step, peer.step)
         console.print(
             f"{part}: ours {results[f'throughput.{part}.ours_per_second']:,.0f} tokens/s, torch "
             f"{results[f'throughput.{part}.peer_per_second']:,.0f}; median ratio {pair.ratio:.2f} "
             f"({min(pair.ratios):.2f} to {max(pair.ratios):.2f}, {options.pairs} pairs); memory of "
-            f"a step {memory['ours'] / 2**20:.0f} MiB, peer {memory['peer'] / 2**20:.0f} MiB"
+            f"a step {results[f'memory.{part}.ours_bytes'] / 2**20:.0f} MiB, peer "
+            f"{results[f'memory.{part}.peer_bytes'] / 2**20:.0f} MiB"
         )
     return results
