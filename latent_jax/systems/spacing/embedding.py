@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,8 @@ class GapEmbedding(nn.Module):
     """
 
     config: SpacingModelConfig
-    reach: float
-    heights: tuple[float, float]  # mean and standard deviation of ln(t / 2 pi)
+    reach: float | Float[Array, ""]
+    heights: tuple[Any, Any]  # mean and standard deviation of ln(t / 2 pi)
     context: int
 
     @nn.compact

@@ -26,7 +26,7 @@ def distances(
 
 
 def basis(
-    distance: Float[Array, "*b"], knots: int, reach: float
+    distance: Float[Array, "*b"], knots: int, reach: float | Float[Array, ""]
 ) -> Float[Array, "*b knots"]:
     """Linear B-splines ("hats") on ``knots`` equidistant knots from 0 to ``reach``."""
     at = distance[..., None] * ((knots - 1) / reach)
@@ -91,7 +91,7 @@ def summarise(
     past: Float[Array, "b t lags"],
     coefficients: Float[Array, "knots k"],
     log_height: Float[Array, " b"],
-    reach: float,
+    reach: float | Float[Array, ""],
 ) -> Float[Array, "b t k"]:
     """``sum_j h_k(2 pi j / L) past[j]`` for kernels ``h_k`` given by their spline coefficients."""
     hats = basis(distances(past.shape[-1], log_height), coefficients.shape[0], reach)

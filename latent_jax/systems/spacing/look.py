@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from latent_jax.core.types import PyTree
 from latent_jax.ops import mdn
 from latent_jax.systems.spacing import predict
 
@@ -35,24 +35,24 @@ class Looked(NamedTuple):
 
 
 def look(
-    system: Any, params: PyTree, windows: int = 500, shown: int = 6, points: int = 200
+    system: Any, variables: Mapping[str, Any], windows: int = 500, shown: int = 6, points: int = 200
 ) -> Looked:
     """Scores the first seed on evenly spread held-out windows.
 
     Args:
       system: the `SpacingSystem` of the run.
-      params: parameters with a leading axis of seeds.
+      variables: of the run; parameters have a leading axis of seeds.
       windows: at most so many.
       shown: windows whose density is kept.
       points: of the grid, from 0 to 3 mean gaps.
     """
-    c = system.config
-    first = jax.tree.map(lambda x: x[:1], params)
+    c, model = system.config, system.model_of(variables)
+    first = jax.tree.map(lambda x: x[:1], variables["params"])
     rows = system.gaps.windows(system.gaps.spread(windows), c.data.window)
     batch = min(c.eval.batch_size, len(rows["gaps"]))
-    found = predict.predict(predict.predictor(system.model, c), first, rows, batch)
+    found = predict.predict(predict.predictor(model, c), first, rows, batch)
     mixture, truth = predict.densities(
-        system.model, c, first, system.gaps, "validation", c.data.window * shown
+        model, c, first, system.gaps, "validation", c.data.window * shown
     )
     chosen = np.linspace(0, len(truth) - 1, shown).astype(int)
     grid = np.linspace(1e-3, 3.0, points)

@@ -89,8 +89,8 @@ class SpacingModel(nn.Module):
     """
 
     config: SpacingModelConfig
-    reach: float = 160.0
-    heights: tuple[float, float] = (11.5, 1.0)
+    reach: float | Float[Array, ""] = 160.0
+    heights: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (11.5, 1.0)
     context: int = 255
 
     @nn.compact
@@ -221,7 +221,7 @@ class SpacingModel(nn.Module):
         unit = 2 * jnp.pi / log_height[:, None]
         return unit * (jnp.arange(t) if kind == "warped" else jnp.cumsum(gaps, axis=1))
 
-    def frequencies(self) -> np.ndarray:
+    def frequencies(self) -> Array | np.ndarray:
         """Radians per unit of coordinate of every rotary plane: shared, or per head."""
         c = self.config
         planes = c.width // c.heads // 2
@@ -229,8 +229,10 @@ class SpacingModel(nn.Module):
             lines = np.log(kernels.prime_powers(c.heads * planes))
             return lines.reshape(planes, c.heads).T.astype(np.float32)
         # Periods from 2 to 1024 gaps; a gap is 2 pi / L long in the other coordinates.
-        unit = 1.0 if c.positions.kind == "index" else 2 * np.pi / self.heights[0]
-        return (np.geomspace(np.pi, 2 * np.pi / 1024, planes) / unit).astype(np.float32)
+        periods = np.geomspace(np.pi, 2 * np.pi / 1024, planes).astype(np.float32)
+        if c.positions.kind == "index":
+            return periods
+        return periods * self.heights[0] / (2 * np.pi)
 
     def _blocks(
         self, x: Array, at: Array | None, mask: Array | None, first: int, slots: int | None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from latent_jax.core.errors import CheckpointError
 from latent_jax.core.types import Mean, PyTree
 from latent_jax.systems.spacing import auxiliary, losses, recipe, start
 from latent_jax.systems.spacing.config import AUXILIARY, SpacingRun
 from latent_jax.systems.spacing.model import SpacingModel
 
+logger = logging.getLogger(__name__)
+
 
 class SpacingSystem:
     """Predicts the next gap; implements `latent_jax.train.protocol.System`.
 
-    Parameters and all that follows from them carry a leading axis of ``config.seeds``.
+    Parameters and all that follows from them carry a leading axis of ``config.seeds``. What the
+    kernels mean depends on distances that the training data gave: collection ``distances`` keeps
+    them (``reach`` and ``heights`` of `SpacingModel`), so that a run is read as it was trained
+    whatever data it meets later.
     """
 
     config_class = SpacingRun
@@ -61,11 +69,46 @@ class SpacingSystem:
         if embed.kernels:
             seeds = range(c.seed, c.seed + c.seeds)
             tree |= start.embedding(self.gaps, c.data.window, self.model.reach, embed, seeds)
-        return {"params": params}
+        return {"params": params, "distances": self._distances()}
 
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns: nothing is fitted."""
-        return {"params": jax.eval_shape(lambda: self._fresh(jax.random.key(0)))}
+        return jax.eval_shape(
+            lambda: {"params": self._fresh(jax.random.key(0)), "distances": self._distances()}
+        )
+
+    def _distances(self) -> dict[str, jax.Array]:
+        return {
+            "reach": jnp.asarray(self.model.reach, jnp.float32),
+            "heights": jnp.asarray(self.model.heights, jnp.float32),
+        }
+
+    def model_of(self, variables: Mapping[str, Any]) -> SpacingModel:
+        """The model with the distances that variables were trained with.
+
+        Raises:
+          CheckpointError: they say none: saved before runs kept them.
+        """
+        if "distances" not in variables:
+            raise CheckpointError(
+                "these variables lack the collection 'distances' (how far the kernels reach): "
+                "saved by an older version, whose kernels mean something else; train the run again"
+            )
+        found = variables["distances"]
+        return self.model.clone(reach=found["reach"], heights=tuple(found["heights"]))
+
+    def as_trained(self, variables: Mapping[str, Any]) -> SpacingSystem:
+        """This system on its data with the model of `model_of`."""
+        trained = copy.copy(self)
+        trained.model = self.model_of(variables)
+        if trained.model.reach > 1.001 * self.model.reach:
+            logger.warning(
+                "kernels reach %.1f, but the %d gaps before a target span %.1f at the greatest "
+                "height of this data: they are cut off there, and predictions are worse than where "
+                "they were trained",
+                *(trained.model.reach, self.config.data.window - 1, self.model.reach),
+            )
+        return trained
 
     def _fresh(self, key: jax.Array) -> PyTree:
         c = self.config
@@ -104,9 +147,9 @@ class SpacingSystem:
 
         return jax.tree_util.tree_map_with_path(label, params)
 
-    def _terms(self, params, batch, key, train):
+    def _terms(self, variables, batch, key, train):
         """Terms summed over seeds, and each seed's own last-position NLL."""
-        c = self.config
+        c, model = self.config, self.model_of(variables)
         n = c.seeds
         split = {k: batch[k].reshape(n, -1, *batch[k].shape[1:]) for k in ("gaps", "log_height")}
 
@@ -115,10 +158,11 @@ class SpacingSystem:
                 # The trainer divides the sum of all seeds by their number.
                 params = losses.clip_gradient(params, c.clip_norm / n)
             return losses.terms(
-                self.model, c, params, gaps, height, self._statistics, key, train
+                model, c, params, gaps, height, self._statistics, key, train
             )
 
         keys = jax.random.split(key, n)
+        params = variables["params"]
         found, aux = jax.vmap(one)(params, split["gaps"], split["log_height"], keys)
         pooled = {k: Mean(m.sum.sum(), m.count.sum()) for k, m in found.items()}
         logged = {k: Mean(m.sum.sum(), m.count.sum()) for k, m in aux.items()}
@@ -131,7 +175,7 @@ class SpacingSystem:
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
         """Negative log-likelihood at every scored position, and the regularisers."""
-        terms, aux = self._terms(variables["params"], batch, rngs["sample"], train)
+        terms, aux = self._terms(variables, batch, rngs["sample"], train)
         return terms, {}, aux
 
     def train_data(self, phase: str, start_state: Any):
@@ -158,26 +202,27 @@ class SpacingSystem:
         rows = self.gaps.windows(starts, self.config.data.window)
         return {k: np.concatenate([v] * self.config.seeds) for k, v in rows.items()}
 
-    def _held_out_terms(self, params, batch):
-        terms, aux = self._terms(params, batch, jax.random.key(0), train=False)
+    def _held_out_terms(self, variables, batch):
+        terms, aux = self._terms(variables, batch, jax.random.key(0), train=False)
         return {k: m.value for k, m in {**terms, **aux}.items()}
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Every term and the last-position NLL (nats) on held-out windows."""
-        found = self._quick(variables["params"], jax.tree.map(jnp.asarray, self.eval_data()))
+        found = self._quick(variables, jax.tree.map(jnp.asarray, self.eval_data()))
         return {k: float(v) for k, v in found.items()}
 
     def evaluate(self, variables, frozen, progress=None):
         """See `latent_jax.systems.spacing.evaluate.evaluate`."""
         from latent_jax.systems.spacing.evaluate import evaluate
 
-        return evaluate(self, variables["params"], progress or (lambda *_: None))
+        told = progress or (lambda *_: None)
+        return evaluate(self.as_trained(variables), variables["params"], told)
 
     def diagnose(self, variables, frozen, windows: int = 256) -> dict[str, Any]:
         """See `latent_jax.systems.spacing.diagnose.diagnose`."""
         from latent_jax.systems.spacing.diagnose import diagnose
 
-        return diagnose(self, variables["params"], windows)
+        return diagnose(self.as_trained(variables), variables["params"], windows)
 
     @classmethod
     def compare(cls, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 import latent_jax
 from latent_jax import run as runs
-from latent_jax.core.errors import ConfigError, DataError
+from latent_jax.core.errors import CheckpointError, ConfigError, DataError
 from latent_jax.systems.spacing import predict, recipe
 from latent_jax.train.checkpoints import load_variables
 
@@ -85,6 +87,29 @@ def test_kernels_end_inside_the_window_at_every_height():
     assert far.reach(20) == pytest.approx(near.reach(20))
 
 
+def test_a_run_is_read_at_the_distances_that_it_was_trained_at(caplog):
+    system = runs.system_class("spacing")(runs.resolve(TINY, {"seeds": 2}))
+    variables = system.init({"params": jax.random.key(0)}, {})
+    assert jax.tree.structure(system.init_shapes({})) == jax.tree.structure(variables)
+    batch = {k: jnp.asarray(v) for k, v in next(iter(system.train_data("main", None))).items()}
+    loss = jax.jit(lambda s, v: s(v, {}, batch, {"sample": jax.random.key(0)}, False)[2],
+                   static_argnums=0)  # fmt: skip
+    known = float(loss(system.loss_terms, variables)["nll_last"].value)
+    # The same variables beside data whose heights give other distances.
+    other = copy.copy(system)
+    other.model = system.model.clone(reach=0.6 * system.model.reach, heights=(5.0, 0.1))
+    assert float(loss(other.loss_terms, variables)["nll_last"].value) == pytest.approx(known)
+    fresh = variables | {"distances": other._distances()}
+    assert abs(float(loss(other.loss_terms, fresh)["nll_last"].value) - known) > 1e-3
+    model = other.as_trained(variables).model
+    assert (float(model.reach), float(model.heights[0])) == pytest.approx(
+        (system.model.reach, system.model.heights[0])
+    )
+    assert "they are cut off there" in caplog.text
+    with pytest.raises(CheckpointError, match="lack the collection 'distances'.*run again"):
+        system.evaluate({"params": variables["params"]}, {})
+
+
 def test_training_windows_can_be_longer(tmp_path):
     tree = {**TINY, "data": {**TINY["data"], "train_window": 40}}
     with pytest.raises(ConfigError, match="attention_layers=0"):
@@ -127,7 +152,7 @@ def test_seeds_do_not_touch_each_other(done):
 
     def loss(params, batch):
         terms, _, _ = system.loss_terms(
-            {"params": params}, {}, batch, {"sample": jax.random.key(0)}, True
+            variables | {"params": params}, {}, batch, {"sample": jax.random.key(0)}, True
         )
         return terms["nll"].sum
 
