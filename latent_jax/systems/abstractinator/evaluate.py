@@ -60,7 +60,10 @@ def evaluate(
         if there are any;
         ``reconstruction.byte_accuracy|exact_segments`` (free-running, greedy), and the same over
         ``rate_distortion.stages<i>`` with the digits after the first ``i`` dropped, beside the
-        nominal ``code_bits_per_byte``; ``bytes_per_row``, ``segments.overflow`` (share of bytes);
+        nominal ``code_bits_per_byte``; ``reconstruction.listed.<peer>.byte_share|segments``: what
+        a list of as many strings as there are rows holds at least, the likeliest under a peer that
+        has read the text before (what a code of fixed length could say);
+        ``bytes_per_row``, ``segments.overflow`` (share of bytes);
         ``rvq.level<l>.stage<i>.perplexity|entropy_ratio|live|resets``, ``usage`` (share of the rows
         that each code has, the most used first, in at most 64 bars) and
         ``rvq.level<l>.quantisation_error``; with several levels
@@ -110,6 +113,11 @@ def evaluate(
         metrics |= {f"{name}.{k}": v for k, v in _exactness(found).items()}
         metrics[f"{name}.code_bits_per_byte"] = _nominal(sums, 0, i + 1, c.level.codes)
     metrics |= {f"reconstruction.{k}": v for k, v in _exactness(running[-1]).items()}
+    for name in c.peers:
+        for key, found, every in (("byte_share", "listed_bytes", "covered"),
+                                  ("segments", "listed", "rows0")):  # fmt: skip
+            share = float(sums[f"{found}/{name}"] / max(sums[every], 1))
+            metrics[f"reconstruction.listed.{name}.{key}"] = share
     for i in range(1, levels):
         name, level = f"reconstruction.level{i}", c.levels[i]
         for stage, found in enumerate(above[i], 1):

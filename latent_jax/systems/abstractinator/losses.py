@@ -223,13 +223,20 @@ def _byte_nats(logits: Array, ids: Array, valid: Array) -> Mean:
     return Mean.of(_nll(logits, jnp.where(valid, ids, 0)), valid)
 
 
+def peer_nats(
+    model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array, name: str
+) -> Float[Array, "b t"]:
+    """Nats of each byte under a peer; those of padding mean nothing."""
+    logits = model.apply(variables, ids, valid, name, method="peer")
+    return _nll(logits, jnp.where(valid, ids, 0))
+
+
 def byte_lm(
     model: Abstractinator, variables: Mapping[str, Any], ids: Array, valid: Array,
     name: str = "byte_lm",
 ) -> dict[str, Mean]:
     """The term that trains a peer."""
-    logits = model.apply(variables, ids, valid, name, method="peer")
-    return {name: _byte_nats(logits, ids, valid)}
+    return {name: Mean.of(peer_nats(model, variables, ids, valid, name), valid)}
 
 
 def entropy_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from latent_jax.ops import vq_metrics
 from latent_jax.systems.abstractinator import losses, segment
@@ -47,11 +47,27 @@ class Measure:
                 sums[f"known{i}"] = known.sum((0, 1, 2))
         sums |= self._next_rows(variables, every[-1])
         for name in config.peers:
-            sums[f"nats/{name}"] = losses.byte_lm(model, variables, ids, valid, name)[name].sum
+            nats = losses.peer_nats(model, variables, ids, valid, name)
+            sums[f"nats/{name}"] = jnp.sum(jnp.where(valid, nats, 0.0))
+            sums |= self._listed(nats, out, name)
         if config.entropy is not None and config.entropy.head != "gaussian":
             term = losses.entropy_model(model, variables, ids, valid)["entropy_model"]
             sums["nats/entropy_model"] = term.sum
         return sums
+
+    def _listed(self, nats: Float[Array, "b t"], out: Rows, name: str) -> dict[str, Array]:
+        """Segments, and their bytes, among as many of the likeliest strings as there are rows.
+
+        Counted are those of at least the probability ``1 / n``, which are among the ``n``
+        likeliest: Shannon's code of fixed length, ideal for this model, says these and some more.
+        """
+        laid, there = segment.grid(nats, out.found, self.model.config.longest(0))
+        listed = jnp.sum(jnp.where(there, laid, 0.0), -1) <= out.depth * jnp.log(out.codes)
+        listed &= out.there
+        return {
+            f"listed/{name}": listed.sum(),
+            f"listed_bytes/{name}": jnp.sum(jnp.where(listed, out.found.length, 0)),
+        }
 
     def _next_rows(self, variables, out: Rows) -> dict[str, Array]:
         logits, nats, known, row = losses.next_rows(self.model, variables, out)

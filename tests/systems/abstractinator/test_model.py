@@ -210,3 +210,15 @@ def test_likelihoods_of_a_model_that_knows_nothing(made, compress):
     assert int(sums["covered"]) == int(found.length.sum()) <= int(sums["bytes"]) == 48
     # An untrained expander is near uniform over 256 bytes and the end; ends come on top.
     assert 0.8 < float(sums["byte_nats"]) / (48 * np.log(257)) < 2
+
+
+def test_a_list_as_long_as_there_are_rows(made, compress):
+    system, _, batch = made
+    out = compress(batch["ids"])
+    sums = Measure(system.model)._listed(jnp.full(batch["ids"].shape, 2.5), out, "peer")
+    # 2.5 nats a byte, 16 ** 3 rows: 8.3 nats are worth three bytes, and not four.
+    length = np.asarray(out.found.length)
+    short = (length > 0) & (length <= 3)
+    assert 0 < short.sum() < (length > 0).sum()
+    assert int(sums["listed/peer"]) == short.sum()
+    assert int(sums["listed_bytes/peer"]) == length[short].sum()
