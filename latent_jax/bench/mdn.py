@@ -22,7 +22,7 @@ from latent_jax.ops import mdn
 from latent_jax.systems.spacing.config import SpacingModelConfig
 from latent_jax.systems.spacing.model import SpacingModel
 
-_REACH, _HEIGHTS = 140.0, (11.5, 0.5)
+_REACH, _HEIGHTS = 140.0, (11.5, 0.5, 9.0, 14.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +94,24 @@ def torch_twin(model: SpacingModel, params: Any, threads: int) -> Any:
         j = torch.arange(1, t + 1)
         distance = 2 * math.pi * j / log_height[:, None]
         knots = c.embed.knots
-        hats = (distance[..., None] * ((knots - 1) / model.reach) - torch.arange(knots)).abs()
-        kernels = (1 - hats).clamp(min=0) @ tree["gaps/kernels"][0]
+        u = (distance[..., None] * ((knots + 1) / model.reach) - torch.arange(knots)).abs()
+        inner, outer = 2 / 3 - u**2 + u**3 / 2, (2 - u).clamp(min=0) ** 3 / 6
+        kernels = torch.where(u < 1, inner, outer) @ tree["gaps/kernels"][0]
         summaries = past @ kernels + tree["gaps/offset"]
-        gate = tree["gaps/gate"]
-        line = (summaries[..., : gate.shape[1]] * gate).sum(-1) + tree["gaps/level"] + 1
-        level = (log_height - model.heights[0]) / model.heights[1]
-        extra = torch.stack([(j / t).expand(b, t), level[:, None].expand(b, t)], -1)
+        there = 2 * math.pi * model.context / model.reach
+        span = (j * (there / log_height[:, None]) + 1e-3).floor().long().clamp(1, model.context)
+        gate = tree["gaps/gate"][span - 1]
+        line = (summaries[..., : gate.shape[-1]] * gate).sum(-1)
+        line = line + tree["gaps/level"][span - 1] + 1
+        mean, std, least, most = model.heights
+        level = (log_height.clamp(least, most) - mean) / std
+        extra = torch.stack([span / model.context, level[:, None].expand(b, t)], -1)
         parts = [past[..., : c.embed.near], summaries, extra]
-        return linear(torch.cat(parts, -1), "gaps/embed"), line[..., None]
+        spread = tree["gaps/spread"][span - 1]
+        return linear(torch.cat(parts, -1), "gaps/embed"), line[..., None], spread[..., None]
 
     def loss(gaps: Any, log_height: Any) -> Any:
-        x, line = embed(gaps[:, :-1], log_height)
+        x, line, spread = embed(gaps[:, :-1], log_height)
         b, t, _ = x.shape
         at = 2 * math.pi / log_height[:, None] * torch.arange(t)
         for i in range(c.layers):
@@ -119,7 +125,6 @@ def torch_twin(model: SpacingModel, params: Any, threads: int) -> Any:
             y = linear(norm(x, f"{name}/mlp_norm"), f"{name}/up")
             x = x + linear(functional.gelu(y, approximate="tanh"), f"{name}/down")
         logits, mean, scale = linear(x, "head").chunk(3, -1)
-        spread = tree["gaps/spread"][:, None]
         mean = line + spread.exp() * mean
         scale = functional.softplus(scale + spread) + c.head.floor
         z = (gaps[:, 1:, None] - mean) / scale

@@ -28,7 +28,7 @@ class GapEmbedding(nn.Module):
 
     config: SpacingModelConfig
     reach: float | Float[Array, ""]
-    heights: tuple[Any, Any]  # mean and standard deviation of ln(t / 2 pi)
+    heights: tuple[Any, Any, Any, Any]  # mean, deviation, least and greatest ln(t / 2 pi)
     context: int
 
     @nn.compact
@@ -54,6 +54,8 @@ class GapEmbedding(nn.Module):
             past = [held * jnp.repeat(x[:, cuts], claims.shape[2], axis=1) for x in past]
             inside = jnp.arange(self.context) < seen[:, None]
             share = jnp.sum(held * inside, axis=-1) / seen
+        # Of a past of so many gaps here, what is known is known of one as long in distance.
+        span = kernels.equivalent(seen, log_height, self.context, self.reach)
         parts = [past[0][..., : c.near]]
         line = spread = None
         if c.kernels:
@@ -67,14 +69,16 @@ class GapEmbedding(nn.Module):
             fitted = len(lengths(self.context)[: c.kernels])
             gate = self.param("gate", zeros, (self.context, fitted))
             level = self.param("level", zeros, (self.context,))
-            line = jnp.einsum("btr,tr->bt", summaries[..., :fitted], gate[seen - 1])
-            line = line + share * (1.0 + level[seen - 1])
-            spread = share * self.param("spread", zeros, (self.context,))[seen - 1]
+            line = jnp.einsum("btr,btr->bt", summaries[..., :fitted], gate[span - 1])
+            line = line + share * (1.0 + level[span - 1])
+            spread = share * self.param("spread", zeros, (self.context,))[span - 1]
         # How much past there is: summaries of a short one are small for want of terms.
-        parts.append((share * seen / self.context)[..., None])
+        parts.append((share * span / self.context)[..., None])
         if c.height:
-            mean, std = self.heights
-            parts.append((share * (log_height[:, None] - mean) / std)[..., None])
+            mean, std, least, most = self.heights
+            # Heights beyond those of training are as unknown as any: the nearest stands for them.
+            level = (jnp.clip(log_height, least, most)[:, None] - mean) / std
+            parts.append((share * level)[..., None])
         if claims is not None:
             parts.append(share[..., None])  # in place of a bias
         dense = nn.Dense(self.config.width, use_bias=claims is None, name="embed")

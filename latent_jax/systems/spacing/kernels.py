@@ -15,7 +15,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import scipy.signal
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def distances(
@@ -24,6 +24,20 @@ def distances(
     """Mean physical distance ``2 pi j / L`` of the last 1, 2, ... ``lags`` gaps."""
     j = jnp.arange(1, lags + 1, dtype=jnp.float32)
     return 2 * jnp.pi * j / log_height[..., None]
+
+
+def equivalent(
+    seen: Int[np.ndarray, " n"], log_height: Float[Array, " b"], context: int,
+    reach: float | Float[Array, ""],
+) -> Int[Array, "b n"]:
+    """Gaps, at most ``context``, that span at the height of ``reach`` what ``seen`` ones span here.
+
+    A predictor that is a function of distance serves any height, if it is one for as much distance
+    as there is: at ``t = 1e9`` 255 gaps are as long as 163 at ``1e6``.
+    """
+    there = 2 * jnp.pi * context / reach  # L at which `context` gaps end at the reach
+    many = jnp.floor(seen * (there / log_height[:, None]) + 1e-3).astype(jnp.int32)
+    return jnp.clip(many, 1, context)
 
 
 def basis(

@@ -74,7 +74,7 @@ class SpacingModel(nn.Module):
     Attributes:
       config: the architecture.
       reach: physical distance that the kernels cover.
-      heights: mean and standard deviation of ``ln(t / 2 pi)`` in training.
+      heights: mean, standard deviation, least and greatest ``ln(t / 2 pi)`` of training.
       context: past gaps that the embedding of a position sees.
 
     Example:
@@ -90,7 +90,7 @@ class SpacingModel(nn.Module):
 
     config: SpacingModelConfig
     reach: float | Float[Array, ""] = 160.0
-    heights: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (11.5, 1.0)
+    heights: tuple[float | Float[Array, ""], ...] = (11.5, 1.0, 8.5, 14.5)
     context: int = 255
 
     @nn.compact

@@ -62,10 +62,10 @@ class Gaps:
         return starts[np.unique(at)]
 
     @property
-    def heights(self) -> tuple[float, float]:
-        """Mean and (positive) standard deviation of ``log_height`` in training."""
+    def heights(self) -> tuple[float, float, float, float]:
+        """Mean, (positive) standard deviation, least and greatest ``log_height`` in training."""
         h = self.log_height[self.spread(4096, "train")]
-        return float(h.mean()), float(max(h.std(), 1e-3))
+        return float(h.mean()), float(max(h.std(), 1e-3)), float(h.min()), float(h.max())
 
     def reach(self, window: int) -> float:
         """Physical distance that the gaps before a target span at every height in use.

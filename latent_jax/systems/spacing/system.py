@@ -38,9 +38,8 @@ class SpacingSystem:
         self.config = config
         self.gaps = recipe.load(config.data)
         window = config.data.window
-        self.model = SpacingModel(
-            config.model, self.gaps.reach(window), self.gaps.heights, window - 1
-        )
+        reach = self.gaps.reach(window) if config.model.embed.height else float(window - 1)
+        self.model = SpacingModel(config.model, reach, self.gaps.heights, window - 1)
         weights = config.losses
         self.weights = {
             "nll": weights.nll, "last": weights.last, "entropy": weights.entropy,
@@ -104,8 +103,7 @@ class SpacingSystem:
         if trained.model.reach > 1.001 * self.model.reach:
             logger.warning(
                 "kernels reach %.1f, but the %d gaps before a target span %.1f at the greatest "
-                "height of this data: they are cut off there, and predictions are worse than where "
-                "they were trained",
+                "height of this data: it is predicted from less distance than was trained on",
                 *(trained.model.reach, self.config.data.window - 1, self.model.reach),
             )
         return trained

@@ -102,3 +102,12 @@ def test_least_squares_finds_a_second_order_term():
 
 def test_prime_powers():
     assert kernels.prime_powers(8).tolist() == [2, 3, 4, 5, 7, 8, 9, 11]
+
+
+def test_as_long_a_past_at_another_height():
+    # At L = 10 ten gaps end at the reach; at 20 they are half as long, at 5 twice.
+    reach = 2 * np.pi
+    got = kernels.equivalent(np.arange(1, 11), jnp.asarray([10.0, 20.0, 5.0]), 10, reach)
+    assert got[0].tolist() == list(range(1, 11))
+    assert got[1].tolist() == [1, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert got[2].tolist() == [2, 4, 6, 8, 10, 10, 10, 10, 10, 10]

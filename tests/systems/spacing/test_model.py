@@ -118,7 +118,7 @@ def test_what_slots_hold_adds_up_to_the_embedding():
     config = parse(SpacingModelConfig, {
         "width": 16, "heads": 2, "embed": {"near": 4, "kernels": 4, "knots": 16, "products": 2},
     })  # fmt: skip
-    embedding = GapEmbedding(config, 16.0, (11.0, 1.0), T - 2)
+    embedding = GapEmbedding(config, 16.0, (11.0, 1.0, 9.0, 13.0), T - 2)
     key = jax.random.key(0)
     gaps, height = 1 + 0.3 * jax.random.normal(key, (2, T)), jnp.asarray([10.0, 12.0])
     cuts = jnp.asarray([3, 23])
