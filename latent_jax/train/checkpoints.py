@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from latent_jax.core import trees
 from latent_jax.core.config import config_hash
@@ -28,6 +27,7 @@ from latent_jax.core.errors import CheckpointError
 from latent_jax.core.types import PyTree
 from latent_jax.train.config import CheckpointConfig
 from latent_jax.train.load import load_variables, quiet_orbax
+from latent_jax.train.retention import Retention
 from latent_jax.train.state import TrainState
 
 # What may differ between a run and its continuation: it does not change what is computed.
@@ -59,18 +59,12 @@ class Checkpoints:
         quiet_orbax()
         self._directory = Path(directory).absolute()
         self._hash = hash_
-        sign = 1.0 if cfg.mode == "max" else -1.0
-        policies: list[Any] = [keep.LatestN(cfg.keep_last)]
-        for name, n in (("value", cfg.keep_best), ("smoothed", 1)):
-            if n:
-                policies.append(keep.BestN(
-                    n=n, get_metric_fn=_scorer(name, sign), keep_checkpoints_without_metrics=False
-                ))
+        self._retention = Retention(cfg, self._directory)
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep.AnyPreservationPolicy(policies),
+                    preservation_policy=self._retention,
                     enable_async_checkpointing=cfg.asynchronous,
                     cleanup_tmp_directories=True,
                     save_root_metadata=False,
@@ -107,8 +101,10 @@ class Checkpoints:
             "config_hash": self._hash,
             "data": _gather(data),
             "host": dict(host),
+            "metrics": dict(metrics) if metrics else None,
             "param_count": trees.count_params(state.params),
         }
+        self._retention.note(step, metrics)
         try:
             self._manager.save(
                 step,
@@ -117,7 +113,6 @@ class Checkpoints:
                     training=ocp.args.StandardSave(training),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=dict(metrics) if metrics else None,
                 force=True,
             )
             if wait:
@@ -223,10 +218,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (text.strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _scorer(name: str, sign: float) -> Callable[[Any], float]:
-    return lambda metrics: sign * float(metrics[name])
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

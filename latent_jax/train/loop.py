@@ -283,9 +283,7 @@ class _Run:
                 self._log(keep=0)
                 observed = None
                 if due or evaluated is not None:
-                    observed = self.selection.observe(
-                        self.step, {**self._latest, **(evaluated or {})}
-                    )
+                    observed = self.selection.observe(self.step, self._measured(evaluated))
                 better = evaluated is not None and self.selection.improved(self.step)
                 if due or timely or preempted or better or self.guards.stop_reason is not None:
                     self._save(state, observed, wait=preempted or last)
@@ -308,6 +306,11 @@ class _Run:
                 f"{', '.join(sorted(self._latest)) or 'nothing'}); best and peak are the last",
             )
         return state
+
+    def _measured(self, evaluated: dict[str, float] | None) -> dict[str, float]:
+        """What was measured at this step: an earlier evaluation says nothing about it."""
+        row = {k: v for k, v in self._latest.items() if not k.startswith("eval.")}
+        return row | (evaluated or {})
 
     def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
         counter = getattr(self.system, "unit_counts", None)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import time
 
 import jax
@@ -247,6 +249,24 @@ def test_best_peak_and_last_are_kept(tmp_path):
     assert load_variables(tmp_path)[1]["step"] == 16
     with pytest.raises(CheckpointError, match="no checkpoint '5'"):
         load_variables(tmp_path, "5")
+
+
+def test_the_best_checkpoint_survives_a_resume(tmp_path):
+    values = iter([0.9, 0.1, 0.2, 0.3, 0.4, 0.5])  # the first is the best
+    kw = {"steps": 12, "eval_every": 2, "log_every": 1,
+          "checkpoint": {"every": 1, "metric": "eval.score", "mode": "max", "keep_last": 1}}
+    crashing = stop_at(5)
+    for system in (crashing, ToySystem()):
+        system.quick_eval = lambda variables, frozen: {"score": next(values)}
+        ends = pytest.raises(Stop) if system is crashing else contextlib.nullcontext()
+        with ends:
+            run(tmp_path, system, **kw)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    # Not 3: it was saved with an evaluation behind it, but it is not what was evaluated.
+    assert kept[0] == 2 and load_variables(tmp_path, "best")[1]["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with pytest.raises(CheckpointError, match="best checkpoint, step 2, is not there any more"):
+        load_variables(tmp_path, "best")
 
 
 def test_progress_reports_rates_and_messages(tmp_path):
