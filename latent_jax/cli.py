@@ -7,7 +7,6 @@ with 75 and a hint; an interrupted one with 130. Anything else is a bug and keep
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from typing import Annotated, Any
@@ -361,8 +360,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     debug = bool(os.environ.get("LATENT_JAX_DEBUG"))  # keeps every traceback
     if not debug:
-        # Orbax logs the tracebacks of its threads there, and raises the same errors here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        errors.quiet_threads()
     try:
         code = app(args, prog_name="latent-jax", standalone_mode=False)
         if code == 130:  # typer has swallowed the interrupt

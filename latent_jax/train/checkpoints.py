@@ -37,6 +37,7 @@ _NOT_HASHED = (
     "train.checkpoint.minutes", "train.max_minutes",
 )
 _VERSION = 1
+_YEAR = 365 * 24 * 3600
 
 __all__ = ["Checkpoints", "load_variables", "resume_hash"]
 
@@ -68,6 +69,7 @@ class Checkpoints:
                     enable_async_checkpointing=cfg.asynchronous,
                     cleanup_tmp_directories=True,
                     save_root_metadata=False,
+                    async_options=_patient() if jax.process_count() == 1 else None,
                 ),
                 item_names=("variables", "training", "meta"),
             )
@@ -207,6 +209,14 @@ class Checkpoints:
             shutil.move(str(self._directory / str(step)), str(target))
         self._manager.reload()
         warn(f"checkpoint {step} is damaged ({reason}); falling back to the one before it")
+
+
+def _patient() -> ocp.AsyncOptions:
+    """Limits of a save that a clock which is set forward in the middle of it does not reach.
+
+    Orbax counts by the wall clock. Several processes need its limits, to notice a lost one.
+    """
+    return ocp.AsyncOptions(timeout_secs=_YEAR, create_directories_asynchronously=False)
 
 
 def _reason(error: BaseException) -> str:
