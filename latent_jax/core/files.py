@@ -108,6 +108,20 @@ def append_line(path: str | os.PathLike[str], row: Any) -> None:
             os.close(handle)
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files that others wrote: every failure is a ValueError of one line.
+
+    Example:
+      >>> parse_json("[" * 100_000)
+      Traceback (most recent call last):
+      ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def plain(value: Any) -> Any:
     """Numpy and JAX values as plain data; anything else as its text (a `default` for json.dumps).
 
