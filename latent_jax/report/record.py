@@ -17,7 +17,7 @@ from typing import Any
 from latent_jax.core import files
 from latent_jax.core.errors import RunError
 from latent_jax.report.load import is_number
-from latent_jax.report.tables import HEADLINES
+from latent_jax.report.names import HEADLINES
 
 _PACKAGES = (
     "latent-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",

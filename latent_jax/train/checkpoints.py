@@ -181,6 +181,9 @@ class Checkpoints:
             except Exception as e:  # noqa: BLE001
                 self._set_aside(step, e, warn)
                 continue
+            # A process that was killed after a save had not deleted what that save replaced.
+            for surplus in set(self.steps()) - self._retention.kept(self.steps()):
+                self._manager.delete(surplus)
             state = _join(abstract, got["variables"], got["training"])
             # Restored buffers may be views that cannot be donated: copy once into owned ones.
             own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)

@@ -38,7 +38,12 @@ class Retention:
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
         """Whether each of ``checkpoints`` (anything with a ``step``) stays, in their order."""
-        steps = sorted(info.step for info in checkpoints)
+        kept = self.kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
+    def kept(self, steps: Sequence[int]) -> set[int]:
+        """Those of ``steps`` that stay."""
+        steps = sorted(steps)
         kept = set(steps[-self._cfg.keep_last :])
         for name, n in (("value", self._cfg.keep_best), ("smoothed", 1)):
             # Of equal ones the later: as train.selection chooses.
@@ -46,7 +51,7 @@ class Retention:
                 (self._sign * self._metrics[s][name], s) for s in steps if s in self._metrics
             )
             kept |= {step for _, step in ranked[max(len(ranked) - n, 0) :]}
-        return [info.step in kept for info in checkpoints]
+        return kept
 
 
 def _recorded(step: Path) -> Mapping[str, float] | None:
