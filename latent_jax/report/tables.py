@@ -98,15 +98,23 @@ def interval_of(results: Mapping[str, Any], name: str) -> tuple[float, float] | 
     return None
 
 
+def _spread(name: str, results: Mapping[str, Any]) -> bool:
+    """Whether a result is the standard deviation of another, beside which it is shown."""
+    return name.endswith(".std") and is_number(results.get(name.removesuffix(".std")))
+
+
 def cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
+    """One result, with its confidence interval or else its standard deviation."""
     value = results[name]
     if name.endswith("bytes") and is_number(value):
         return Cell(size(value))
     bounds = interval_of(results, name)
+    spread = results.get(f"{name}.std")
+    beside = _between(*bounds) if bounds else f"± {number(spread)}" if is_number(spread) else ""
     share = max(0.0, min(1.0, value / top)) if is_number(value) and top > 0 else 0.0
     return Cell(
         number(value),
-        _between(*bounds) if bounds else "",
+        beside,
         share if share == share else 0.0,
         units.unit(name),
     )
@@ -125,6 +133,7 @@ def sections(
         name: value
         for name, value in results.items()
         if not name.endswith(".ci95") and not isinstance(value, (list, dict, tuple))
+        and not _spread(name, results)
     }
     tables: dict[str, dict[str, dict[str, str]]] = {}
     alone: list[str] = []

@@ -248,3 +248,15 @@ def test_bytes_are_drawn_against_the_code_bits_of_each_level(tmp_path):
     }
     page = write_report(make_run(tmp_path / "r", results__json=results)).read_text()
     assert "Right bytes, free-running, by stages kept" in page
+
+
+def test_a_standard_deviation_stands_beside_its_number():
+    results = {"nll.last": -1.5, "nll.last.std": 0.25, "nll.last.seed0": -1.75, "crps": 0.5,
+               "crps.std": 0.125, "alone.std": 2.0, "nll.last.ci95": [-2.0, -1.0]}  # fmt: skip
+    found = {s.key: s for s in tables.sections(results)}
+    ((name, cell),) = found["crps"].facts
+    assert (name, cell.text, cell.interval) == ("crps", "0.5", "± 0.125")
+    (table,) = found["nll"].tables
+    assert [row for row, _, _ in table.rows] == ["seed0", "this run"] and table.columns == ["last"]
+    assert table.rows[1][2][0].interval == "-2 to -1"  # an interval says more
+    assert found["alone"].facts[0][0] == "alone.std"
