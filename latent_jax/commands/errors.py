@@ -52,7 +52,9 @@ def complain(message: str, code: int) -> int:
 def explain(error: BaseException) -> str | None:
     """One line for an error that is not ours but has a cause a person can mend, else None."""
     if isinstance(error, OSError) and error.errno in _REASONS:
-        return f"{error.filename or 'a file'}: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "; make room or give another --out" if full else ""
+        return f"{error.filename or 'a file'}: {error.strerror}{hint}"
     text = str(error)
     if "No space left on device" in text or "Disk quota exceeded" in text:
         return "no space left on the device that the run writes to; make room or give another --out"

@@ -9,10 +9,11 @@ under their path, so evaluation can read the variables without knowing the optim
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +128,24 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until pending saves are on disk."""
-        try:
+        with self._written():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Lets go of the directory; waits for pending saves."""
+        with self._written():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, RuntimeError) as e:
             raise CheckpointError(
                 f"writing a checkpoint in {self._directory} failed: {_reason(e)}; the ones before "
                 "it are kept, run again to resume from them"
             ) from e
-
-    def close(self) -> None:
-        self._manager.close()
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, warn: Callable[[str], None]
