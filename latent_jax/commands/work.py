@@ -129,7 +129,8 @@ def show(results: runs.Results) -> None:
     """What a run ends with: the system's own table where it has one, and the report's path."""
     if not record.primary():
         return
-    config = to_dict(results.system.config)
+    config = getattr(results.system, "config", None)
+    config = None if config is None else to_dict(config)
     if hasattr(results.system, "show"):
         present(results.system.show(results), config=config)
     else:
