@@ -11,6 +11,9 @@ from latent_jax.report import units
 from latent_jax.report.load import is_number
 from latent_jax.report.names import ARMS, FIRST, HEADLINES, TITLES, place, rank
 
+# What a result is called in the table of its own controls, by the first part of its name.
+_MAIN_ROWS = {"ae": "latent", "recovery": "gist"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -135,23 +138,20 @@ def sections(
         if not name.endswith(".ci95") and not isinstance(value, (list, dict, tuple))
         and not _spread(name, results)
     }
+    # `ae.token_accuracy` is the main row of the table that `ae.token_accuracy.shuffled` makes.
+    measured = {(where[0], where[2]) for name in scalars if (where := place(name))}
     tables: dict[str, dict[str, dict[str, str]]] = {}
-    alone: list[str] = []
+    facts: list[str] = []
     for name in scalars:
+        table, _, measure = name.rpartition(".")
         where = place(name)
+        if (table, measure) in measured:
+            where = table, _MAIN_ROWS.get(name.partition(".")[0], "this run"), measure
         if where is None:
-            alone.append(name)
+            facts.append(name)
         else:
             table, row, measure = where
             tables.setdefault(table, {}).setdefault(row, {})[measure] = name
-    # `ae.token_accuracy` is the main row of the table that `ae.token_accuracy.shuffled` makes.
-    facts: list[str] = []
-    for name in alone:
-        table, _, measure = name.rpartition(".")
-        if any(measure in row for row in tables.get(table, {}).values()):
-            tables[table].setdefault("latent" if table == "ae" else "this run", {})[measure] = name
-        else:
-            facts.append(name)
 
     order = list(TITLES)
     keys: dict[str, list[str]] = {}

@@ -260,3 +260,11 @@ def test_a_standard_deviation_stands_beside_its_number():
     assert [row for row, _, _ in table.rows] == ["seed0", "this run"] and table.columns == ["last"]
     assert table.rows[1][2][0].interval == "-2 to -1"  # an interval says more
     assert found["alone"].facts[0][0] == "alone.std"
+
+
+def test_a_result_stands_in_the_table_of_its_controls():
+    results = {"recovery.lod1.slots2": 0.5, "recovery.lod1.slots2.shuffled": 0.25,
+               "recovery.lod1.histories": 64, "recovery.lod2.histories": 64}  # fmt: skip
+    (section,) = tables.sections(results)
+    found = {t.title: [row for row, _, _ in t.rows] for t in section.tables}
+    assert found == {"recovery.lod1": ["gist", "shuffled"], "recovery": ["lod1", "lod2"]}
