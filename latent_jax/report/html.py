@@ -98,7 +98,9 @@ def _listed(name: str, values: list[float], results: Mapping[str, Any]) -> Marku
     if name.endswith("pit.histogram"):
         count = results.get("windows")
         return calibration.pit(name, values, int(count) if tables.is_number(count) else None)
-    across = "codes, most used first" if name.endswith(".usage") else "index"
+    across = "index"
+    if name.endswith(".usage"):  # large codebooks come with several codes to a bar
+        across = f"all codes in {len(values)} bars, most used first"
     if "pair_correlation" in name:
         across = "distance, tenths of a mean gap"
     return figures.histogram(name, values, units.unit(name), across)

@@ -18,7 +18,7 @@ _UNITS = tuple(
         (r"^parameters\.", "parameters"),
         (r"^flops\..*per_byte", "FLOPs per byte"),
         (r"^flops\b", "FLOPs"),
-        (r"^throughput\.(?:\w+\.)*(?P<what>\w+)_per_second", "{what} per second"),
+        (r"^throughput\.(?:\w+\.)*(?:encode_|generate_)?(?P<what>\w+?)_per_second", "{what} per second"),
         (r"^throughput\.", ""),
         (r"^grad_norm", "norm"),
         (r"^lr(\.|$)", "rate per step"),
@@ -69,6 +69,8 @@ def unit(name: str) -> str:
       ('share', 'nats per token', 'bits per byte', 'mean gaps')
       >>> unit("throughput.bytes_per_second"), unit("eval.segments")
       ('bytes per second', '')
+      >>> unit("throughput.encode_bytes_per_second"), unit("wire.d_z")
+      ('bytes per second', 'numbers per latent')
     """
     if re.search(rf"(^|\.){_COUNTED}$", name):
         return ""
