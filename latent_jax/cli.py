@@ -6,15 +6,28 @@ with 75 and a hint; an interrupted one with 130. Anything else is a bug and keep
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from latent_jax.commands import errors
+from latent_jax.commands import errors, here, use
+from latent_jax.commands.options import (
+    HERE,
+    TRAIN,
+    USE,
+    Checkpoint,
+    Config,
+    DryRun,
+    Out,
+    Profile,
+    Quiet,
+    Run,
+    Seed,
+    Set,
+    overrides,
+)
 from latent_jax.core.errors import UserError
 
 app = typer.Typer(
@@ -25,31 +38,7 @@ app = typer.Typer(
     help="Learned latent interfaces to language and sequence models.",
     epilog="First: latent-jax info, then latent-jax run latentwire/tiny (two minutes on a CPU).",
 )
-# Headings of the list of commands.
-_TRAIN, _USE, _HERE = "Train and evaluate", "Use what was trained", "What there is"
-
-Config = Annotated[str, typer.Argument(help="A YAML file, or a packaged name: latentwire/tiny.")]
-Run = Annotated[str, typer.Argument(help="Directory of a run.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Setting a.b=c; repeatable.")]
-Out = Annotated[str | None, typer.Option(help="Where the files go; a run's: runs/NAME.")]
-Seed = Annotated[int | None, typer.Option(help="Root of every random stream; the config's.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the result.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Resolve, validate, plan memory, stop.")]
-Profile = Annotated[bool, typer.Option("--profile", help="Trace a few steps, sum them up.")]
-Checkpoint = Annotated[str, typer.Option(help="last, best, peak or a step.")]
-Reader = Annotated[str, typer.Option(help="Which of the compressor's readers answers.")]
-Compressor = Annotated[
-    str | None, typer.Option(help="What reads a stored wire; default the one it names.")
-]
-Text = Annotated[str | None, typer.Option(help="Text file; - for standard input.")]
-
-
-def _overrides(set_: list[str] | None, **options: Any) -> list[str]:
-    # JSON is YAML, and keeps a directory a text even where it reads like a number.
-    return [*(set_ or []), *(f"{k}={json.dumps(v)}" for k, v in options.items() if v is not None)]
-
-
-@app.command(rich_help_panel=_TRAIN)
+@app.command(rich_help_panel=TRAIN)
 def run(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
     dry_run: DryRun = False, profile: Profile = False,
@@ -57,14 +46,14 @@ def run(
     """Train, evaluate and report; continues by itself where the directory holds this run."""
     from latent_jax.commands import work
 
-    resolved = work.resolve(config, _overrides(set_, out=out, seed=seed))
+    resolved = work.resolve(config, overrides(set_, out=out, seed=seed))
     if dry_run:
         work.dry_run(resolved)
     else:
         work.run(resolved, quiet, profile)
 
 
-@app.command(rich_help_panel=_TRAIN)
+@app.command(rich_help_panel=TRAIN)
 def train(
     config: Config, set_: Set = None, out: Out = None, seed: Seed = None, quiet: Quiet = False,
     dry_run: DryRun = False, profile: Profile = False,
@@ -72,7 +61,7 @@ def train(
     """Train only; continues by itself where the directory holds this run."""
     from latent_jax.commands import work
 
-    resolved = work.resolve(config, _overrides(set_, out=out, seed=seed))
+    resolved = work.resolve(config, overrides(set_, out=out, seed=seed))
     if dry_run:
         work.dry_run(resolved)
     else:
@@ -80,7 +69,7 @@ def train(
         print(f"trained {int(state.step)} steps: {where}")
 
 
-@app.command(rich_help_panel=_TRAIN)
+@app.command(rich_help_panel=TRAIN)
 def plan(
     config: Config,
     devices: Annotated[int, typer.Option(help="How many; none has to be there.")] = 1,
@@ -97,11 +86,11 @@ def plan(
     from latent_jax.commands.show import console
 
     machine = plans.Machine.of(devices, chip, hbm, peak, mfu)
-    found = plans.plan(runs.resolve(config, _overrides(set_)), machine)
+    found = plans.plan(runs.resolve(config, overrides(set_)), machine)
     plans.show(found, console(), machine, table)
 
 
-@app.command(rich_help_panel=_TRAIN)
+@app.command(rich_help_panel=TRAIN)
 def sweep(
     config: Config,
     grid: Annotated[
@@ -120,10 +109,10 @@ def sweep(
     """Run a config at every point of a grid; the same command continues. One table, one plot."""
     from latent_jax.commands.sweep import sweep as run_all
 
-    run_all(config, grid, _overrides(set_), out, metric or (), quiet, dry_run, cell)
+    run_all(config, grid, overrides(set_), out, metric or (), quiet, dry_run, cell)
 
 
-@app.command("eval", rich_help_panel=_TRAIN)
+@app.command("eval", rich_help_panel=TRAIN)
 def eval_(
     run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,
     seed: Seed = None, quiet: Quiet = False,
@@ -131,202 +120,15 @@ def eval_(
     """Evaluate a run again; rewrites its results and report (or writes them to --out)."""
     from latent_jax.commands import work
 
-    work.evaluate(run, _overrides(set_, seed=seed), checkpoint, out, quiet)
+    work.evaluate(run, overrides(set_, seed=seed), checkpoint, out, quiet)
 
 
-@app.command(rich_help_panel=_TRAIN)
+@app.command(rich_help_panel=TRAIN)
 def report(run: Run) -> None:
     """Make a run's report.html again."""
     from latent_jax import run as runs
 
     print(runs.report(run))
-
-
-@app.command(rich_help_panel=_USE)
-def generate(
-    run: Run, text: Text = None,
-    prompt: Annotated[str | None, typer.Option(help="The text itself, instead of a file.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "--bytes", min=1, help="At most this many.")
-    ] = None,
-    temperature: Annotated[
-        str | None, typer.Option(help="0 is greedy; 0.9, or one per stage: 0.9,0.7.")
-    ] = None,
-    top_p: Annotated[str | None, typer.Option(help="Nucleus mass, likewise.")] = None,
-    slide: Annotated[
-        bool, typer.Option("--slide", help="Let the context move over longer texts.")
-    ] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Only the new bytes, exactly.")] = False,
-    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
-) -> None:  # fmt: skip
-    """Generate from a run: LatentWire compresses a text and rebuilds it, other models continue it.
-
-    A model of bytes shows them as they come: what is no UTF-8 as replacement characters.
-    """
-    from latent_jax.commands.inspect import generate as call
-    from latent_jax.commands.inspect import numbers, read_text
-    from latent_jax.core.errors import ConfigError
-
-    if text is not None and prompt is not None:
-        raise ConfigError("--text and --prompt are two ways to give one text: use one of them")
-    prompt = prompt if text is None else read_text(text)
-    options = {
-        "prompt": prompt, "max_new_tokens": max_new_tokens, "slide": slide or None,
-        "temperature": numbers("--temperature", temperature), "top_p": numbers("--top-p", top_p),
-    }  # fmt: skip
-    call(run, options, raw, _overrides(set_, seed=seed), checkpoint, out)
-
-
-@app.command(rich_help_panel=_USE)
-def ask(
-    run: Annotated[str, typer.Argument(help="Run, packaged compressor, or a stored wire.")],
-    question: Annotated[str, typer.Option(help="What to ask about it.")],
-    text: Annotated[str | None, typer.Option(help="Text file; - for standard input.")] = None,
-    compressor: Compressor = None, reader: Reader = "main",
-    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
-) -> None:  # fmt: skip
-    """Answer a question from a text's latents: compressed now, or stored by `compress`."""
-    from latent_jax.commands import wire
-    from latent_jax.commands.inspect import read_text
-    from latent_jax.core.errors import ConfigError, DataError
-
-    if not question.strip():
-        raise DataError("--question is empty")
-    if wire.ask(run, [] if text is None else [text], question, compressor, reader):
-        return
-    if text is None:
-        raise ConfigError(f"--text is missing: {run} is no stored wire; give a text to ask about")
-    _hook("ask", run, checkpoint, set_, out, seed, text=read_text(text), question=question)
-
-
-@app.command(rich_help_panel=_USE)
-def compress(
-    run: Annotated[str, typer.Argument(
-        help="Packaged compressor, its directory, a run, or without training smollm2:kv_stride."
-    )],
-    text: Annotated[list[str], typer.Option(help="Text file, - for standard input; repeatable.")],
-    out: Annotated[str, typer.Option(help="File to write.")],
-    bits: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int6 or int4.")] = "fp32",
-    ratio: Annotated[
-        float | None, typer.Option(help="Tokens per latent; default the compressor's.")
-    ] = None,
-) -> None:
-    """Compress texts into a file of latents, and say what that takes and what it saves."""
-    from latent_jax.commands import wire
-
-    wire.compress(run, text, out, bits, ratio)
-
-
-@app.command(rich_help_panel=_USE)
-def reconstruct(
-    wire: Annotated[str, typer.Argument(help="File of `compress`.")],
-    compressor: Compressor = None, reader: Reader = "main",
-) -> None:  # fmt: skip
-    """Rebuild the texts of a stored wire from their latents."""
-    from latent_jax.commands import wire as wires
-
-    wires.reconstruct(wire, compressor, reader)
-
-
-@app.command(rich_help_panel=_USE)
-def diagnose(
-    run: Annotated[list[str], typer.Argument(help="Runs, or quoted globs: 'runs/e3_seed*'.")],
-    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None, seed: Seed = None,
-) -> None:  # fmt: skip
-    """Look for the known failures in a run: collapse, magnitudes, what the latents mean.
-
-    Runs of several seeds give one table of mean and standard deviation, several configurations
-    one row each.
-    """
-    from latent_jax.commands import compare
-    from latent_jax.commands.show import present
-
-    present(compare.diagnose(run, _overrides(set_, seed=seed), checkpoint, out))
-
-
-@app.command(rich_help_panel=_USE)
-def export(
-    run: Run, to: Annotated[str, typer.Option(help="Directory to write.")],
-    checkpoint: Checkpoint = "last", set_: Set = None, seed: Seed = None,
-) -> None:  # fmt: skip
-    """Write a run's trained weights with their training record, to be loaded or shipped."""
-    _hook("export", run, checkpoint, set_, None, seed, to=to)
-
-
-def _hook(
-    name: str, run: str, checkpoint: str, set_: list[str] | None, out: str | None,
-    seed: int | None, **options: Any,
-) -> None:  # fmt: skip
-    from latent_jax.commands import inspect
-    from latent_jax.commands.show import present
-
-    overrides = _overrides(set_, seed=seed)
-    present(inspect.call(name, run, options, overrides, checkpoint, out))
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    rich_help_panel=_HERE,
-)
-def bench(
-    context: typer.Context,
-    name: Annotated[str | None, typer.Argument(help="Which; without it they are listed.")] = None,
-    out: Out = None,
-) -> None:
-    """Benchmark against a peer, in one process: options after the name go to the benchmark."""
-    from latent_jax import bench as benches
-    from latent_jax.commands.show import present
-
-    if name is None:
-        for known in benches.names():
-            print(f"{known:20} {benches.BENCHES[known].about}")
-        return
-    present(benches.run(name, context.args, out))
-
-
-@app.command(rich_help_panel=_HERE)
-def fetch(
-    name: Annotated[str, typer.Argument(help="smollm2, zeros or gemma3.")], quiet: Quiet = False,
-    accept_terms: Annotated[
-        bool, typer.Option("--accept-terms", help="Its use terms, if any, are read and accepted.")
-    ] = False,
-) -> None:  # fmt: skip
-    """Download a pinned data file into the cache."""
-    from latent_jax.core.fetch import accept
-    from latent_jax.core.fetch import fetch as get
-
-    path = get(name, quiet=quiet)
-    accept(name, accept_terms)
-    print(path)
-
-
-@app.command(rich_help_panel=_HERE)
-def info() -> None:
-    """Versions, devices, models and data at hand; what is missing, and the command that gets it."""
-    from latent_jax.commands.info import info as show
-
-    show()
-
-
-@app.command("config", rich_help_panel=_HERE)
-def config_(
-    config: Annotated[str | None, typer.Argument(help="Without it, the packaged ones.")] = None,
-    set_: Set = None, out: Out = None, seed: Seed = None,
-    plain: Annotated[bool, typer.Option("--yaml", help="Only the resolved YAML.")] = False,
-) -> None:  # fmt: skip
-    """Print the resolved configuration with the meaning of each setting."""
-    from latent_jax import run as runs
-    from latent_jax.commands import show
-    from latent_jax.core.config import describe, dump_yaml, to_dict
-
-    if config is None:
-        print("\n".join(runs.packaged_configs()))
-        return
-    resolved = runs.resolve(config, _overrides(set_, out=out, seed=seed))
-    if plain:
-        print(dump_yaml(to_dict(resolved)), end="")
-    else:
-        show.settings(describe(resolved))
 
 
 def _version(wanted: bool) -> None:
@@ -350,8 +152,10 @@ def _add_groups() -> None:
     from latent_jax.commands.data import app as data
     from latent_jax.commands.mega import app as mega
 
-    app.add_typer(data, name="data", rich_help_panel=_HERE)
-    app.add_typer(mega, name="mega", rich_help_panel=_USE)
+    app.add_typer(use.app)
+    app.add_typer(here.app)
+    app.add_typer(data, name="data", rich_help_panel=HERE)
+    app.add_typer(mega, name="mega", rich_help_panel=USE)
 
 
 _add_groups()
@@ -361,8 +165,7 @@ def main(args: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     debug = bool(os.environ.get("LATENT_JAX_DEBUG"))  # keeps every traceback
     if not debug:
-        # Orbax logs the tracebacks of its threads there, and raises the same errors here.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        errors.quiet_threads()
     try:
         code = app(args, prog_name="latent-jax", standalone_mode=False)
         if code == 130:  # typer has swallowed the interrupt

@@ -170,7 +170,7 @@ def train(
     from latent_jax.sharding import make_mesh
     from latent_jax.train.loop import fit
 
-    began = time.time()
+    began = time.perf_counter()
     mesh = make_mesh(config.mesh)  # a wrong mesh is told before a model is loaded
     rates: dict[str, float] = {}
     costs: dict[str, float] = {}
@@ -241,7 +241,7 @@ def finish(
 
     from latent_jax.sharding import make_mesh, tree_shardings
 
-    began = time.time()
+    began = time.perf_counter()
     mesh = make_mesh(config.mesh)
 
     def placed(tree: Any) -> Any:

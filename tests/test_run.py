@@ -178,3 +178,18 @@ def test_a_run_refused_before_its_first_step_leaves_nothing(tmp_path):
     with pytest.raises(ConfigError, match="no such label"):
         runs.train(runs.resolve(TOY, {**wrong, "out": str(tmp_path / "old")}))
     assert (tmp_path / "old").is_dir()
+
+
+def test_a_directory_whose_run_saved_nothing_takes_another_configuration(tmp_path, monkeypatch):
+    """As a process leaves it that is killed before its first checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    tree = {**TOY, "out": "runs/cut"}
+    out = prepare(runs.resolve(tree))
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"st')
+    told = []
+    results = runs.run(tree, progress=lambda e: told.append(e.message), **{"train.steps": 4})
+    assert any(t and "ended before its first one" in t for t in told)
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert results.out == out and "steps: 4" in (out / "config.yaml").read_text()
+    with pytest.raises(RunError, match="another configuration"):  # now something would be lost
+        runs.run(tree, **{"train.steps": 6})

@@ -17,6 +17,7 @@ import tokenizers.processors
 
 from latent_jax.backbones import vocabularies
 from latent_jax.core.errors import BackboneError
+from latent_jax.core.files import parse_json
 
 
 class Tokenizer:
@@ -175,6 +176,18 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
             raise BackboneError(f"{path}: cannot read it as a tokenizer ({error}).") from error
+        try:
+            return cls._with_specials(backend, directory)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise BackboneError(
+                f"{directory}: a field of tokenizer_config.json, config.json or "
+                f"generation_config.json is wrong ({reason})."
+            ) from error
+
+    @classmethod
+    def _with_specials(cls, backend: tokenizers.Tokenizer, directory: Path) -> Tokenizer:
+        """The tokenizer with what the configs beside it say of special tokens and chats."""
         tok = _read_json(directory / "tokenizer_config.json")
         model = _read_json(directory / "config.json")
         generation = _read_json(directory / "generation_config.json")
@@ -187,13 +200,16 @@ class Tokenizer:
             return next(iter(ids(model.get(f"{name}_token_id"))), None)
 
         def ids(value: Any) -> list[int]:
-            return [] if value is None else list(value) if isinstance(value, list) else [value]
+            listed = value if isinstance(value, list) else [value]
+            return [int(index) for index in listed if index is not None]
 
         chat = tok.get("chat_template")
         if isinstance(chat, list):
             chat = next((c["template"] for c in chat if c.get("name") == "default"), None)
         if chat is None and (directory / "chat_template.jinja").is_file():
             chat = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        if not isinstance(chat, str | None):
+            raise TypeError(f"chat_template is {type(chat).__name__}, a text is needed")
         bos_id = special("bos")
         return cls(
             backend,
@@ -233,9 +249,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        tree = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise BackboneError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(tree, dict):
+        raise BackboneError(f"{path}: a JSON object is needed, found {type(tree).__name__}.")
+    return tree
 
 
 @functools.lru_cache(maxsize=16)

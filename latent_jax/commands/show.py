@@ -111,12 +111,14 @@ class EvalProgress:
             self._bar.stop()
 
 
-def results_table(results: Mapping[str, Any]) -> list[Table]:
-    """Results as terminal tables, laid out as in the report."""
+def results_table(
+    results: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> list[Table]:
+    """Results as terminal tables, laid out as in the report; see `report.tables.sections`."""
     from latent_jax.report import tables  # brings matplotlib, which --help can do without
 
     made = []
-    for section in tables.sections(results):
+    for section in tables.sections(results, config):
         for table in section.tables:
             grid = Table(title=f"{section.title}: {table.title}", title_justify="left")
             grid.add_column("")
@@ -137,8 +139,12 @@ def results_table(results: Mapping[str, Any]) -> list[Table]:
     return made
 
 
-def present(value: Any, where: Console | None = None) -> None:
-    """Prints what a system's hook returned: text, a mapping, a list, or anything rich can show."""
+def present(
+    value: Any, where: Console | None = None, config: Mapping[str, Any] | None = None
+) -> None:
+    """Prints what a system's hook returned: text, a mapping, a list, or anything rich can show;
+    a run's ``config`` says what is not in its results.
+    """
     where = where or console()
     if value is None:
         return
@@ -151,7 +157,7 @@ def present(value: Any, where: Console | None = None) -> None:
             for k, v in value.items()
             if isinstance(v, (int, float, list)) and k not in lines
         }
-        for table in results_table(numbers):
+        for table in results_table(numbers, config):
             where.print(table)
         for key, entry in value.items():
             if key in lines:

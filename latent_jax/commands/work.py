@@ -13,7 +13,7 @@ import jax
 from latent_jax import run as runs
 from latent_jax.commands import plan as plans
 from latent_jax.commands.show import EvalProgress, console, present, results_table
-from latent_jax.core.config import config_hash
+from latent_jax.core.config import config_hash, to_dict
 from latent_jax.core.errors import BackboneError
 from latent_jax.report import record
 from latent_jax.report.directory import out_dir
@@ -129,9 +129,11 @@ def show(results: runs.Results) -> None:
     """What a run ends with: the system's own table where it has one, and the report's path."""
     if not record.primary():
         return
+    config = getattr(results.system, "config", None)
+    config = None if config is None else to_dict(config)
     if hasattr(results.system, "show"):
-        present(results.system.show(results))
+        present(results.system.show(results), config=config)
     else:
-        for table in results_table(results):
+        for table in results_table(results, config):
             console().print(table)
     print(f"report: {results.report}")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import glob
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from latent_jax.core.errors import RunError
+
+# Nobody writes one file for so long: a file aside that is older has no writer any more.
+_LEFT_SECONDS = 3600.0
 
 
 @contextlib.contextmanager
@@ -24,7 +30,8 @@ def explained(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         where = error.filename or path
         reason = error.strerror or str(error)
-        hint = "make room or give another --out"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "make room or give another --out" if full else "give another --out"
         raise RunError(f"cannot write {where}: {reason}; {hint}") from error
 
 
@@ -38,7 +45,9 @@ def make_dir(path: str | os.PathLike[str]) -> Path:
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
         if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied", str(path))
+            fixed = os.statvfs(path).f_flag & os.ST_RDONLY
+            code = errno.EROFS if fixed else errno.EACCES
+            raise OSError(code, os.strerror(code), str(path))
     return path
 
 
@@ -50,6 +59,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _clear_left(path)
     with explained(path):
         try:
             with aside.open("wb") as file:
@@ -62,6 +72,14 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
                 aside.unlink()
             raise
     return path
+
+
+def _clear_left(path: Path) -> None:
+    """Removes what processes that were killed while writing this file have left beside it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _LEFT_SECONDS:
+                left.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
@@ -88,6 +106,20 @@ def append_line(path: str | os.PathLike[str], row: Any) -> None:
             os.write(handle, line)
         finally:
             os.close(handle)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files that others wrote: every failure is a ValueError of one line.
+
+    Example:
+      >>> parse_json("[" * 100_000)
+      Traceback (most recent call last):
+      ValueError: nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def plain(value: Any) -> Any:

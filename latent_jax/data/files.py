@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from latent_jax.core.errors import DataError
+from latent_jax.core.files import parse_json
 
 T = TypeVar("T")
 
@@ -111,11 +112,15 @@ def read_json(path: Path) -> Any:
     """Parses a JSON file (optionally compressed); see `read_text` for errors."""
     text = read_text(path)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}"
-        ) from None
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON{_spot(error)}") from None
+
+
+def _spot(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f", line {error.lineno} column {error.colno}: {error.msg}"
+    return f": {error}"
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -126,9 +131,10 @@ def read_jsonl(path: Path) -> list[dict]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number} is not JSON: {error.msg}") from None
+                row = parse_json(line)
+            except ValueError as error:
+                reason = getattr(error, "msg", error)
+                raise DataError(f"{path}: line {number} is not JSON: {reason}") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}: line {number} is not a JSON object")
             yield row

@@ -57,7 +57,7 @@ def read_table(path: str | os.PathLike[str]) -> Float64[np.ndarray, " n"]:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise DataError(
-            f"{path}: not a table of zeros: a plain list of floats is needed ({error}); "
+            f"{path}: not a table of zeros: a plain list of floats is needed ({_brief(error)}); "
             "nothing of it was executed"
         ) from None
     if type(table) is not list or set(map(type, table)) != {float}:
@@ -97,8 +97,10 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[float, Float64[np.ndarray,
                 base, offset = archive["base"], archive["offset"]
         else:
             offset = np.loadtxt(io.StringIO(files.read_text(path)), ndmin=1)
-    except (ValueError, KeyError, OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a file of zeros ({error})") from None
+    except DataError:
+        raise
+    except Exception as error:  # a damaged header or archive raises nearly anything
+        raise DataError(f"{path}: not a file of zeros ({_brief(error)})") from None
     if not isinstance(offset, np.ndarray):
         raise DataError(f"{path}: an archive of arrays; call it .npz")
     if not all(np.issubdtype(np.asarray(a).dtype, np.floating) for a in (base, offset)):
@@ -108,14 +110,25 @@ def read_zeros(path: str | os.PathLike[str]) -> tuple[float, Float64[np.ndarray,
     return float(base), offset.astype(np.float64)
 
 
+def _brief(error: Exception) -> str:
+    """What an error says, in one line that a terminal can show."""
+    text = "".join(c if c.isprintable() else " " for c in str(error)) or type(error).__name__
+    return " ".join(text.split())[:160]
+
+
 def read_gaps(path: str | os.PathLike[str]) -> tuple[Float64[np.ndarray, " n"], int] | None:
     """Gaps and run of a file of `write_gaps`; None where the file holds something else."""
     if not str(path).endswith(".npz") or not zipfile.is_zipfile(path):
         return None
-    with np.load(path, allow_pickle=False) as archive:
-        if set(archive.files) != {"gaps", "run"}:
-            return None
-        gaps, run = archive["gaps"], archive["run"]
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if set(archive.files) != {"gaps", "run"}:
+                return None
+            gaps, run = archive["gaps"], archive["run"]
+    except Exception as error:  # likewise
+        raise DataError(f"{path}: damaged archive ({_brief(error)})") from None
+    if not all(isinstance(a, np.ndarray) for a in (gaps, run)):
+        raise DataError(f"{path}: damaged archive (its members are no arrays)")
     if gaps.ndim != 1 or gaps.dtype != np.float64 or run.ndim or not 1 <= run <= len(gaps):
         raise DataError(f"{path}: not a file of gaps: one row of float64 and a run are needed")
     if not (np.isfinite(gaps).all() and abs(gaps.mean() - 1) < 0.05):

@@ -13,8 +13,9 @@ import yaml
 from markupsafe import Markup, escape
 
 from latent_jax.core.files import write_text
-from latent_jax.report import calibration, comparisons, figures, samples, tables, units
+from latent_jax.report import calibration, comparisons, figures, samples, scores, tables, units
 from latent_jax.report.load import RunFiles, load_run, series
+from latent_jax.report.names import ARMS
 
 _GROUPS = {
     "term": "Loss terms",
@@ -97,7 +98,9 @@ def _listed(name: str, values: list[float], results: Mapping[str, Any]) -> Marku
     if name.endswith("pit.histogram"):
         count = results.get("windows")
         return calibration.pit(name, values, int(count) if tables.is_number(count) else None)
-    across = "codes, most used first" if name.endswith(".usage") else "index"
+    across = "index"
+    if name.endswith(".usage"):  # large codebooks come with several codes to a bar
+        across = f"all codes in {len(values)} bars, most used first"
     if "pair_correlation" in name:
         across = "distance, tenths of a mean gap"
     return figures.histogram(name, values, units.unit(name), across)
@@ -233,7 +236,7 @@ def _comparisons(
     """Scores against bits; F1 of every arm against the ratio, or at a single one with intervals."""
     made: list[Markup] = []
     if section.key == "wire":
-        names, lines = tables.by_bits(results)
+        names, lines = scores.by_bits(results)
         if len(names) > 1 and lines:
             label = "number format and bytes per token of text"
             made.append(figures.against("Quality against bits", label, names, lines, "share"))
@@ -242,10 +245,10 @@ def _comparisons(
     if section.key == "baseline":
         made += comparisons.likelihoods(results)
     if section.key == "rate_distortion":
-        names, lines = tables.by_code_bits(results)
+        names, lines = scores.by_code_bits(results)
         title = "Right bytes, free-running, by stages kept"
         made.append(figures.against(title, "code bits per byte", names, lines, "share of bytes"))
-    for reader, arms in tables.by_ratio(results, section.key, main_reader=main_reader).items():
+    for reader, arms in scores.by_ratio(results, section.key, main_reader=main_reader).items():
         title = f"F1, {reader}" if reader else "F1"
         ratios = {ratio for points in arms.values() for ratio in points}
         if len(ratios) > 1:
@@ -254,7 +257,7 @@ def _comparisons(
             lines = {a: p for a, p in arms.items() if a not in single}
             made.append(figures.against_ratio(f"{title} against the ratio", lines, flat))
         elif len(arms) > 1:
-            order = list(tables.ARMS)
+            order = list(ARMS)
             names = sorted(arms, key=lambda a: order.index(a) if a in order else len(order))
             points = {name: next(iter(arms[name].values())) for name in names}
             made.append(

@@ -17,7 +17,7 @@ from typing import Any
 from latent_jax.core import files
 from latent_jax.core.errors import RunError
 from latent_jax.report.load import is_number
-from latent_jax.report.tables import HEADLINES
+from latent_jax.report.names import HEADLINES
 
 _PACKAGES = (
     "latent-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
@@ -161,7 +161,16 @@ def history(
     results: Mapping[str, Any],
     checkpoint: str | None = None,
 ) -> None:
-    """Adds one line to `history.jsonl` in the `runs` directory."""
+    """Adds one line to `history.jsonl` in the `runs` directory.
+
+    Args:
+      out: the run's directory.
+      what: `train` or `eval`.
+      config: the resolved config.
+      began: `time.perf_counter()` at the start, which no change of the clock moves.
+      results: headline numbers.
+      checkpoint: which one was evaluated.
+    """
     if not primary():
         return
     from latent_jax.train.checkpoints import resume_hash
@@ -177,7 +186,7 @@ def history(
         "commit": commit(),
         "seed": config.seed,
         "checkpoint": checkpoint,
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "results": dict(results),
     }
     try:

@@ -18,7 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from latent_jax.report.tables import ARMS, number
+from latent_jax.report.names import ARMS
+from latent_jax.report.tables import number
 
 # A piece of a text and whether it is right ("same"), wrong or left out.
 Piece = tuple[str, str]

@@ -15,6 +15,7 @@ from latent_jax.core.files import write_json, write_text
 from latent_jax.core.yamlio import suggest
 from latent_jax.report import figures, html, tables, units
 from latent_jax.report.load import is_number
+from latent_jax.report.names import HEADLINES
 
 #: An axis over which a score is averaged rather than drawn.
 SEED = "seed"
@@ -50,7 +51,7 @@ def columns(cells: Sequence[Cell], metrics: Sequence[str] = ()) -> list[str]:
                 f"--metric {name}: no run of this sweep has it{suggest(name, known)}; the runs are "
                 "kept, the same command with another --metric shows them"
             )
-    found = [name for name in tables.HEADLINES if name in known]
+    found = [name for name in HEADLINES if name in known]
     return list(dict.fromkeys([*metrics, *(found or list(known)[:5])]))
 
 

@@ -5,116 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any
 
 from latent_jax.report import units
 from latent_jax.report.load import is_number
+from latent_jax.report.names import ARMS, FIRST, HEADLINES, TITLES, place, rank
 
-# First part of a name → the title of its section; others are titled by their own name. The order
-# here is the order on the page.
-TITLES = {
-    "squad": "Question answering (SQuAD)",
-    "qed": "Question answering (QED, out of distribution)",
-    "lookup": "Key lookup",
-    "qa": "Question answering",
-    "ae": "Reconstruction",
-    "continuation": "Continuation",
-    "reconstruction": "Reconstruction",
-    "bpb": "Bits per byte",
-    "token_lm": "Bits per byte",
-    "rate_distortion": "Reconstruction against code bits",
-    "nll": "Negative log-likelihood",
-    "recovery": "Recovery (0: nothing of the history, 1: all of it)",
-    "nll_at_h": "Loss over the horizon, nats per token",
-    "regret": "Loss above the measured oracle's, nats per token",
-    "gain": "Share of the measured oracle's gain on recency",
-    "task": "Facts hidden in a history: answers",
-    "reach": "Facts that the allocator alone brings to level of detail 0",
-    "baseline": "Baselines",
-    "floor": "Exact floors of random-matrix gaps (nats)",
-    "rmse": "Scores of the last gap",
-    "mae": "Scores of the last gap",
-    "crps": "Scores of the last gap",
-    "windows": "Scores of the last gap",
-    "pit": "Calibration: probability integral transform",
-    "coverage": "Calibration: coverage of central intervals",
-    "slots": "Memory slots",
-    "rollout": "Rollouts: error growth, and statistics beside the truth's",
-    "rvq": "Residual quantiser",
-    "top": "Row model",
-    "segments": "Rows and segments",
-    "bytes_per_row": "Rows and segments",
-    "bytes_per_top_row": "Rows and segments",
-    "eval": "Rows and segments",
-    "latent": "Latent statistics",
-    "latents": "Latent statistics",
-    "telemetry": "Latent statistics",
-    "diagnostics": "Diagnostics",
-    "throughput": "Cost",
-    "memory": "Cost",
-    "cost": "Cost",
-    "flops": "Cost",
-    "parameters": "Cost",
-    "ratio": "Cost",
-    "wire": "The wire: numbers, bytes, and what they hold",
-    "train": "Training",
-}
-
-# What each arm of a comparison is. Rows of a table follow this order.
-ARMS = {
-    "latent": "the compressed text",
-    "cramming": "latents optimised per text (upper bound)",
-    "full_text": "the whole text, as a prompt",
-    "full_text_tuned": "the whole text with a tuned soft prompt",
-    "embedding_replay": "the whole text through the embedding input",
-    "embedding_replay_anchor": "the same, with the anchor text",
-    "token_budget_head": "the first M tokens of the text",
-    "token_budget_head_tuned": "the first M tokens with a tuned soft prompt",
-    "token_budget_tail": "the last M tokens of the text",
-    "token_budget_tail_tuned": "the last M tokens with a tuned soft prompt",
-    "stride_tokens": "every n-th token",
-    "mean_pool": "mean-pooled embeddings",
-    "pca": "PCA of embeddings",
-    "kv_stride": "every n-th key/value of a prefill",
-    "kv_topk": "keys/values with most attention",
-    "kv_question": "keys/values nearest the question",
-    "full": "the whole history as raw text",
-    "windowed": "raw keys/values, encoded in windows of their own",
-    "lod0": "the fact raw, all else gists",
-    "gist": "gists",
-    "recency": "as many of the newest raw keys/values",
-    "scrambled": "control: own latents in random order",
-    "shuffled": "control: another text's latents or gists",
-    "zero": "control: latents set to zero",
-    "dropped": "control: no history",
-    "no_context": "control: the question alone",
-    "no_context_tuned": "control: the question with a tuned soft prompt",
-}
-
-# Last parts that are measures rather than rows.
-_MEASURES = frozenset(
-    "f1 em nll accuracy loss token_accuracy exact_prefix exact bleu crps perplexity entropy_ratio "
-    "live found top5 top10 mean std rmse".split()
-)
-# Columns that come first.
-_FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")
-# What stands on top of a page, where the run has it.
-HEADLINES = (
-    "squad.f1.latent",
-    "squad.f1.full_text",
-    "squad.f1.no_context",
-    "lookup.f1.latent",
-    "qa.f1.latent",
-    "ae.token_accuracy",
-    "reconstruction.byte_accuracy",
-    "bpb.total",
-    "top.accuracy",
-    "nll.last",
-    "nll.position_averaged",
-    "crps",
-    "ratio",
-)
+# What a result is called in the table of its own controls, by the first part of its name.
+_MAIN_ROWS = {"ae": "latent", "recovery": "gist"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,46 +101,23 @@ def interval_of(results: Mapping[str, Any], name: str) -> tuple[float, float] | 
     return None
 
 
-def place(name: str) -> tuple[str, str, str] | None:
-    """Splits a dotted name into (table, row, measure), or None where it is a single number.
-
-    Example:
-      >>> place("squad.f1.latent")
-      ('squad', 'latent', 'f1')
-      >>> place("squad.first_top1.shuffled")
-      ('squad', 'shuffled', 'first_top1')
-      >>> place("squad.qwen.x8.f1.shuffled")
-      ('squad.qwen.x8', 'shuffled', 'f1')
-      >>> place("rvq.level0.stage2.live"), place("baseline.unigram.nll")
-      (('rvq.level0', 'stage2', 'live'), ('baseline', 'unigram', 'nll'))
-      >>> place("nll_at_h.bm25.w512"), place("nll_at_h.dropped.minus_full")
-      (('nll_at_h', 'bm25', 'w512'), ('nll_at_h', 'dropped', 'minus_full'))
-      >>> place("ae.token_accuracy") is None
-      True
-    """
-    parts = name.split(".")
-    if len(parts) < 3:
-        return None
-    *head, second, last = parts
-    if last in ARMS or last.removesuffix("_tuned") in ARMS:
-        return ".".join(head), last, second
-    if second in ARMS or re.fullmatch(r"w\d+", last):  # an arm, or a policy at a size
-        return ".".join(head), second, last
-    indexed = re.fullmatch(r"[a-z_]+\d+", second) and not re.fullmatch(r"[a-z_]+\d+", last)
-    if second not in _MEASURES and (last in _MEASURES or indexed):
-        return ".".join(head), second, last
-    return ".".join(head), last, second
+def _spread(name: str, results: Mapping[str, Any]) -> bool:
+    """Whether a result is the standard deviation of another, beside which it is shown."""
+    return name.endswith(".std") and is_number(results.get(name.removesuffix(".std")))
 
 
 def cell(results: Mapping[str, Any], name: str, top: float = 0.0) -> Cell:
+    """One result, with its confidence interval or else its standard deviation."""
     value = results[name]
     if name.endswith("bytes") and is_number(value):
         return Cell(size(value))
     bounds = interval_of(results, name)
+    spread = results.get(f"{name}.std")
+    beside = _between(*bounds) if bounds else f"± {number(spread)}" if is_number(spread) else ""
     share = max(0.0, min(1.0, value / top)) if is_number(value) and top > 0 else 0.0
     return Cell(
         number(value),
-        _between(*bounds) if bounds else "",
+        beside,
         share if share == share else 0.0,
         units.unit(name),
     )
@@ -253,15 +128,6 @@ def _between(low: float, high: float) -> str:
     return f"{number(low)} {'to' if min(low, high) < 0 else '–'} {number(high)}"
 
 
-def _rank(row: str) -> tuple[int, list[tuple[float, str]]]:
-    """Arms in their order; other rows by name, with the numbers in it as numbers."""
-    names = list(ARMS)
-    if row in ARMS:
-        return names.index(row), []
-    parts = re.split(r"(\d+)", row)
-    return len(names), [(float(p), "") if p.isdigit() else (-1.0, p) for p in parts]
-
-
 def sections(
     results: Mapping[str, Any], config: Mapping[str, Any] | None = None
 ) -> list[Section]:
@@ -270,24 +136,22 @@ def sections(
         name: value
         for name, value in results.items()
         if not name.endswith(".ci95") and not isinstance(value, (list, dict, tuple))
+        and not _spread(name, results)
     }
+    # `ae.token_accuracy` is the main row of the table that `ae.token_accuracy.shuffled` makes.
+    measured = {(where[0], where[2]) for name in scalars if (where := place(name))}
     tables: dict[str, dict[str, dict[str, str]]] = {}
-    alone: list[str] = []
+    facts: list[str] = []
     for name in scalars:
+        table, _, measure = name.rpartition(".")
         where = place(name)
+        if (table, measure) in measured:
+            where = table, _MAIN_ROWS.get(name.partition(".")[0], "this run"), measure
         if where is None:
-            alone.append(name)
+            facts.append(name)
         else:
             table, row, measure = where
             tables.setdefault(table, {}).setdefault(row, {})[measure] = name
-    # `ae.token_accuracy` is the main row of the table that `ae.token_accuracy.shuffled` makes.
-    facts: list[str] = []
-    for name in alone:
-        table, _, measure = name.rpartition(".")
-        if any(measure in row for row in tables.get(table, {}).values()):
-            tables[table].setdefault("latent" if table == "ae" else "this run", {})[measure] = name
-        else:
-            facts.append(name)
 
     order = list(TITLES)
     keys: dict[str, list[str]] = {}
@@ -305,7 +169,7 @@ def sections(
     found = []
     for title, members in keys.items():
         mine = set(members)
-        rank = min((order.index(m) for m in mine if m in order), default=len(order))
+        first = min((order.index(m) for m in mine if m in order), default=len(order))
         section = Section(
             key=sorted(mine)[0],
             title=_asked(title, config or {}),
@@ -318,7 +182,7 @@ def sections(
             lists={n: v for n, v in lists.items() if n.split(".")[0] in mine and v},
             note=units.measured_on(members[0], results, config or {}),
         )
-        found.append((rank, section))
+        found.append((first, section))
     return [section for _, section in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -333,7 +197,7 @@ def _asked(title: str, config: Mapping[str, Any]) -> str:
 
 def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
     columns = list(dict.fromkeys(measure for row in rows.values() for measure in row))
-    columns.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
+    columns.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
     heads = [units.unit(next(r[m] for r in rows.values() if m in r)) for m in columns]
     top = {}
     for measure in columns:
@@ -355,7 +219,7 @@ def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str
                     for m in columns
                 ],
             )
-            for row in sorted(rows, key=_rank)
+            for row in sorted(rows, key=rank)
         ],
     )
 
@@ -367,73 +231,3 @@ def headlines(results: Mapping[str, Any], limit: int = 5) -> list[tuple[str, Cel
     if not chosen:
         chosen = [name for name, value in results.items() if is_number(value)]
     return [(name, cell(results, name)) for name in chosen[:limit]]
-
-
-def by_bits(
-    results: Mapping[str, Any], measures: tuple[str, ...] = ("f1", "token_accuracy")
-) -> tuple[list[str], dict[str, dict[str, tuple[float, tuple[float, float] | None]]]]:
-    """Scores over the number formats of a wire: ("format, bytes per token", ascending) and
-    measure → that → (score, interval).
-    """
-    found = {
-        match.group(1): float(value)
-        for name, value in results.items()
-        if (match := re.fullmatch(r"wire\.([a-z0-9]+)\.bytes_per_token", name)) and is_number(value)
-    }
-    ordered = sorted(found.items(), key=itemgetter(1))
-    names = {form: f"{form}\n{size(round(count))}" for form, count in ordered}
-    lines = {
-        measure: {
-            label: (float(results[name]), interval_of(results, name))
-            for form, label in names.items()
-            if is_number(results.get(name := f"wire.{form}.{measure}"))
-        }
-        for measure in measures
-    }
-    return list(names.values()), {m: points for m, points in lines.items() if points}
-
-
-def by_code_bits(
-    results: Mapping[str, Any],
-) -> tuple[list[str], dict[str, dict[str, tuple[float, tuple[float, float] | None]]]]:
-    """Byte accuracy over the code bits that are kept: bits per byte, ascending, and level → that →
-    (score, no interval).
-    """
-    points = []
-    wanted = re.compile(r"rate_distortion\.(?:(level\d+)\.)?stages\d+\.code_bits_per_byte")
-    for name, bits in results.items():
-        match = wanted.fullmatch(name)
-        score = results.get(name.replace("code_bits_per_byte", "byte_accuracy"))
-        if match and is_number(bits) and is_number(score):
-            points.append((float(bits), match.group(1) or "level0", float(score)))
-    lines: dict[str, dict[str, tuple[float, None]]] = {}
-    for bits, level, score in sorted(points):
-        lines.setdefault(level, {})[f"{bits:.3g}"] = (score, None)
-    return list(dict.fromkeys(f"{bits:.3g}" for bits, _, _ in sorted(points))), lines
-
-
-def by_ratio(
-    results: Mapping[str, Any], task: str = "squad", measure: str = "f1", main_reader: str = ""
-) -> dict[str, dict[str, dict[float, tuple[float, tuple[float, float] | None]]]]:
-    """Scores of every arm over compression ratios: reader → arm → ratio → (score, interval).
-
-    The names `<task>.<measure>.<arm>` are of `main_reader`, at the ratio `<task>.ratio` or `ratio`.
-    """
-    found: dict[str, dict[str, dict[float, Any]]] = {}
-    main = re.compile(rf"{re.escape(task)}\.{measure}\.([^.]+)")
-    other = re.compile(rf"{re.escape(task)}\.(.+)\.x([0-9.]+?)\.{measure}\.([^.]+)")
-    for name, value in results.items():
-        if not is_number(value):
-            continue
-        if match := main.fullmatch(name):
-            reader, arm = main_reader, match.group(1)
-            ratio = results.get(f"{task}.ratio", results.get("ratio", 1.0))
-        elif match := other.fullmatch(name):
-            reader, ratio, arm = match.group(1), float(match.group(2)), match.group(3)
-        else:
-            continue
-        # A measured ratio of 3.98 and one of the config's 4 are the same point of a plot.
-        ratio = round(float(ratio), 1) if is_number(ratio) else 1.0
-        point = (float(value), interval_of(results, name))
-        found.setdefault(reader, {}).setdefault(arm, {})[ratio] = point
-    return found

@@ -18,7 +18,8 @@ _UNITS = tuple(
         (r"^parameters\.", "parameters"),
         (r"^flops\..*per_byte", "FLOPs per byte"),
         (r"^flops\b", "FLOPs"),
-        (r"^throughput\.(?:\w+\.)*(?P<what>\w+)_per_second", "{what} per second"),
+        (r"^throughput\.(?:\w+\.)*(?:encode_|generate_)?(?P<what>\w+?)_per_second",
+         "{what} per second"),
         (r"^throughput\.", ""),
         (r"^grad_norm", "norm"),
         (r"^lr(\.|$)", "rate per step"),
@@ -27,6 +28,9 @@ _UNITS = tuple(
         (r"bits_per_row|\.bits$", "bits per row"),
         (r"bytes_per_token", "bytes per token"),
         (r"floats_per_token", "numbers per token"),
+        (r"^wire\.d_z$", "numbers per latent"),
+        (r"value_ratio", "ratio"),
+        (r"diverged", "share"),
         (r"bytes_per_(top_)?row", "bytes per row"),
         (r"positions_per_byte", "rows per byte"),
         (r"^ratio$|\.ratio$", "tokens per latent"),
@@ -66,6 +70,8 @@ def unit(name: str) -> str:
       ('share', 'nats per token', 'bits per byte', 'mean gaps')
       >>> unit("throughput.bytes_per_second"), unit("eval.segments")
       ('bytes per second', '')
+      >>> unit("throughput.encode_bytes_per_second"), unit("wire.d_z")
+      ('bytes per second', 'numbers per latent')
     """
     if re.search(rf"(^|\.){_COUNTED}$", name):
         return ""

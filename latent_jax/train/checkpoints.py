@@ -9,10 +9,11 @@ under their path, so evaluation can read the variables without knowing the optim
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from latent_jax.core import trees
 from latent_jax.core.config import config_hash
@@ -28,6 +28,7 @@ from latent_jax.core.errors import CheckpointError
 from latent_jax.core.types import PyTree
 from latent_jax.train.config import CheckpointConfig
 from latent_jax.train.load import load_variables, quiet_orbax
+from latent_jax.train.retention import Retention
 from latent_jax.train.state import TrainState
 
 # What may differ between a run and its continuation: it does not change what is computed.
@@ -37,6 +38,7 @@ _NOT_HASHED = (
     "train.checkpoint.minutes", "train.max_minutes",
 )
 _VERSION = 1
+_YEAR = 365 * 24 * 3600
 
 __all__ = ["Checkpoints", "load_variables", "resume_hash"]
 
@@ -59,21 +61,16 @@ class Checkpoints:
         quiet_orbax()
         self._directory = Path(directory).absolute()
         self._hash = hash_
-        sign = 1.0 if cfg.mode == "max" else -1.0
-        policies: list[Any] = [keep.LatestN(cfg.keep_last)]
-        for name, n in (("value", cfg.keep_best), ("smoothed", 1)):
-            if n:
-                policies.append(keep.BestN(
-                    n=n, get_metric_fn=_scorer(name, sign), keep_checkpoints_without_metrics=False
-                ))
+        self._retention = Retention(cfg, self._directory)
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep.AnyPreservationPolicy(policies),
+                    preservation_policy=self._retention,
                     enable_async_checkpointing=cfg.asynchronous,
                     cleanup_tmp_directories=True,
                     save_root_metadata=False,
+                    async_options=_patient() if jax.process_count() == 1 else None,
                 ),
                 item_names=("variables", "training", "meta"),
             )
@@ -107,8 +104,10 @@ class Checkpoints:
             "config_hash": self._hash,
             "data": _gather(data),
             "host": dict(host),
+            "metrics": dict(metrics) if metrics else None,
             "param_count": trees.count_params(state.params),
         }
+        self._retention.note(step, metrics)
         try:
             self._manager.save(
                 step,
@@ -117,7 +116,6 @@ class Checkpoints:
                     training=ocp.args.StandardSave(training),
                     meta=ocp.args.JsonSave(meta),
                 ),
-                metrics=dict(metrics) if metrics else None,
                 force=True,
             )
             if wait:
@@ -130,17 +128,24 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until pending saves are on disk."""
-        try:
+        with self._written():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Lets go of the directory; waits for pending saves."""
+        with self._written():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError, RuntimeError) as e:
             raise CheckpointError(
                 f"writing a checkpoint in {self._directory} failed: {_reason(e)}; the ones before "
                 "it are kept, run again to resume from them"
             ) from e
-
-    def close(self) -> None:
-        self._manager.close()
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, warn: Callable[[str], None]
@@ -184,6 +189,9 @@ class Checkpoints:
             except Exception as e:  # noqa: BLE001
                 self._set_aside(step, e, warn)
                 continue
+            # A process that was killed after a save had not deleted what that save replaced.
+            for surplus in set(self.steps()) - self._retention.kept(self.steps()):
+                self._manager.delete(surplus)
             state = _join(abstract, got["variables"], got["training"])
             # Restored buffers may be views that cannot be donated: copy once into owned ones.
             own = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
@@ -214,6 +222,14 @@ class Checkpoints:
         warn(f"checkpoint {step} is damaged ({reason}); falling back to the one before it")
 
 
+def _patient() -> ocp.AsyncOptions:
+    """Limits of a save that a clock which is set forward in the middle of it does not reach.
+
+    Orbax counts by the wall clock. Several processes need its limits, to notice a lost one.
+    """
+    return ocp.AsyncOptions(timeout_secs=_YEAR, create_directories_asynchronously=False)
+
+
 def _reason(error: BaseException) -> str:
     """The part of a storage error that a person needs, in one line."""
     text = str(error)
@@ -223,10 +239,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (text.strip().splitlines() or [type(error).__name__])[0][:160]
-
-
-def _scorer(name: str, sign: float) -> Callable[[Any], float]:
-    return lambda metrics: sign * float(metrics[name])
 
 
 def _split(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -55,7 +55,7 @@ def load_variables(run: str | Path, which: str = "last") -> tuple[dict[str, Any]
     step = _choose(directory, steps, which)
     root = (directory / str(step)).absolute()
     try:
-        meta = json.loads(_read_json(root / "meta"))
+        meta = _meta(root)
         with ocp.StandardCheckpointer() as reader:
             shapes = reader.metadata(root / "variables").item_metadata.tree
             target = jax.tree.map(
@@ -84,12 +84,14 @@ def _choose(directory: Path, steps: list[int], which: str) -> int:
     if which == "last":
         return steps[-1]
     if which in ("best", "peak"):
-        for step in reversed(steps):
-            host = json.loads(_read_json(directory / str(step) / "meta"))["host"]
-            chosen = host.get("selection", {}).get(which)
-            if chosen in steps:
-                return int(chosen)
-        return steps[-1]
+        host = _meta(directory / str(steps[-1]))["host"]
+        chosen = host.get("selection", {}).get(which)
+        if chosen is not None and chosen not in steps:
+            raise CheckpointError(
+                f"{directory}: the {which} checkpoint, step {chosen}, is not there any more; there "
+                f"are: last, {', '.join(map(str, steps))}"
+            )
+        return steps[-1] if chosen is None else int(chosen)
     if which.isdigit() and int(which) in steps:
         return int(which)
     raise CheckpointError(
@@ -98,8 +100,8 @@ def _choose(directory: Path, steps: list[int], which: str) -> int:
     )
 
 
-def _read_json(item: Path) -> str:
+def _meta(root: Path) -> dict[str, Any]:
     try:
-        return (item / "metadata").read_text(encoding="utf-8")
-    except OSError as e:
-        raise CheckpointError(f"checkpoint {item.parent} has no readable meta: {e}") from e
+        return json.loads((root / "meta" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"checkpoint {root} has no readable meta: {e}") from e

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from latent_jax.core import files
 from latent_jax.core.errors import (
     CheckpointError,
     ConfigError,
@@ -92,10 +93,7 @@ def fit(
       RunError: ``out`` is not writable, or too many non-finite steps in a row.
     """
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise RunError(f"cannot make the run directory {out}: {e.strerror}") from e
+    files.make_dir(out)
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     with jax.set_mesh(mesh), PreemptionWatch() as watch:
         return _Run(system, config, out, mesh, progress, profile).train(watch)
@@ -153,6 +151,11 @@ class _Run:
             self.guards.set_state(host.get("guards", {}), self.step)
             self.message(f"resumed from step {self.step} in {self.out}")
             return state
+        if (self.out / "metrics.jsonl").exists():
+            self.message(
+                f"no checkpoint in {self.out}: the run there ended before its first one; starting "
+                "from step 0"
+            )
         self.guards.set_state({}, 0)
         state = plan.create()
         self.message(describe_params(state.params, plan.optimizer, system.frozen))
@@ -283,9 +286,7 @@ class _Run:
                 self._log(keep=0)
                 observed = None
                 if due or evaluated is not None:
-                    observed = self.selection.observe(
-                        self.step, {**self._latest, **(evaluated or {})}
-                    )
+                    observed = self.selection.observe(self.step, self._measured(evaluated))
                 better = evaluated is not None and self.selection.improved(self.step)
                 if due or timely or preempted or better or self.guards.stop_reason is not None:
                     self._save(state, observed, wait=preempted or last)
@@ -308,6 +309,11 @@ class _Run:
                 f"{', '.join(sorted(self._latest)) or 'nothing'}); best and peak are the last",
             )
         return state
+
+    def _measured(self, evaluated: dict[str, float] | None) -> dict[str, float]:
+        """What was measured at this step: an earlier evaluation says nothing about it."""
+        row = {k: v for k, v in self._latest.items() if not k.startswith("eval.")}
+        return row | (evaluated or {})
 
     def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
         counter = getattr(self.system, "unit_counts", None)
@@ -396,19 +402,18 @@ class _Run:
             if self.writers is not None:
                 self.writers.close()
             return
-        try:
+        with contextlib.ExitStack() as stack:  # every one of them, though one fails
+            for data in self._data.values():
+                if hasattr(data, "close"):
+                    stack.callback(data.close)
+            stack.callback(self.checkpoints.close)
+            if self.writers is not None:
+                stack.callback(self.writers.close)
             if self._profile is not None:
                 self._profile.close()
             if not done:
                 self._log_quietly()
             self.checkpoints.wait()
-        finally:
-            if self.writers is not None:
-                self.writers.close()
-            self.checkpoints.close()
-            for data in self._data.values():
-                if hasattr(data, "close"):
-                    data.close()
 
     def _log_quietly(self) -> None:
         try:

@@ -1,15 +1,18 @@
-"""Metric writers: JSONL (always), tensorboardX, and optionally W&B and MLflow."""
+"""Metric writers: JSONL (always), TensorBoard, and optionally W&B and MLflow."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.core import files
+from latent_jax.core.errors import ConfigError
 from latent_jax.train.config import LogConfig
 
 
@@ -34,10 +37,8 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with files.explained(path):
             self._file = path.open("a", encoding="utf-8")
-        except OSError as e:
-            raise RunError(f"cannot write {path}: {e.strerror}") from e
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         clean: dict[str, Any] = {"step": step}
@@ -49,24 +50,20 @@ class JsonlWriter:
             clean[key] = value
         if bad:
             clean["nonfinite"] = bad
-        self._guarded(lambda: self._file.write(json.dumps(clean) + "\n"))
+        with files.explained(self.path):
+            self._file.write(json.dumps(clean) + "\n")
 
     def flush(self) -> None:
-        self._guarded(self._sync)
+        with files.explained(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._guarded(self._sync)
-        self._guarded(self._file.close)
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _guarded(self, action: Callable[[], Any]) -> None:
         try:
-            action()
-        except OSError as e:
-            raise RunError(f"cannot write {self.path}: {e.strerror or e}") from e
+            self.flush()
+        finally:
+            with files.explained(self.path):
+                self._file.close()
 
 
 def truncate_jsonl(path: Path, step: int) -> int:
@@ -86,30 +83,50 @@ def truncate_jsonl(path: Path, step: int) -> int:
             kept.append(line)
         else:
             dropped += 1
-    aside = path.with_suffix(path.suffix + ".tmp")
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, path)
+    if dropped:
+        files.write_text(path, "".join(line + "\n" for line in kept))
     return dropped
 
 
 class TensorboardWriter:
-    """Event files through tensorboardX; rows after a restored step are purged by the reader."""
+    """TensorBoard event files, written by this thread.
+
+    tensorboardX's own writer hands events to a thread: where the disk is full that thread dies, and
+    the training waits for ever on its queue. Files are numbered so that they sort in the order in
+    which they were made, whatever the clock says; rows after a restored step are purged.
+    """
 
     def __init__(self, directory: Path, purge_step: int | None) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=60)
+        self._event, self._directory = Event, files.make_dir(directory)
+        made = [p.name.split(".")[3] for p in directory.glob("events.out.tfevents.*")]
+        stamp = max([int(time.time()), *(int(n) + 1 for n in made if n.isdigit())])
+        with files.explained(directory):
+            self._file = RecordWriter(str(directory / f"events.out.tfevents.{stamp:010d}.latent"))
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _add(self, **what: Any) -> None:
+        with files.explained(self._directory):
+            self._file.write(self._event(wall_time=time.time(), **what).SerializeToString())
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
+        from tensorboardX.summary import scalar
+
         for key, value in row.items():
             if isinstance(value, int | float):
-                self._writer.add_scalar(key.replace(".", "/"), value, step)
+                self._add(step=step, summary=scalar(key.replace(".", "/"), value))
 
     def flush(self) -> None:
-        self._writer.flush()
+        with files.explained(self._directory):
+            self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with files.explained(self._directory):
+            self._file.close()
 
 
 class WandbWriter:
@@ -174,8 +191,9 @@ class Writers:
             writer.flush()
 
     def close(self) -> None:
-        for writer in self._writers:
-            writer.close()
+        with contextlib.ExitStack() as stack:  # every one, though one of them fails
+            for writer in self._writers:
+                stack.callback(writer.close)
 
 
 def open_writers(cfg: LogConfig, out: Path, name: str, start_step: int) -> Writers:
@@ -183,11 +201,15 @@ def open_writers(cfg: LogConfig, out: Path, name: str, start_step: int) -> Write
     path = out / "metrics.jsonl"
     truncate_jsonl(path, start_step)
     writers: list[Writer] = [JsonlWriter(path)]
-    if cfg.tensorboard:
-        purge = start_step + 1 if start_step else None
-        writers.append(TensorboardWriter(out / "tensorboard", purge))
-    if cfg.wandb:
-        writers.append(WandbWriter(cfg.wandb, name, out))
-    if cfg.mlflow:
-        writers.append(MlflowWriter(cfg.mlflow, name))
+    try:
+        if cfg.tensorboard:
+            purge = start_step + 1 if start_step else None
+            writers.append(TensorboardWriter(out / "tensorboard", purge))
+        if cfg.wandb:
+            writers.append(WandbWriter(cfg.wandb, name, out))
+        if cfg.mlflow:
+            writers.append(MlflowWriter(cfg.mlflow, name))
+    except BaseException:
+        Writers(writers).close()
+        raise
     return Writers(writers)

@@ -1,4 +1,5 @@
-"""Every setting of every system, given what it cannot be: one line, exit code 2, nothing written.
+"""Every setting of every system given what it cannot be, and files that are damaged: one line, exit
+code 2, nothing written. ``-rP`` shows how many.
 
 The cases are made from the dataclasses themselves, so a new setting is covered when it is written.
 """
@@ -6,6 +7,7 @@ The cases are made from the dataclasses themselves, so a new setting is covered 
 from __future__ import annotations
 
 import dataclasses
+import random
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 
 from latent_jax import cli, run
 from latent_jax.core.fields import hints, join
+from tests.faults import test_fuzz_readers as fuzz
+from tests.faults.test_fuzz_lies import a_store
 
 CONFIGS = (
     "latentwire/tiny", "abstractinator/tiny", "spacing/tiny", "megacontext/tiny", "lm/tiny_reader",
@@ -59,14 +63,22 @@ def catalogue(name: str) -> list[str]:
     ]  # fmt: skip
 
 
+def one_line(code: int, out: str, err: str) -> bool:
+    """Whether a command was refused as it should be."""
+    return (
+        code == 2 and not out and err.startswith("latent-jax: ") and err.count("\n") == 1
+        and "Traceback" not in err
+    )  # fmt: skip
+
+
 def check(name: str, overrides: list[str], capsys: Any) -> None:
     for override in overrides:
         code = cli.main(["config", name, "--set", override])
         out, err = capsys.readouterr()
-        setting = override.partition("=")[0].rpartition(".")[2]
-        assert code == 2 and not out, override
-        assert err.startswith("latent-jax: ") and err.count("\n") == 1, err
-        assert setting in err and "Traceback" not in err, err
+        assert one_line(code, out, err), (override, code, out, err)
+        assert override.partition("=")[0].rpartition(".")[2] in err, err
+    paths = {o.partition("=")[0].removesuffix("x") for o in overrides}
+    print(f"{name}: {len(overrides)} bad inputs to {len(paths)} settings, each one line, exit 2")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,3 +96,92 @@ def test_all(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     check(name, catalogue(name), capsys)
     assert not list(tmp_path.iterdir())
+
+
+# ---- damaged files, through the commands that read them ------------------------------------------
+
+
+def a_config(folder: Path) -> None:
+    text = (Path(__file__).parents[2] / "configs" / "spacing" / "tiny.yaml").read_text()
+    (folder / "c.yaml").write_text(text)
+
+
+DRY = ("--dry-run", "--set")
+# Kind: file, what writes it, the command that reads it.
+DAMAGED = {
+    "config": ("c.yaml", a_config, ("config", "c.yaml")),
+    "SQuAD": ("qa.json", fuzz.KINDS["SQuAD"].write, ("data", "check", "qa.json")),
+    "SQuAD .gz": ("qa.json.gz", fuzz.KINDS["SQuAD .gz"].write, ("data", "check", "qa.json.gz")),
+    "SQuAD .xz": ("qa.json.xz", fuzz.KINDS["SQuAD .xz"].write, ("data", "check", "qa.json.xz")),
+    "wire": ("some.wire", fuzz.a_wire, ("reconstruct", "some.wire")),
+    "zeros .sobj": (
+        "z.sobj", fuzz.KINDS["zeros .sobj"].write,
+        ("run", "spacing/tiny", *DRY, "data.source=z.sobj"),
+    ),
+    "zeros .npz": (
+        "z.npz", fuzz.KINDS["zeros .npz"].write, ("run", "spacing/tiny", *DRY, "data.source=z.npz"),
+    ),
+    "GGUF": (
+        "m.gguf", fuzz.write_gguf_model,
+        ("run", "latentwire/tiny", *DRY, "backbone.name=m.gguf"),
+    ),
+    "llama2.c": (
+        "model.bin", fuzz.write_llama2c,
+        ("run", "latentwire/tiny", *DRY, "backbone.name=model.bin"),
+    ),
+    "safetensors": (
+        "model.safetensors", fuzz.write_hf_model,
+        ("run", "latentwire/tiny", *DRY, "backbone.name=."),
+    ),
+    "gist store": (
+        "store/commit.bin", lambda folder: a_store(folder / "store") and None,
+        ("mega", "info", "store"),
+    ),
+}  # fmt: skip
+
+
+def damages(data: bytes, count: int, seed: int) -> Iterator[bytes]:
+    """Cut off, overwritten or flipped at random offsets."""
+    chance = random.Random(seed)
+    for n in range(count):
+        at, changed = chance.randrange(len(data)), bytearray(data)
+        if n % 3 == 0:
+            del changed[at:]
+        elif n % 3 == 1:
+            changed[at : at + 16] = chance.randbytes(len(changed[at : at + 16]))
+        else:
+            changed[at] ^= 1 << chance.randrange(8)
+        yield bytes(changed)
+
+
+def walk(kind: str, count: int, capsys: Any, folder: Path) -> None:
+    """Damages a file and gives it to its command: one line, or it was harmless."""
+    name, write, command = DAMAGED[kind]
+    write(folder)
+    data = (folder / name).read_bytes()
+    before = {p.relative_to(folder) for p in folder.rglob("*")}
+    refused = 0
+    for changed in damages(data, count, seed=len(kind)):
+        (folder / name).unlink()
+        (folder / name).write_bytes(changed)
+        capsys.readouterr()
+        code = cli.main(list(command))
+        out, err = capsys.readouterr()
+        assert code == 0 or one_line(code, out, err), (kind, code, out, err)
+        refused += code == 2
+        assert {p.relative_to(folder) for p in folder.rglob("*")} == before, kind
+    print(f"{kind}: {count} damaged files, {refused} refused in one line, the others harmless")
+    assert refused or kind == "gist store"  # its commit record lies there twice
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_few_damaged_files(kind, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    walk(kind, 3, capsys, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_many_damaged_files(kind, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    walk(kind, 60, capsys, tmp_path)

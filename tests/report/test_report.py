@@ -11,7 +11,7 @@ import pytest
 
 from latent_jax.core.config import dump_yaml
 from latent_jax.core.errors import RunError
-from latent_jax.report import figures, html, load_run, samples, tables, write_report
+from latent_jax.report import figures, html, load_run, samples, scores, tables, write_report
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'single' $x_1$"
 
@@ -183,7 +183,7 @@ def test_bare_name_joins_the_table_of_its_controls():
 
 
 def test_by_ratio_reads_both_forms():
-    found = tables.by_ratio(RESULTS)
+    found = scores.by_ratio(RESULTS)
     assert found[""]["latent"] == {4.0: (0.41, (0.35, 0.47))}
     assert found["qwen"]["latent"] == {8.0: (0.3, None), 16.0: (0.2, None)}
 
@@ -192,7 +192,7 @@ def test_quality_against_bits_is_drawn_from_few_bits_to_many():
     found = {"wire.d_z": 8, "wire.int4.f1.ci95": [0.1, 0.3]}
     for form, size, f1 in (("fp32", 32.0, 0.5), ("int4", 4.5, 0.2), ("int8", 8.5, 0.4)):
         found |= {f"wire.{form}.bytes_per_token": size, f"wire.{form}.f1": f1}
-    names, lines = tables.by_bits(found)
+    names, lines = scores.by_bits(found)
     assert names == ["int4\n4 B", "int8\n8 B", "fp32\n32 B"]
     assert lines == {"f1": dict(zip(names, [(0.2, (0.1, 0.3)), (0.4, None), (0.5, None)],
                                     strict=True))}  # fmt: skip
@@ -240,7 +240,7 @@ def test_bytes_are_drawn_against_the_code_bits_of_each_level(tmp_path):
         for i in (1, 2)
         for name, value in (("code_bits_per_byte", scale), ("byte_accuracy", 0.4))
     }
-    names, lines = tables.by_code_bits(results)
+    names, lines = scores.by_code_bits(results)
     assert names == ["0.3", "0.6", "1", "2"]
     assert lines == {
         "level1": {"0.3": (0.4, None), "0.6": (0.8, None)},
@@ -248,3 +248,23 @@ def test_bytes_are_drawn_against_the_code_bits_of_each_level(tmp_path):
     }
     page = write_report(make_run(tmp_path / "r", results__json=results)).read_text()
     assert "Right bytes, free-running, by stages kept" in page
+
+
+def test_a_standard_deviation_stands_beside_its_number():
+    results = {"nll.last": -1.5, "nll.last.std": 0.25, "nll.last.seed0": -1.75, "crps": 0.5,
+               "crps.std": 0.125, "alone.std": 2.0, "nll.last.ci95": [-2.0, -1.0]}  # fmt: skip
+    found = {s.key: s for s in tables.sections(results)}
+    ((name, cell),) = found["crps"].facts
+    assert (name, cell.text, cell.interval) == ("crps", "0.5", "± 0.125")
+    (table,) = found["nll"].tables
+    assert [row for row, _, _ in table.rows] == ["seed0", "this run"] and table.columns == ["last"]
+    assert table.rows[1][2][0].interval == "-2 to -1"  # an interval says more
+    assert found["alone"].facts[0][0] == "alone.std"
+
+
+def test_a_result_stands_in_the_table_of_its_controls():
+    results = {"recovery.lod1.slots2": 0.5, "recovery.lod1.slots2.shuffled": 0.25,
+               "recovery.lod1.histories": 64, "recovery.lod2.histories": 64}  # fmt: skip
+    (section,) = tables.sections(results)
+    found = {t.title: [row for row, _, _ in t.rows] for t in section.tables}
+    assert found == {"recovery.lod1": ["gist", "shuffled"], "recovery": ["lod1", "lod2"]}

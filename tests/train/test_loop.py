@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shutil
 import time
 
 import jax
@@ -19,9 +21,9 @@ def rows(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def run(out, system=None, mesh=None, **train):
+def run(out, system=None, mesh=None, progress=None, **train):
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return fit(system or ToySystem(), toy_config(**train), out, mesh=mesh)
+    return fit(system or ToySystem(), toy_config(**train), out, mesh, progress)
 
 
 def same(a, b):
@@ -249,6 +251,37 @@ def test_best_peak_and_last_are_kept(tmp_path):
         load_variables(tmp_path, "5")
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again_and_says_so(tmp_path):
+    kw = {"steps": 6, "checkpoint": {"every": 4}, "log_every": 1}
+    whole = run(tmp_path / "a", **kw)
+    with pytest.raises(Stop):
+        run(tmp_path / "b", stop_at(2), **kw)
+    assert len(rows(tmp_path / "b")) == 2
+    told = []
+    again = run(tmp_path / "b", progress=lambda e: told.append(e.message), **kw)
+    assert any(t and "starting from step 0" in t for t in told)
+    same(whole, again)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+def test_the_best_checkpoint_survives_a_resume(tmp_path):
+    values = iter([0.9, 0.1, 0.2, 0.3, 0.4, 0.5])  # the first is the best
+    kw = {"steps": 12, "eval_every": 2, "log_every": 1,
+          "checkpoint": {"every": 1, "metric": "eval.score", "mode": "max", "keep_last": 1}}
+    crashing = stop_at(5)
+    for system in (crashing, ToySystem()):
+        system.quick_eval = lambda variables, frozen: {"score": next(values)}
+        ends = pytest.raises(Stop) if system is crashing else contextlib.nullcontext()
+        with ends:
+            run(tmp_path, system, **kw)
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    # Not 3: it was saved with an evaluation behind it, but it is not what was evaluated.
+    assert kept[0] == 2 and load_variables(tmp_path, "best")[1]["step"] == 2
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    with pytest.raises(CheckpointError, match="best checkpoint, step 2, is not there any more"):
+        load_variables(tmp_path, "best")
+
+
 def test_progress_reports_rates_and_messages(tmp_path):
     events = []
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
@@ -271,5 +304,5 @@ def test_bad_input_is_one_line(tmp_path, devices):
         run(tmp_path / "x", ToySystem(batch_size=12), mesh=mesh, batch_size=12)
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(RunError, match="run directory"):
+    with pytest.raises(RunError, match="cannot write .*Not a directory"):
         run(file / "run")

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import sys
 
 import pytest
+from tensorboardX.proto import event_pb2
 
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError, RunError
@@ -29,12 +31,35 @@ def test_truncate_drops_later_rows_and_a_cut_line(tmp_path):
     assert truncate_jsonl(tmp_path / "none", 2) == 0
 
 
-def test_tensorboard_events_are_written(tmp_path):
-    writers = open_writers(LogConfig(), tmp_path, "run", 0)
-    writers.write(1, {"loss": 1.0, "term.a": 2.0, "phase": "main"})
-    writers.close()
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"term/a" in events.read_bytes()
+def test_tensorboard_events_are_written_in_order_whatever_the_clock_says(tmp_path, monkeypatch):
+    texts = []
+    for start, hours in ((0, 0), (3, -5), (6, 5)):
+        now = 1.8e9 + 3600 * hours
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        writers = open_writers(LogConfig(), tmp_path, "run", start)
+        writers.write(start + 1, {"loss": 1.0, "term.a": 2.0, "phase": "main"})
+        writers.close()
+        monkeypatch.undo()
+        files = sorted((tmp_path / "tensorboard").iterdir())
+        texts.append(events(files[-1]))
+    assert len(files) == 3
+    for start, found in zip((0, 3, 6), texts, strict=True):
+        assert found[0].file_version == "brain.Event:2"
+        # A reader drops what it has from this step on.
+        starts = [e.step for e in found if e.HasField("session_log")]
+        assert starts == ([start + 1] if start else [])
+        rows = {v.tag: (e.step, v.simple_value) for e in found for v in e.summary.value}
+        assert rows == {"loss": (start + 1, 1.0), "term/a": (start + 1, 2.0)}
+
+
+def events(path):
+    """Events of a file of length, crc, bytes, crc."""
+    raw, at, found = path.read_bytes(), 0, []
+    while at < len(raw):
+        (size,) = struct.unpack_from("<Q", raw, at)
+        found.append(event_pb2.Event.FromString(raw[at + 12 : at + 12 + size]))
+        at += 16 + size
+    return found
 
 
 def test_optional_writers_say_what_to_install(tmp_path, monkeypatch):

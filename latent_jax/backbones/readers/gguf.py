@@ -86,16 +86,20 @@ def _outline(file: GGUFFile) -> tuple[DecoderConfig, Tokenizer, str]:
     path = file.path
     try:
         config = config_from(file)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise BackboneError(f"{path}: a field of the GGUF header is wrong ({error}).") from error
-    return config, Tokenizer.from_gguf(file.metadata, str(path)), file_sha256(path)
+        tokenizer = Tokenizer.from_gguf(file.metadata, str(path))
+    except BackboneError:
+        raise
+    except Exception as error:  # fields of any type; `tokenizers` raises bare Exception
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise BackboneError(f"{path}: a field of the GGUF header is wrong ({reason}).") from error
+    return config, tokenizer, file_sha256(path)
 
 
 def config_from(file: GGUFFile) -> DecoderConfig:
     """Architecture from the metadata and the tensors' presence."""
     meta = file.metadata
     arch = meta.get("general.architecture", "(none)")
-    if arch not in FAMILIES:
+    if not isinstance(arch, str) or arch not in FAMILIES:
         raise BackboneError(
             f"{file.path}: architecture '{arch}' is not supported in GGUF; supported: "
             f"{', '.join(sorted(FAMILIES))}."

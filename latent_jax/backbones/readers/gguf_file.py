@@ -109,6 +109,8 @@ class GGUFFile:
             struct.error,
             MemoryError,
             OverflowError,
+            RecursionError,  # arrays in arrays in arrays
+            TypeError,
             ValueError,
         ) as error:
             raise BackboneError(

@@ -20,6 +20,7 @@ from latent_jax.backbones.readers.digest import files_sha256
 from latent_jax.backbones.readers.table import Rule
 from latent_jax.backbones.tokenizer import Tokenizer
 from latent_jax.core.errors import BackboneError
+from latent_jax.core.files import parse_json
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -92,8 +93,8 @@ class SafetensorsFiles:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
             try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
+                names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise BackboneError(f"{index}: damaged index ({error}).") from error
             files = [self.path / name for name in sorted(names)]
         elif (self.path / "model.safetensors").is_file():
@@ -163,20 +164,22 @@ def config_from(directory: str | Path) -> DecoderConfig:
     """
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BackboneError(
             f"{path.parent}: no readable config.json ({error.strerror})."
         ) from error
     except ValueError as error:
         raise BackboneError(f"{path}: not valid JSON ({error}).") from error
+    if not isinstance(raw, dict):
+        raise BackboneError(f"{path}: a JSON object is needed, found {type(raw).__name__}.")
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise BackboneError(f"{path}: model_type '{family}' is not supported; supported: {known}.")
     try:
         return _config(raw, family, path)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise BackboneError(f"{path}: missing or wrong field ({error!r}).") from error
 
 

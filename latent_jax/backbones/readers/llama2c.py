@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +97,21 @@ class Llama2cFile:
             max_position=length,
             tie_embeddings=vocab > 0,
         )
+        layout = _layout(self.config)
+        # Before the tensors are listed: a wrong header may name millions of layers.
+        floats = sum(max(count, 1) * math.prod(shape) for _, count, shape in layout)
+        if (implied := _HEADER_BYTES + 4 * floats) != len(data):
+            raise BackboneError(
+                f"{self.path}: truncated or damaged: the header implies {implied:,} bytes, the "
+                f"file has {len(data):,}."
+            )
         self._tensors: dict[str, tuple[int, tuple[int, ...]]] = {}
         at = _HEADER_BYTES
-        for name, count, shape in _layout(self.config):
+        for name, count, shape in layout:
             for layer in range(max(count, 1)):
                 full = f"layers.{layer}.{name}" if count else name
                 self._tensors[full] = (at, shape)
-                at += 4 * int(np.prod(shape))
-        if at != len(data):
-            raise BackboneError(
-                f"{self.path}: truncated or damaged: the header implies {at:,} bytes, the file has "
-                f"{len(data):,}."
-            )
+                at += 4 * math.prod(shape)
         # The stored rotary tables are recomputed from the config.
         self._tensors.pop("rope_cos")
         self._tensors.pop("rope_sin")
@@ -124,7 +128,7 @@ class Llama2cFile:
     def read(self, name: str) -> np.ndarray:
         """One tensor, float32."""
         at, shape = self._tensors[name]
-        return self._data[at : at + 4 * int(np.prod(shape))].view("<f4").reshape(shape)
+        return self._data[at : at + 4 * math.prod(shape)].view("<f4").reshape(shape)
 
 
 def find_vocabulary(path: Path, vocab_size: int) -> Path:

@@ -27,6 +27,8 @@ from latent_jax.core.errors import BackboneError
 
 TreePath = tuple[str, ...]
 
+_LARGEST = 1 << 24  # of any size: far above every model's
+
 
 class TensorSource(Protocol):
     """A container of named tensors that can be read one at a time."""
@@ -155,6 +157,12 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
             f"decoder: "
             f"{_listed(unknown)}."
         )
+    # Every layer has tensors of its own: millions of missing ones are told before they are listed.
+    if config.num_layers > (held := len(list(source.names()))):
+        raise BackboneError(
+            f"{source.path}: missing tensors: num_layers is {config.num_layers}, the file holds "
+            f"{held} tensors."
+        )
     missing = [
         path + (f" (layer {layer})" if path.startswith("layers/") else "")
         for path in shapes
@@ -185,9 +193,14 @@ def plan(source: TensorSource, rules: Iterable[Rule], config: DecoderConfig) -> 
 
 def _check_sizes(config: DecoderConfig, where: Path) -> None:
     sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-    for name in (*sizes, "intermediate_size", "max_position", "rope_theta"):
-        if getattr(config, name) <= 0:
-            raise BackboneError(f"{where}: {name} is {getattr(config, name)}; it must be positive.")
+    for name in (*sizes, "intermediate_size", "max_position"):
+        if not 0 < (value := getattr(config, name)) <= _LARGEST:
+            raise BackboneError(
+                f"{where}: {name} is {value}; it must be positive, and at most {_LARGEST}."
+            )
+    for name in ("rope_theta", "norm_eps"):
+        if not 0 < (value := getattr(config, name)) < math.inf:
+            raise BackboneError(f"{where}: {name} is {value}; it must be positive and finite.")
     if config.num_heads % config.num_kv_heads:
         raise BackboneError(
             f"{where}: {config.num_heads} query heads do not divide over "

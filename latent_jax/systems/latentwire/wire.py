@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from latent_jax.core.errors import WireError
+from latent_jax.core.files import parse_json
 from latent_jax.ops import wire as codec
 from latent_jax.systems.latentwire.model import Wire, num_latents
 
@@ -254,13 +256,14 @@ def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
             f"{name}: damaged: cut off or changed on the way (its checksum differs); send it again"
         )
     try:
-        header = _parse(json.loads(data[start : start + length]))
+        header = _parse(parse_json(data[start : start + length]))
         scales, payload = codec.sizes(
             sum(header.latents), header.width, header.form, header.group
         )
         parts = Bytes(start + length + _CHECKSUM, scales, payload)
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise WireError(f"{name}: its header makes no sense ({error})") from None
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise WireError(f"{name}: its header makes no sense ({reason})") from None
     if parts.total != len(data):
         raise WireError(
             f"{name}: its header announces {parts.total} bytes, there are {len(data)}"
@@ -326,7 +329,20 @@ def _parse(tree: dict[str, Any]) -> Header:
         raise ValueError(f"format {header.form!r}")
     if not header.lengths or len(header.lengths) != len(header.latents) or min(header.lengths) < 1:
         raise ValueError("lengths and latents do not match")
-    least = min(header.segment, header.width, header.group, header.private + 1)
-    if least < 1 or header.ratio < 1:
+    sizes = (header.segment, header.width, header.group, header.private)
+    if not all(type(n) is int for n in (*sizes, *header.lengths)) or header.centred not in (0, 1):
+        raise TypeError("sizes are whole numbers")
+    if min(*sizes[:3], header.private + 1) < 1 or not 1 <= header.ratio < math.inf:
         raise ValueError("sizes below 1")
+    # Before anything of these sizes is made: what was sent bounds what is made of it.
+    for length, latents in zip(header.lengths, header.latents, strict=True):
+        if latents != _latents(length, header):
+            raise ValueError("latents and lengths do not match")
     return header
+
+
+def _latents(length: int, header: Header) -> int:
+    """How many real latents a text of so many tokens has."""
+    whole, rest = divmod(length, header.segment)
+    count = whole * (num_latents(header.segment, header.ratio) + header.private)
+    return count + (num_latents(rest, header.ratio) + header.private if rest else 0)

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from latent_jax.core.errors import StoreError
-from latent_jax.core.files import write_bytes
+from latent_jax.core.files import parse_json, write_bytes
 from latent_jax.systems.megacontext.store.files import make_durable, read_at, write_at, writing
 from latent_jax.systems.megacontext.store.spec import FORMAT, TreeSpec
 
 NAME = "commit.bin"
 PAGE = 4096
 _MAGIC = b"GISTTREE"
+_MOST, _MOST_LEVELS = 1 << 48, 64  # what no store reaches
 _HEADER = struct.Struct("<8sI")  # magic, checksum of the rest of the page: JSON and zeros
 
 
@@ -48,6 +49,18 @@ class Commit:
     documents: int = 0
     versions: int = 0
     gists: tuple[int, ...] = ()
+
+    @classmethod
+    def from_json(cls, tree: dict[str, Any]) -> Commit:
+        """Inverse of `dataclasses.asdict`; anything odd is a TypeError or ValueError."""
+        commit = cls(**tree | {"gists": tuple(tree["gists"])})
+        numbers = (commit.sequence, commit.tokens, commit.tail, commit.documents, commit.versions)
+        for number in (*numbers, *commit.gists):
+            if type(number) is not int or not 0 <= number < _MOST:
+                raise ValueError(f"{number!r} is no count")
+        if not isinstance(commit.version, str) or len(commit.gists) > _MOST_LEVELS:
+            raise ValueError("its version or its levels")
+        return commit
 
 
 class CommitFile:
@@ -97,16 +110,20 @@ class CommitFile:
             raise StoreError(
                 f"{self.path}: both commit records are damaged; restore the file from a copy"
             )
-        for page in whole:
-            if page["format"] != FORMAT:
-                raise StoreError(
-                    f"{self.path.parent}: a store of format {page['format']}, this library reads "
-                    f"format {FORMAT}; use the library it was made with or ingest again"
-                )
-        newest = max(whole, key=lambda page: page["commit"]["sequence"])
-        commit = newest["commit"]
-        commit = Commit(**commit | {"gists": tuple(commit["gists"])})
-        return TreeSpec.from_json(newest["spec"]), commit
+        try:
+            for page in whole:
+                if page["format"] != FORMAT:
+                    raise StoreError(
+                        f"{self.path.parent}: a store of format {page['format']}, this library "
+                        f"reads format {FORMAT}; use the library it was made with or ingest again"
+                    )
+            newest = max(whole, key=lambda page: page["commit"]["sequence"])
+            return TreeSpec.from_json(newest["spec"]), Commit.from_json(newest["commit"])
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.path}: the commit record makes no sense ({error!r}); restore the file from "
+                "a copy"
+            ) from None
 
     def write(self, spec: TreeSpec, commit: Commit) -> None:
         """Makes `commit` the state; the data it names must be durable. A plain OSError on failure.
@@ -129,7 +146,10 @@ class CommitFile:
         rest = data[_HEADER.size :]
         if magic != _MAGIC or zlib.crc32(rest) != checksum:
             return None
-        return json.loads(rest.rstrip(b"\0"))
+        try:
+            return parse_json(rest.rstrip(b"\0"))
+        except ValueError:
+            return None
 
 
 def create(directory: Path, spec: TreeSpec) -> None:

@@ -19,6 +19,9 @@ from latent_jax.systems.megacontext.store.spec import FORMAT, TreeSpec
 from latent_jax.systems.megacontext.store.tokens import TokenFiles
 
 META = "meta.json"
+# A store stays usable where its tokens are cut off, but so many were never there: looking at each
+# would take for ever.
+_LOST = 1 << 32
 
 
 class Disk:
@@ -49,6 +52,12 @@ class Disk:
             commit = self.commit
             self.version = commit.version
             self.tokens = TokenFiles(path, self.spec, commit.tokens, commit.tail, writable)
+            if commit.tokens - self.tokens.ids.records() > _LOST:
+                raise StoreError(
+                    f"{path}: {commits.NAME} names {commit.tokens:,} tokens, "
+                    f"{self.tokens.ids.path.name} holds {self.tokens.ids.records():,}: they are "
+                    "not of one store; restore both from a copy"
+                )
             self.documents = LineTable(path / "documents.jsonl", commit.documents, writable)
             self.versions = LineTable(path / "versions.jsonl", commit.versions, writable)
             self.levels: list[LevelFiles] = []

@@ -32,8 +32,15 @@ class LineTable:
     def rows(self) -> list[dict[str, Any]]:
         """All rows that can be read, the ones added since the last commit too."""
         if self._rows is None:
-            self._rows, self.damaged = _parse(self.file.read(0, self.length).tobytes())
+            self._rows, self.damaged = self._read()
         return self._rows
+
+    def _read(self) -> tuple[list[dict[str, Any]], list[int]]:
+        have = min(self.length, self.file.records())
+        rows, damaged = _parse(self.file.read(0, have).tobytes())
+        if have < self.length:  # cut short, though perhaps between two lines
+            damaged.append(len(rows) + len(damaged) + 1)
+        return rows, damaged
 
     def add(self, row: dict[str, Any]) -> None:
         """Adds a row, in memory until `write`."""
@@ -58,7 +65,7 @@ class LineTable:
 
     def reload(self) -> None:
         """Reads the committed rows again, to see whether they still are what was written."""
-        _, self.damaged = _parse(self.file.read(0, self.length).tobytes())
+        _, self.damaged = self._read()
 
     def reread(self, length: int) -> None:
         """Takes over what another process has committed."""

@@ -23,6 +23,7 @@ _DTYPES = {
 _UINT16_IDS = 1 << 16
 # The spec is part of every commit record, which has a page to itself.
 _MAX_LEVELS_LISTED = 32
+_MAX_NUMBERS = 1 << 26  # in one gist; numpy's records end at 2 GiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,11 @@ class TreeSpec:
                 f"gist tree: slots={self.slots!r}; give 1 to {_MAX_LEVELS_LISTED} whole numbers "
                 "from 1 on, one per level"
             )
-        if self.dtype not in _DTYPES:
+        if max(self.slots) * self.width > _MAX_NUMBERS:
+            raise StoreError(
+                f"gist tree: a gist of {max(self.slots)} slots of {self.width} numbers is too large"
+            )
+        if not isinstance(self.dtype, str) or self.dtype not in _DTYPES:
             raise StoreError(f"gist tree: dtype={self.dtype!r}; use one of {', '.join(_DTYPES)}")
         for name in ("tokenizer", "base"):
             if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > 128:
