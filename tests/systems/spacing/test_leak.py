@@ -86,10 +86,18 @@ def trained(tmp_path):
     return train
 
 
+def told(name, done):
+    """Says it (``-rP`` shows it): nats above the exact floor, paired, with 95 % intervals."""
+    for key in ("nll.minus_floor", "nll.minus_floor.inner"):
+        low, high = done[f"{key}.ci95"]
+        print(f"{name}: {key} {done[key]:+.4f} ({low:+.4f} to {high:+.4f})")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_random_matrices_are_not_predicted_below_their_floor(mode, trained):
     done = trained(MODES[mode])
+    told(mode, done)
     for name in ("nll.minus_floor", "nll.minus_floor.inner"):
         low, high = done[f"{name}.ci95"]
         assert high > 0 and done[name] > -0.01, (name, low, high)
@@ -100,6 +108,7 @@ def test_random_matrices_are_not_predicted_below_their_floor(mode, trained):
 def test_the_floor_finds_a_mask_of_all_ones(trained, monkeypatch):
     all_ones(monkeypatch)
     done = trained(MODES["prefix"], steps=800)
+    told("prefix behind a mask of all ones", done)
     # The last target is in nobody's input: only a position inside the window can tell.
     assert done["nll.minus_floor.inner.ci95"][1] < 0
     assert done["nll.minus_floor"] > -0.02
