@@ -190,9 +190,10 @@ def _asked(title: str, config: Mapping[str, Any]) -> str:
     """A title that says which questions were asked, where they are not SQuAD's."""
     data = config.get("data")
     source = data.get("qa") if isinstance(data, Mapping) else None
-    if title == TITLES["squad"] and source not in (None, "auto", "squad"):
-        return f"Question answering ({source})"
-    return title
+    if title != TITLES["squad"] or source in (None, "squad"):
+        return title
+    # `auto` is SQuAD only where the data root has it: the run does not say which it was.
+    return f"Question answering ({'SQuAD format' if source == 'auto' else source})"
 
 
 def _table(results: Mapping[str, Any], title: str, rows: dict[str, dict[str, str]]) -> Table:
