@@ -48,6 +48,11 @@ class EmbedConfig:
         help="kernels at the start: least-squares predictors of the next gap from pasts of several "
         "lengths, waves at the logarithms of prime powers, or noise",
     )
+    ridge: float = field(
+        default=1e-8, gt=0.0,
+        help="of the least squares, relative to the variance of each regressor: more bends the "
+        "kernels, less lets a short window's own predictions run away when they are read again",
+    )
     height: bool = field(
         default=True, help="give ln(t / 2 pi), and measure distances with it; false: neither"
     )

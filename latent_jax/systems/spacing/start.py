@@ -19,8 +19,6 @@ from latent_jax.systems.spacing.recipe import Gaps
 
 # Windows that are fitted to; how many of them are in memory at a time, and share their kernels.
 _WINDOWS, _ROWS, _CHUNK = 100_000, 2048, 64
-# Of zeta's 255 gaps, 1e-5 costs 3 % of the error, and 1e-9 is too little for so many windows.
-_RIDGE = 1e-8
 
 
 class Fit(NamedTuple):
@@ -70,7 +68,7 @@ def least_squares(
     knots: int,
     reach: float,
     products: int = 0,
-    ridge: float = _RIDGE,
+    ridge: float = 1e-8,
     farthest: float | None = None,
 ) -> Fit:
     """Fits the last gap of windows to all before it.
@@ -139,7 +137,7 @@ def embedding(
         fits = [
             least_squares(
                 rows["gaps"][:, -n - 1 :], height, embed.knots, reach, embed.products,
-                farthest=reach * n / context,
+                embed.ridge, farthest=reach * n / context,
             )
             for n in fitted
         ]
