@@ -7,7 +7,9 @@ are shown beside it for orientation.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import os
 import platform
 import resource
@@ -111,9 +113,18 @@ def rss_bytes() -> int:
     return peak_rss_bytes()
 
 
+def _give_back() -> None:
+    """Returns freed memory to the system: kept, it would be used again and not be seen to grow."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+
+
 def peak_of(run: Callable[[], Any]) -> float:
     """Bytes by which one call raises this process's memory at its highest; NaN where unknown."""
     try:
+        _give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         before = rss_bytes()
         jax.block_until_ready(run())
@@ -127,7 +138,8 @@ def memory(part: str, ours: Callable[[], Any], peer: Callable[[], Any]) -> dict[
     """`peak_of` both programs and their ratio, as flat results below ``memory.<part>``."""
     found = {"ours": peak_of(ours), "peer": peak_of(peer)}
     out = {f"memory.{part}.{who}_bytes": value for who, value in found.items()}
-    return out | {f"memory.{part}.ratio": found["ours"] / max(found["peer"], 1.0)}
+    known = found["peer"] > 0  # a peer that fits into what is there already was not measured
+    return out | {f"memory.{part}.ratio": found["ours"] / found["peer"] if known else float("nan")}
 
 
 def machine() -> dict[str, str]:

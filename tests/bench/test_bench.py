@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -71,3 +75,29 @@ def test_a_whole_run_on_a_tiny_model(monkeypatch, capsys):
         assert np.isfinite(results[f"throughput.{part}.ratio"])
     shown = capsys.readouterr().out
     assert shown.index("largest difference") < shown.index("median ratio")
+
+
+_KEPT = """
+import numpy as np
+from latent_jax.bench import timing
+del_me = [np.ones(4_000_000) for _ in range(5)]  # 160 MB
+del del_me
+print(timing.peak_of(lambda: np.ones(8_000_000)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_memory_is_seen_where_freed_memory_is_kept():
+    # As the launch scripts set it.
+    keep = "glibc.malloc.trim_threshold=8000000000:glibc.malloc.mmap_threshold=8000000000"
+    done = subprocess.run(
+        [sys.executable, "-c", _KEPT], env=os.environ | {"GLIBC_TUNABLES": keep},
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    assert 55e6 < float(done.stdout) < 90e6
+
+
+def test_what_was_not_measured_has_no_ratio(monkeypatch):
+    monkeypatch.setattr(timing, "peak_of", lambda run: run())
+    assert timing.memory("x", lambda: 5.0, lambda: 10.0)["memory.x.ratio"] == 0.5
+    assert np.isnan(timing.memory("x", lambda: 5.0, lambda: 0.0)["memory.x.ratio"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -56,6 +57,7 @@ class GapEmbedding(nn.Module):
             share = jnp.sum(held * inside, axis=-1) / seen
         # Of a past of so many gaps here, what is known is known of one as long in distance.
         span = kernels.equivalent(seen, log_height, self.context, self.reach)
+        of_span = functools.partial(jnp.take, indices=span - 1, axis=0)
         parts = [past[0][..., : c.near]]
         line = spread = None
         if c.kernels:
@@ -69,9 +71,9 @@ class GapEmbedding(nn.Module):
             fitted = len(lengths(self.context)[: c.kernels])
             gate = self.param("gate", zeros, (self.context, fitted))
             level = self.param("level", zeros, (self.context,))
-            line = jnp.einsum("btr,btr->bt", summaries[..., :fitted], gate[span - 1])
-            line = line + share * (1.0 + level[span - 1])
-            spread = share * self.param("spread", zeros, (self.context,))[span - 1]
+            line = jnp.einsum("btr,btr->bt", summaries[..., :fitted], of_span(gate))
+            line = line + share * (1.0 + of_span(level))
+            spread = share * of_span(self.param("spread", zeros, (self.context,)))
         # How much past there is: summaries of a short one are small for want of terms.
         parts.append((share * span / self.context)[..., None])
         if c.height:
