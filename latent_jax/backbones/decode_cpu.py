@@ -43,6 +43,7 @@ class LayerCache(NamedTuple):
 
     k: Float[Array, "b g s d"]
     v: Float[Array, "b g s d"]
+    bias: Float[Array, "b g s"] | None = None
 
 
 def pays(config: DecoderConfig, params: Any, rows: int, new_tokens: int) -> bool:
@@ -136,9 +137,12 @@ def laid_out(config: DecoderConfig, params: Any, lora: Any, dtype: Any) -> list[
 
 def lay_out_cache(cache: KV) -> list[LayerCache]:
     """A stacked cache as one contiguous pair of arrays per layer."""
+    biases = [None] * len(cache.k)
+    if cache.bias is not None:
+        biases = [bias.transpose(0, 2, 1) for bias in cache.bias]
     return [
-        LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-        for k, v in zip(cache.k, cache.v, strict=True)
+        LayerCache(k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3), bias)
+        for k, v, bias in zip(cache.k, cache.v, biases, strict=True)
     ]
 
 
@@ -162,6 +166,8 @@ def _attend(
     g = cache.k.shape[1]
     q = (q * d**-0.5).reshape(b, g, h // g, d)
     logits = jnp.einsum("bgrd,bgsd->bgrs", q, cache.k, preferred_element_type=jnp.float32)
+    if cache.bias is not None:
+        logits = jnp.maximum(logits + cache.bias[:, :, None], MASKED)
     logits = jnp.where(valid[:, None, None], logits, MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(cache.v.dtype)
     return jnp.einsum("bgrs,bgsd->bgrd", weights, cache.v).reshape(b, h, d)
@@ -211,6 +217,7 @@ def step(
         cache = LayerCache(
             jax.lax.dynamic_update_slice(cache.k, k.transpose(0, 2, 1, 3), at),
             jax.lax.dynamic_update_slice(cache.v, v.transpose(0, 2, 1, 3), at),
+            cache.bias,
         )
         updated.append(cache)
         out = _attend(q[:, 0], cache, valid)

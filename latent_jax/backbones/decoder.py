@@ -24,12 +24,15 @@ from latent_jax.sharding.rules import constrain
 class KV(NamedTuple):
     """Keys (post-RoPE) and values of ``m`` entries in every layer, and which of them are valid.
 
-    As a prefix its mask may also be ``[b t m]``: what each of the call's tokens sees of it.
+    As a prefix its mask may also be ``[b t m]``: what each of the call's tokens sees of it. A
+    prefix may weigh its entries: ``bias`` is added to their logits, and `MASKED` hides an entry
+    from one head of one layer, so that heads may hold different numbers of them.
     """
 
     k: Float[Array, "l b m g d"]
     v: Float[Array, "l b m g d"]
     mask: Bool[Array, "b m"] | Bool[Array, "b t m"]
+    bias: Float[Array, "l b m g"] | None = None
 
 
 class DecoderOutput(NamedTuple):
@@ -78,7 +81,7 @@ class _Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, lora, prefix_k, prefix_v, inv_freq, shared):
+    def __call__(self, x, lora, prefix_k, prefix_v, prefix_bias, inv_freq, shared):
         c = self.config
         positions, mask, prefix_mask = shared
         b, t, _ = x.shape
@@ -97,7 +100,9 @@ class _Layer(nn.Module):
         if c.qk_norm:
             q, k = _Norm(c.norm_eps, name="q_norm")(q), _Norm(c.norm_eps, name="k_norm")(k)
         q, k = rope.rotate(q, positions, inv_freq), rope.rotate(k, positions, inv_freq)
-        out = attention.attend(q, k, v, mask, prefix_k, prefix_v, prefix_mask, c.query_scale)
+        out = attention.attend(
+            q, k, v, mask, prefix_k, prefix_v, prefix_mask, prefix_bias, c.query_scale
+        )
         out = dense("o", c.hidden_size, out.reshape(b, t, -1))
         if c.post_norms:
             out = _Norm(c.norm_eps, name="attn_post_norm")(out)
@@ -152,7 +157,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, 0, 0, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.final_norm = _Norm(c.norm_eps)
@@ -189,12 +194,12 @@ class Decoder(nn.Module):
             mask = jnp.ones((b, t), bool)
         if attention_mask is None:
             attention_mask = attention.causal_mask(mask)
-        pk, pv, pm = prefix if prefix is not None else (None, None, None)
+        pk, pv, pm, bias = prefix if prefix is not None else (None, None, None, None)
         waves = jnp.asarray(self.inv_freq)
         waves = jnp.broadcast_to(waves, (self.config.num_layers, waves.shape[-1]))
         inputs_embeds = constrain(inputs_embeds, *_STREAM)
         shared = (positions, attention_mask, pm)
-        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, waves, shared)
+        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, bias, waves, shared)
         return DecoderOutput(self.final_norm(x), KV(k, v, mask))
 
     def embed(self, ids: Int[Array, "b t"], dtype=None) -> Float[Array, "b t d"]:

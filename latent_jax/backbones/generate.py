@@ -87,7 +87,11 @@ def prefill(
     k = jnp.pad(jnp.concatenate([p.k.astype(out.kv.k.dtype) for p in parts], axis=2), free)
     v = jnp.pad(jnp.concatenate([p.v.astype(out.kv.v.dtype) for p in parts], axis=2), free)
     valid = jnp.pad(jnp.concatenate([p.mask for p in parts], axis=1), [(0, 0), (0, room)])
-    return out.hidden[:, -1], KV(k, v, valid), start + jnp.sum(mask, axis=1)
+    bias = None
+    if prefix is not None and prefix.bias is not None:
+        after = k.shape[2] - prefix.bias.shape[2]
+        bias = jnp.pad(prefix.bias, [(0, 0), (0, 0), (0, after), (0, 0)])
+    return out.hidden[:, -1], KV(k, v, valid, bias), start + jnp.sum(mask, axis=1)
 
 
 def decode_step(
@@ -122,6 +126,7 @@ def decode_step(
         jax.lax.dynamic_update_slice(cache.k, out.kv.k, at),
         jax.lax.dynamic_update_slice(cache.v, out.kv.v, at),
         jax.lax.dynamic_update_slice(cache.mask, out.kv.mask, (0, slot)),
+        cache.bias,
     )
     return out.hidden[:, 0], cache
 

@@ -89,11 +89,12 @@ def pad_prefix(prefix: KV, width: int) -> KV:
     """Masked entries after those of a prefix, ``width`` in all."""
     extra = width - prefix.mask.shape[1]
     room = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
-    return KV(
-        jnp.pad(prefix.k, room), jnp.pad(prefix.v, room), jnp.pad(prefix.mask, [(0, 0), (0, extra)])
-    )
+    bias = None if prefix.bias is None else jnp.pad(prefix.bias, room[:-1])
+    mask = jnp.pad(prefix.mask, [(0, 0), (0, extra)])
+    return KV(jnp.pad(prefix.k, room), jnp.pad(prefix.v, room), mask, bias)
 
 
 def take_rows(prefix: KV, rows: np.ndarray) -> KV:
     """The prefixes of some rows of the batch."""
-    return KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows])
+    bias = None if prefix.bias is None else prefix.bias[:, rows]
+    return KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows], bias)

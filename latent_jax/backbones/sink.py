@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import ConfigError
@@ -51,6 +51,16 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
         jnp.concatenate([first.k, then.k], axis=2),
         jnp.concatenate([first.v, then.v], axis=2),
         jnp.concatenate([first.mask, then.mask], axis=-1),
+        joined_bias(first, then),
+    )
+
+
+def joined_bias(first: KV, then: KV) -> Float[Array, "l b m g"] | None:
+    """Biases of both; zeros where only one has any."""
+    if first.bias is None and then.bias is None:
+        return None
+    return jnp.concatenate(
+        [jnp.zeros(kv.k.shape[:-1]) if kv.bias is None else kv.bias for kv in (first, then)], axis=2
     )
 
 
@@ -62,4 +72,5 @@ def repeat(kv: KV | None, times: int) -> KV | None:
         jnp.repeat(kv.k, times, axis=1),
         jnp.repeat(kv.v, times, axis=1),
         jnp.repeat(kv.mask, times, axis=0),
+        None if kv.bias is None else jnp.repeat(kv.bias, times, axis=1),
     )

@@ -18,6 +18,7 @@ def attend(
     prefix_k: Float[Array, "b m g d"] | None = None,
     prefix_v: Float[Array, "b m g d"] | None = None,
     prefix_mask: Bool[Array, "b m"] | Bool[Array, "b t m"] | None = None,
+    prefix_bias: Float[Array, "b m g"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b t h d"]:
     """Softmax attention of ``h`` query heads on ``g`` shared key/value heads (``h % g == 0``).
@@ -29,6 +30,7 @@ def attend(
     Args:
       mask: which of the own keys each query may see.
       prefix_mask: which prefix entries every query sees, or which ones each query sees.
+      prefix_bias: added to the logits of each prefix entry; `MASKED` hides one from a single head.
       scale: logit multiplier, ``d ** -0.5`` by default.
     """
     b, t, h, d = q.shape
@@ -52,6 +54,8 @@ def attend(
         prefix_k, prefix_v = prefix_k.transpose(0, 2, 1, 3), prefix_v.transpose(0, 2, 1, 3)
         each = prefix_mask if prefix_mask.ndim == 3 else prefix_mask[:, None]
         seen = score(prefix_k, each[:, None, None])
+        if prefix_bias is not None:
+            seen = jnp.maximum(seen + prefix_bias.transpose(0, 2, 1)[:, :, None, None], MASKED)
         weights = jax.nn.softmax(jnp.concatenate([seen, scores], axis=-1), axis=-1).astype(v.dtype)
         out = jnp.einsum("bgrts,bgsd->bgrtd", weights[..., :m], prefix_v)
         out += jnp.einsum("bgrts,bgsd->bgrtd", weights[..., m:], v)

@@ -205,7 +205,7 @@ class LatentWire:
         Args:
           texts: one text, or several as one batch.
           ratio: tokens per latent, ``M = ceil(T / ratio)`` exactly; None takes the compressor's.
-            Only memory slots, and methods without training, can be put at another.
+            Only memory slots, heads and methods without training can be put at another.
 
         Raises:
           DataError: an empty text, one longer than the LLM's context, or a ratio that this
@@ -238,7 +238,7 @@ class LatentWire:
         c = self.config
         if not ratio >= 1:
             raise DataError(f"ratio {ratio:g}: a latent stands for at least 1 token")
-        if c.encoder.slots != "memory" and self.method is None:
+        if c.encoder.slots not in ("memory", "heads") and self.method is None:
             raise DataError(
                 f"ratio {ratio:g}: {self.name or 'this compressor'} was trained at {c.ratio:g} "
                 f"tokens per latent (M = ceil(T / {c.ratio:g})) and its slots have no other; "

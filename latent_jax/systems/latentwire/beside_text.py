@@ -31,8 +31,10 @@ def beside_text(
     Returns:
       ``value_ratio`` (mean norm of the values ÷ that of the text's tokens), or for soft tokens
       ``norm_ratio`` and the rest of `diagnose.embedding_statistics` against the vocabulary; and
-      ``span_mean_cosine``, to the mean of each latent's span.
+      ``span_mean_cosine``, to the mean of each latent's span. Nothing for the text's own entries.
     """
+    if wire.config.encoder.slots == "heads":
+        return {}  # they are the text's own, and stand for no span
     prefix = wire.latents.prefix(z)
     params, ratio = wire.backbone.params, wire.config.ratio
     spans_of = num_latents(ids.shape[1], ratio)  # private latents stand for no span

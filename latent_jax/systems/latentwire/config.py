@@ -27,10 +27,11 @@ PHASES = ("main", "prompt")
 class EncoderConfig:
     """The frozen LLM's own layers, read at one slot per span of text."""
 
-    slots: Literal["memory", "pooled", "both"] = field(
+    slots: Literal["memory", "pooled", "both", "heads"] = field(
         default="memory",
         help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
-        "linear combination of its span's keys and values; both: their (gated) sum",
+        "linear combination of its span's keys and values; both: their (gated) sum; heads: the "
+        "text's own keys and values, of which every head keeps as many as it needs",
     )
     pool_start: Literal["mean", "stagger"] = field(
         default="mean", help="pooled slots start as the mean of their span, or with each head of "
@@ -70,17 +71,28 @@ class EncoderConfig:
             raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
         if self.slots != "memory" and self.output != "kv":
             raise ConfigError(
-                f"encoder.slots={self.slots} pools keys and values: it needs encoder.output=kv"
+                f"encoder.slots={self.slots} is made of keys and values: it needs encoder.output=kv"
             )
         if self.lora_on == "all" and self.slots != "memory":
             raise ConfigError(
-                f"encoder.slots={self.slots} pools the untouched LLM's cache: it needs "
+                f"encoder.slots={self.slots} is made of the untouched LLM's cache: it needs "
                 "encoder.lora_on=memory"
             )
         if self.lora_on == "all" and self.view == "span":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
             )
+
+
+    @property
+    def remembers(self) -> bool:
+        """Whether slots run through the LLM."""
+        return self.slots in ("memory", "both")
+
+    @property
+    def pools(self) -> bool:
+        """Whether slots are sums over their span."""
+        return self.slots in ("pooled", "both")
 
 
 @dataclass(frozen=True)
@@ -175,7 +187,17 @@ class ModelConfig:
                     f"model.readers: {label!r} is no short name: small letters, digits and _, and "
                     f"not {MAIN}, which is the encoder's own"
                 )
-        unable = self.encoder.slots == "pooled" or self.encoder.lora_on == "all"
+        if self.encoder.slots == "heads" and (self.wire.d_z or self.adapter.kind != "kv"):
+            raise ConfigError(
+                "encoder.slots=heads sends keys and values of single heads as they are: it needs "
+                "wire.d_z=none and adapter.kind=kv"
+            )
+        if self.encoder.slots == "heads" and self.readers:
+            raise ConfigError(
+                "encoder.slots=heads keeps entries of its own LLM's heads, which no adapter of "
+                "model.readers could read: use pooled, memory or both"
+            )
+        unable = not self.encoder.remembers or self.encoder.lora_on == "all"
         if unable and (found := [n for n, p in self.private_slots.items() if p]):
             raise ConfigError(
                 f"model: private latents ({', '.join(found)}) are memory slots over the whole "
@@ -225,6 +247,9 @@ class DataConfig:
         default=24, ge=2, help="longest answer in training, tokens with the stop"
     )
     questions: int = field(default=20_000, ge=1, help="most training questions")
+    calibration: int = field(
+        default=64, ge=1, help="training texts that tell how much each head needs (slots: heads)"
+    )
     mix: dict[str, float] = field(
         default_factory=lambda: {"reconstruct": 1.0},
         help=f"share of batches per task: {', '.join(TASKS)}",

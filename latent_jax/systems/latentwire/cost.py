@@ -90,7 +90,9 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     per_token = reader.kv_floats_per_token * size
     lengths, latents = np.asarray(message.length).tolist(), message.latents
     text = "".join(texts).encode()
-    slots = [0] * len(latents) if wire.config.encoder.slots == "pooled" else latents
+    slots = {"pooled": [0] * len(latents), "heads": lengths}.get(
+        wire.config.encoder.slots, latents  # heads: the text is read again behind itself
+    )
     soft = wire.config.adapter.kind == "soft"
     read = lengths
     if wire.method is not None and soft:  # embeddings only: no layer runs

@@ -102,7 +102,8 @@ def widen(decoder: Decoder, params: Any, given: Given, width: int) -> Given:
     pad = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
     # A weakly typed mask (of a comparison) would be another signature, hence another compilation.
     mask = jnp.pad(kv.mask.astype(bool), [(0, 0), (0, room)])
-    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask)
+    bias = None if kv.bias is None else jnp.pad(kv.bias, pad[:-1])
+    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask, bias)
     return given._replace(kv=kv)
 
 

@@ -17,11 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.backbones import head_budgets
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
+from latent_jax.systems.latentwire import heads
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.pool import KVPool, spans
 
@@ -133,18 +135,22 @@ class Compressor(nn.Module):
     def setup(self):
         c, r = self.config, self.reader
         self.body = Decoder(r, remat=c.remat, parent=None)
-        if c.encoder.slots != "memory":
+        if c.encoder.pools:
             self.pool = KVPool(r, c.ratio, c.encoder.pool_start)
         if c.encoder.slots == "both":
             # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
             self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))
-        if c.encoder.slots != "pooled" and c.encoder.lora_rank:
+        if c.encoder.slots == "heads":
+            # Replaced by what texts show (`heads.calibrate`); alike for all heads until then.
+            shape = (r.num_layers, r.num_kv_heads, head_budgets.POINTS)
+            self.profile = self.param("profile", lambda _: jnp.ones(shape))
+        if c.encoder.remembers and c.encoder.lora_rank:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
                 {t: shapes[t] for t in e.lora_targets}, r.num_layers, e.lora_rank, e.lora_alpha
             )
         scale = nn.initializers.normal(0.02)
-        if c.encoder.slots != "pooled":
+        if c.encoder.remembers:
             self.memory = self.param("memory", scale, (r.hidden_size,))
         if private := sum(c.private_slots.values()):
             self.private = self.param("private", scale, (private, r.hidden_size))
@@ -175,6 +181,10 @@ class Compressor(nn.Module):
         # Middle of the slot's span, as an integer position the reader has seen in pretraining.
         positions = jnp.floor(slot * c.ratio + (c.ratio - 1) / 2).astype(jnp.int32)
         positions = jnp.broadcast_to(positions, (b, m))
+        if c.encoder.slots == "heads":
+            sink = None if self.sink is None else jnp.int32(self.sink)
+            z = heads.encode(self.body, frozen, self.profile, ids, mask, valid, sink)
+            return z, valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
         sink = None
         if self.sink is not None:
@@ -228,9 +238,9 @@ class Compressor(nn.Module):
         c = self.config
         b, m = valid.shape
         pooled = kv = hidden = None
-        if c.encoder.slots != "memory":
+        if c.encoder.pools:
             pooled = self.pool(cache, valid, positions)
-        if c.encoder.slots != "pooled":
+        if c.encoder.remembers:
             memory = self._memory(text, cache.mask, m)
             lora = self.lora() if c.encoder.lora_rank else None
             prefix, rows = behind(sink, cache), (b, m)
@@ -297,12 +307,16 @@ class Compressor(nn.Module):
         if c.wire.d_z is not None:
             z = (z @ self.up) * self.out_scale + self.out_mean
         z = z.astype(dtype)
+        sink = None if self.sink is None else jnp.int32(self.sink)
+        if c.encoder.slots == "heads":
+            # Its entries stand where their tokens stood: what follows them is at the text's end.
+            kv = heads.decode(r, self.profile, wire._replace(z=z), c.segment, c.ratio)
+            return Prefix(kv, None, wire.mask, wire.positions, wire.length, sink)
         kv = embeds = None
         if c.adapter.kind == "kv":
             kv = unflatten_kv(z, r, inverse_frequencies(r), wire.positions, wire.mask)
         else:
             embeds = z
-        sink = None if self.sink is None else jnp.int32(self.sink)
         start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
 
@@ -314,6 +328,9 @@ class Compressor(nn.Module):
         have a cosine above 0.9), so a wire of raw keys and values is judged by its values.
         """
         c, r = self.config, self.reader
+        if c.encoder.slots == "heads":  # entries of keys and values in turn
+            pairs = wire.z.reshape(*wire.z.shape[:2], -1, 2, r.head_dim)
+            return pairs[..., 1, :].reshape(*wire.z.shape[:2], -1)
         if c.wire.d_z is not None or c.encoder.output != "kv":
             return wire.z
         shape = (r.num_layers, 2, r.num_kv_heads * r.head_dim)

@@ -17,7 +17,7 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import bottleneck, reader_start, recipe, suite
+from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -48,7 +48,7 @@ _LABELS = (
     (r"^gate$", "gate"),
     (r"^(memory|private|tasks)$", "memory"),
     (r"^prompt$", "prompt"),
-    (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
+    (r"^profile$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
 
@@ -130,6 +130,11 @@ class LatentWireSystem:
             start = dict(stored.params)
             theirs = start.pop("readers", {})
             params = bottleneck.adopt(params, start, model.start)
+        if "profile" in params and "profile" not in start:
+            params["profile"] = heads.calibrate(
+                self.body, reader, self.train_data("main", None), self.sink,
+                self.config.data.calibration,
+            )  # fmt: skip
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         if self.readers:
