@@ -34,7 +34,7 @@ from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, s
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
 from latent_jax.systems.latentwire.scoring import context_width, decode
-from latent_jax.systems.latentwire.training_free import Selected, model_config
+from latent_jax.systems.latentwire.training_free import Selected, measured, model_config
 from latent_jax.systems.latentwire.transcribe import room
 from latent_jax.systems.latentwire.wire import (
     Origin,
@@ -120,8 +120,9 @@ class LatentWire:
         Args:
           reader: the LLM, or what `backbones.load` takes.
           method: ``kv_stride`` (every n-th entry of a frozen prefill), ``kv_topk`` (those with most
-            attention from the text's end, per head), ``mean_pool`` (mean embeddings as soft
-            tokens) or ``pca``.
+            attention from the text's end, per head), ``kv_heads`` (as many as each head needs, see
+            `latent_jax.backbones.head_budgets`: by far the best), ``mean_pool`` (mean embeddings
+            as soft tokens) or ``pca``.
           ratio: tokens per latent.
           segment: longest text compressed at once, tokens.
 
@@ -133,7 +134,8 @@ class LatentWire:
         if not isinstance(reader, backbones.Backbone):
             reader = backbones.load(reader)
         builder = PromptBuilder(reader.tokenizer, PromptConfig())
-        return cls(reader, config, {}, builder, (), f"{reader.name}:{method}", method=method)
+        params = measured(method, reader, sink_token(reader.tokenizer))
+        return cls(reader, config, params, builder, (), f"{reader.name}:{method}", method=method)
 
     def read_by(self, reader: str, backbone: backbones.Backbone | None = None) -> LatentWire:
         """The same compressor, whose latents another of its readers answers from.

@@ -5,15 +5,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from latent_jax import data
+from latent_jax.backbones import Backbone, head_budgets
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.sink import sink_kv
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import baselines, heads
 from latent_jax.systems.latentwire.config import AdapterConfig, EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, num_latents
+from latent_jax.systems.latentwire.prompts import pad_rows
 
 #: What can be kept of a text without having seen the question.
-METHODS = ("kv_stride", "kv_topk", "mean_pool", "pca")
+METHODS = ("kv_stride", "kv_topk", "kv_heads", "mean_pool", "pca")
+#: Packaged passages that tell ``kv_heads`` how much each head of an LLM needs, and their length.
+CALIBRATION, LONGEST = 32, 128
 
 
 def model_config(method: str, ratio: float, segment: int) -> ModelConfig:
@@ -31,14 +36,29 @@ def model_config(method: str, ratio: float, segment: int) -> ModelConfig:
         raise ConfigError(f"no training-free method {method!r}; known: {', '.join(METHODS)}")
     if not 1 <= ratio <= segment:
         raise ConfigError(f"ratio {ratio:g}: use 1 to {segment} tokens per latent (the segment)")
+    if method == "kv_heads":
+        return ModelConfig(ratio=ratio, segment=segment, encoder=EncoderConfig(slots="heads"))
     if method.startswith("kv"):
         return ModelConfig(ratio=ratio, segment=segment, encoder=EncoderConfig(slots="pooled"))
     hidden, soft = EncoderConfig(output="hidden"), AdapterConfig("soft")
     return ModelConfig(ratio=ratio, segment=segment, encoder=hidden, adapter=soft)
 
 
+def measured(method: str, reader: Backbone, sink: int | None) -> dict[str, Array]:
+    """What a method has to know about an LLM, found on packaged passages; mostly nothing."""
+    if method != "kv_heads":
+        return {}
+    texts = list(dict.fromkeys(e.context for e in data.load_squad("embedded", "train")))
+    rows = [reader.tokenizer.encode(text)[:LONGEST] for text in texts[:CALIBRATION]]
+    ids, mask = pad_rows(rows, max(map(len, rows)), 0)
+    batches = (
+        {"context": ids[i : i + 8], "context_mask": mask[i : i + 8]} for i in range(0, len(ids), 8)
+    )
+    return {"profile": heads.calibrate(reader.decoder, reader.params, batches, sink, len(rows))}
+
+
 class Selected(Compressor):
-    """The arms of `baselines` with the wire of a trained compressor; it has no parameters.
+    """The arms of `baselines` with the wire of a trained compressor; nothing of it is trained.
 
     Attributes:
       method: of `METHODS`.
@@ -47,9 +67,15 @@ class Selected(Compressor):
     method: str = "kv_stride"
 
     def setup(self):
-        """Without parameters."""
+        """Without parameters, but for what `measured` finds."""
+        if self.method == "kv_heads":
+            self.body = Decoder(self.reader, parent=None)
+            shape = (self.reader.num_layers, self.reader.num_kv_heads, head_budgets.POINTS)
+            self.profile = self.param("profile", lambda _: jnp.ones(shape))
 
     def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
+        if self.method == "kv_heads":
+            return super()._raw(frozen, ids, mask)
         (b, t), body = ids.shape, Decoder(self.reader, parent=None)
         ratio, sink = self.config.ratio, None if self.sink is None else jnp.int32(self.sink)
         if not self.method.startswith("kv"):

@@ -32,7 +32,7 @@ def reader():
     return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m in baselines.ARMS])
 def test_the_wire_holds_what_the_arm_keeps(method):
     wire = LatentWire.training_free(reader(), method, ratio=3)
     z = wire.compress(TEXTS)
