@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones import head_budgets
+from latent_jax.backbones import decode_cpu, head_budgets
+from latent_jax.backbones.attention_probe import queries
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.sink import behind, sink_kv
@@ -36,7 +37,8 @@ def measured():
 
 def uneven(key=0):
     """A profile in which heads differ widely."""
-    x = jnp.sort(jax.random.uniform(jax.random.key(key), (2, 2, head_budgets.POINTS)), -1)[..., ::-1]
+    x = jax.random.uniform(jax.random.key(key), (2, 2, head_budgets.POINTS))
+    x = jnp.sort(x, -1)[..., ::-1]
     return x * jnp.array([[4.0, 1.0], [0.5, 0.05]])[..., None]
 
 
@@ -76,8 +78,6 @@ def test_worth_is_attention_of_the_text_read_again():
     sink = sink_kv(BODY, params(), jnp.int32(1), 1)
     whole = BODY.apply({"params": params()}, x, prefix=sink).kv
     np.testing.assert_allclose(whole.k[:, 0, :11], cache.k[:, 0], atol=1e-4)
-    from latent_jax.backbones.attention_probe import queries
-
     rows = jnp.arange(11, 22)[None]
     q, _ = queries(BODY, params(), x, jnp.arange(22)[None], jnp.ones((1, 22), bool), rows, sink)
     keys = jnp.concatenate([sink.k, whole.k], 2)[:, 0]
@@ -136,7 +136,8 @@ def test_the_whole_budget_reads_as_the_text_does():
 
 
 def test_a_hidden_entry_is_as_good_as_gone():
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 3, n, 8)) for i, n in ((0, 4), (1, 2), (2, 2)))
+    q = jax.random.normal(jax.random.key(0), (1, 3, 4, 8))
+    k, v = (jax.random.normal(jax.random.key(i), (1, 3, 2, 8)) for i in (1, 2))
     before = [jax.random.normal(jax.random.key(i), (1, 5, 2, 8)) for i in (3, 4)]
     mask, seen = jnp.ones((1, 3, 3), bool), jnp.ones((1, 5), bool)
     bias = jnp.zeros((1, 5, 2)).at[0, 1:3, 0].set(MASKED)
@@ -158,8 +159,6 @@ def test_a_hidden_entry_is_as_good_as_gone():
 
 @pytest.mark.parametrize("layout", ["general", "cpu"])
 def test_generation_heeds_biases(layout, monkeypatch):
-    from latent_jax.backbones import decode_cpu
-
     monkeypatch.setattr(decode_cpu, "pays", lambda *a: layout == "cpu")
     count, _, rows = packed(np.array([20, 9]))
     kept = head_budgets.unpack(rows, count, 11)
@@ -176,5 +175,7 @@ def test_generation_heeds_biases(layout, monkeypatch):
         logits = BODY.apply({"params": params()}, hidden, method="unembed")
         np.testing.assert_array_equal(jnp.argmax(logits[:, 0], -1), out[:, n])
     bare = KV(kept.k, kept.v, kept.mask)
-    other = generate_ids(BODY, params(), x, prefix=bare, start=jnp.asarray(LENGTHS), max_new_tokens=3)
-    assert (np.asarray(other.tokens) != np.asarray(out)).any()
+    other = generate_ids(
+        BODY, params(), x, prefix=bare, start=jnp.asarray(LENGTHS), max_new_tokens=3
+    ).tokens
+    assert (np.asarray(other) != np.asarray(out)).any()

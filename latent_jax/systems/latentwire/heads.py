@@ -1,10 +1,11 @@
 """Latents made of the text's own entries, of which every head keeps as many as it needs.
 
 ``M`` latents have room for as many keys and values as ``M`` tokens have in all heads of all layers;
-how the heads share it is `latent_jax.backbones.head_budgets`'s. Nothing of it is trained: a few
-texts tell how much each head looks for. A latent is a stretch of the packed entries and stands for
-no span of its own, so a wire is read as a whole. In the reader every head has as many places as the
-text has tokens, most of them hidden: what is saved is what is stored and sent.
+how the heads share it is `latent_jax.backbones.head_budgets`'s. A few texts tell how much each head
+looks for; one factor per head can be trained on top of that (`soften`), for not every head's
+attention matters alike. A latent is a stretch of the packed entries and stands for no span of its
+own, so a wire is read as a whole. In the reader every head has as many places as the text has
+tokens, most of them hidden: what is saved is what is stored and sent.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from latent_jax.backbones import head_budgets
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.ops import rope
+from latent_jax.ops.attention import MASKED
+
+#: Of `soften`, in logarithms of worth.
+TEMPERATURE = 0.15
 
 
 def encode(
@@ -63,6 +68,68 @@ def decode(
         return x.reshape(x.shape[0], b, n * places, *x.shape[3:])
 
     return KV(joined(k), joined(kv.v), kv.mask.reshape(b, -1), joined(kv.bias))
+
+
+def soften(
+    body: Decoder,
+    frozen: Any,
+    factor: Float[Array, "l g"],
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    ratio: float,
+    sink: Int[Array, ""] | None,
+) -> KV:
+    """The whole cache of texts, each entry weighed by how likely `encode` is to keep it.
+
+    What is kept has no gradient. Here an entry has the weight ``sigmoid((log(worth x factor) -
+    threshold) / TEMPERATURE)``, and each text's threshold is where the weights add up to its
+    budget: a head that takes more takes it from the others, in value and in gradient.
+
+    Args:
+      body: the frozen LLM.
+      frozen: its parameters.
+      factor: logarithm of what each head's worths are multiplied by.
+      ids: right-padded texts.
+      mask: which tokens are real.
+      ratio: tokens per latent.
+      sink: token before a text.
+    """
+    cache, score = jax.lax.stop_gradient(head_budgets.worth(body, frozen, ids, mask, sink))
+    real = mask[None, :, :, None]
+    room = jnp.ceil(mask.sum(-1) / ratio - 1e-6) * factor.size
+    value = jnp.log(score + 1e-9) + factor[:, None, None, :]
+
+    def excess(threshold):
+        weight = jax.nn.sigmoid((value - threshold[None, :, None, None]) / TEMPERATURE) * real
+        return weight.sum((0, 2, 3)) - room, weight
+
+    def halve(bounds, _):
+        low, high = bounds
+        middle = (low + high) / 2
+        over = excess(middle)[0] > 0
+        return (jnp.where(over, middle, low), jnp.where(over, high, middle)), None
+
+    bounds = jnp.full(len(ids), -30.0), jnp.full(len(ids), 10.0)
+    threshold = jax.lax.stop_gradient(sum(jax.lax.scan(halve, bounds, None, length=30)[0]) / 2)
+    # A Newton step that moves nothing has the gradient of the threshold.
+    over, weight = excess(threshold)
+    slope = jax.lax.stop_gradient((weight * (1 - weight)).sum((0, 2, 3)) / TEMPERATURE)
+    threshold = threshold + (over - jax.lax.stop_gradient(over)) / jnp.maximum(slope, 1e-6)
+    bias = jax.nn.log_sigmoid((value - threshold[None, :, None, None]) / TEMPERATURE)
+    return KV(cache.k, cache.v, mask, jnp.where(real, bias, MASKED))
+
+
+def folded(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the trained factors made part of the profile.
+
+    Wires are read by whoever has the same profile to the last bit; what is multiplied once and
+    stored is the same everywhere.
+    """
+    if "factor" not in params:
+        return dict(params)
+    factor = np.asarray(params["factor"], np.float32)
+    profile = np.asarray(params["profile"], np.float32) * np.exp(factor)[..., None]
+    return {**params, "profile": jnp.asarray(profile), "factor": jnp.zeros_like(factor)}
 
 
 def calibrate(

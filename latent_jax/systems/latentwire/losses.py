@@ -146,7 +146,8 @@ def batch_terms(
     """
     apply = functools.partial(model.apply, {"params": params})
     terms, aux, wire = {}, {}, None
-    if "raw" not in batch:
+    softened = model.config.encoder.slots == "heads"
+    if "raw" not in batch and not softened:
         wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
         aux["latent_cosine"] = cosine_between(model, wire)
     if "inputs" in batch:
@@ -162,7 +163,9 @@ def batch_terms(
 
 
 def _main_terms(model, config, params, reader, batch, key, wire):
-    """Terms and aux of the reader that is the encoder's own LLM; without a wire on raw text."""
+    """Terms and aux of the reader that is the encoder's own LLM: behind a wire, on raw text, or
+    behind a cache that is thinned out.
+    """
     body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
     apply = functools.partial(model.apply, {"params": params})
     asked, task, targets = "asked" in batch, batch["task"], batch["inputs"]
@@ -172,11 +175,17 @@ def _main_terms(model, config, params, reader, batch, key, wire):
     text = functools.partial(
         raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
     )
-    prefix = text() if wire is None else apply(wire, reader["embed"].dtype, method="prefix")
+    if wire is not None:
+        prefix = apply(wire, reader["embed"].dtype, method="prefix")
+    elif "raw" in batch:
+        prefix = text()
+    else:
+        texts = batch["context"], batch["context_mask"]
+        prefix = apply(reader, *texts, method="softened")
     aux, terms = {}, {}
     own = forced(body, reader, prefix, lead, inputs, real)
     hidden, teacher = own.hidden, None
-    if losses.distils and wire is not None and (asked or "recalled" in batch):
+    if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
         terms["distil_states"] = unexplained(own.states, teacher.states, real)
     full = None if teacher is None else teacher.hidden

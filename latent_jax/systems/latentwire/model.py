@@ -143,7 +143,8 @@ class Compressor(nn.Module):
         if c.encoder.slots == "heads":
             # Replaced by what texts show (`heads.calibrate`); alike for all heads until then.
             shape = (r.num_layers, r.num_kv_heads, head_budgets.POINTS)
-            self.profile = self.param("profile", lambda _: jnp.ones(shape))
+            self.measured = self.param("profile", lambda _: jnp.ones(shape))
+            self.factor = self.param("factor", nn.initializers.zeros, shape[:2])
         if c.encoder.remembers and c.encoder.lora_rank:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
@@ -183,7 +184,7 @@ class Compressor(nn.Module):
         positions = jnp.broadcast_to(positions, (b, m))
         if c.encoder.slots == "heads":
             sink = None if self.sink is None else jnp.int32(self.sink)
-            z = heads.encode(self.body, frozen, self.profile, ids, mask, valid, sink)
+            z = heads.encode(self.body, frozen, self._profile(), ids, mask, valid, sink)
             return z, valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
         sink = None
@@ -310,7 +311,7 @@ class Compressor(nn.Module):
         sink = None if self.sink is None else jnp.int32(self.sink)
         if c.encoder.slots == "heads":
             # Its entries stand where their tokens stood: what follows them is at the text's end.
-            kv = heads.decode(r, self.profile, wire._replace(z=z), c.segment, c.ratio)
+            kv = heads.decode(r, self._profile(), wire._replace(z=z), c.segment, c.ratio)
             return Prefix(kv, None, wire.mask, wire.positions, wire.length, sink)
         kv = embeds = None
         if c.adapter.kind == "kv":
@@ -319,6 +320,16 @@ class Compressor(nn.Module):
             embeds = z
         start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
+
+    def _profile(self) -> Float[Array, "l g p"]:
+        return self.measured * jnp.exp(self.factor)[..., None]
+
+    def softened(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Prefix:
+        """What latents of heads are trained as: the whole cache, weighed (`heads.soften`)."""
+        sink = None if self.sink is None else jnp.int32(self.sink)
+        kv = heads.soften(self.body, frozen, self.factor, ids, mask, self.config.ratio, sink)
+        where = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        return Prefix(kv, None, mask, where, mask.sum(-1), sink)
 
     @nn.nowrap
     def informative(self, wire: Wire) -> Float[Array, "b m f"]:

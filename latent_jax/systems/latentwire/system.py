@@ -48,6 +48,7 @@ _LABELS = (
     (r"^gate$", "gate"),
     (r"^(memory|private|tasks)$", "memory"),
     (r"^prompt$", "prompt"),
+    (r"^factor$", "heads"),
     (r"^profile$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
@@ -165,7 +166,7 @@ class LatentWireSystem:
         return recipe.batch_specs(self.config, phase)
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt`` and
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt``, ``heads`` and
         ``bottleneck``, and ``reader_<name>`` of each further reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
@@ -239,6 +240,7 @@ class LatentWireSystem:
         check_parts(variables["params"], self.init_shapes({"context": context})["params"])
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
         params, tasks = with_every_task(variables["params"]), trained_tasks(self.config)
+        params = heads.folded(params)
         return LatentWire(backbone, self.config.model, params, self.builder, tasks)
 
     def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
@@ -275,7 +277,7 @@ class LatentWireSystem:
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
         """Writes the compressor, large matrices as int8, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
-        params, tasks = variables["params"], trained_tasks(self.config)
+        params, tasks = heads.folded(variables["params"]), trained_tasks(self.config)
         config = self.config
         out = save_compressor(
             to, params, config.model, self.backbone, tasks, record, config.prompt,

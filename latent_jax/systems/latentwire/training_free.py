@@ -71,7 +71,8 @@ class Selected(Compressor):
         if self.method == "kv_heads":
             self.body = Decoder(self.reader, parent=None)
             shape = (self.reader.num_layers, self.reader.num_kv_heads, head_budgets.POINTS)
-            self.profile = self.param("profile", lambda _: jnp.ones(shape))
+            self.measured = self.param("profile", lambda _: jnp.ones(shape))
+            self.factor = jnp.zeros(shape[:2])
 
     def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
         if self.method == "kv_heads":
