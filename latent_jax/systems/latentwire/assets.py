@@ -20,6 +20,7 @@ from latent_jax.core import trees
 from latent_jax.core.config import parse, read_yaml, to_dict
 from latent_jax.core.errors import CheckpointError, ConfigError
 from latent_jax.core.files import make_dir, write_bytes, write_json
+from latent_jax.systems.latentwire import heads
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.prompts import PromptConfig
 
@@ -266,7 +267,7 @@ def read_compressor(name: str | Path) -> Stored:
         run = parse(LatentWireRun, tree, str(name))
         variables, _ = load_variables(name)
         reader = {"name": run.backbone.name, "sha256": ""}
-        params = with_every_task(variables["params"])
+        params = heads.folded(with_every_task(variables["params"]))
         return Stored(run.model, params, reader, trained_tasks(run), {}, run.prompt)
     raise CheckpointError(
         f"{name}: no packaged compressor ({', '.join(packaged()) or 'none'}), no directory with "

@@ -14,7 +14,7 @@ from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.backbones.tokenizer import ByteTokenizer
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import baselines, heads
 from latent_jax.systems.latentwire.api import LatentWire, _given
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.config import (
@@ -25,7 +25,7 @@ from latent_jax.systems.latentwire.config import (
     WireConfig,
 )
 from latent_jax.systems.latentwire.cost import cost
-from latent_jax.systems.latentwire.model import num_latents
+from latent_jax.systems.latentwire.model import Compressor, num_latents
 
 TEXTS = ["abcdefghijklmnopqr", "xyz12345"]
 
@@ -122,3 +122,53 @@ def test_what_it_cannot_be_is_refused(options, line):
         ModelConfig(encoder=HEADS, **options).validate()
     with pytest.raises(ConfigError, match="made of keys and values"):
         EncoderConfig(slots="heads", output="hidden").validate()
+
+
+def test_softened_weights_are_the_budget_and_teach_every_head():
+    own, ids = wire(), jnp.arange(2, 14)[None].repeat(2, 0)
+    mask = jnp.arange(12)[None] < jnp.array([[12], [7]])
+    factor = 0.3 * jax.random.normal(jax.random.key(1), (2, 2))
+
+    def weights(factor):
+        kv = heads.soften(
+            reader().decoder, reader().params, factor, ids, mask, 3.0, jnp.int32(own.sink)
+        )
+        return jnp.exp(kv.bias), kv
+
+    got, kv = weights(factor)
+    np.testing.assert_allclose(got.sum((0, 2, 3)), np.array([4, 3]) * 4, rtol=1e-3)
+    assert (np.asarray(got)[:, 1, 7:] == 0).all()
+    # What one head takes, the others lose: the sum has no gradient, each part has.
+    total = jax.grad(lambda f: weights(f)[0].sum())(factor)
+    np.testing.assert_allclose(total, 0, atol=1e-3)
+    part = np.asarray(jax.grad(lambda f: weights(f)[0][0, :, :, 0].sum())(factor))
+    assert part[0, 0] > 0 and (part.ravel()[1:] < 0).all()
+    # By hand: a head's factor moved a little.
+    step = 1e-2
+    moved = factor.at[0, 0].add(step)
+    hand = (weights(moved)[0][0, :, :, 0].sum() - got[0, :, :, 0].sum()) / step
+    np.testing.assert_allclose(part[0, 0], hand, rtol=0.05)
+
+
+def test_a_trained_factor_becomes_part_of_the_profile():
+    shape = ModelConfig(ratio=3, segment=16, encoder=HEADS), reader().config, wire().sink
+    factor = jnp.array([[1.5, -1.0], [0.0, 0.5]])
+    ids, mask = wire()._padded(TEXTS)
+    base = Compressor(*shape).init(jax.random.key(0), reader().params, ids, mask)["params"]
+    params = {**base, "profile": wire().params["profile"], "factor": factor}
+    folded = heads.folded(params)
+    assert float(jnp.abs(folded["factor"]).max()) == 0
+
+    def compressed(params):
+        latents = baselines.Latents(Compressor(*shape), params, reader().params)
+        made = latents.compress(jnp.asarray(ids), jnp.asarray(mask))
+        return made.z, latents.prefix(made).kv.bias
+
+    for ours, theirs in zip(compressed(params), compressed(folded), strict=True):
+        np.testing.assert_allclose(ours, theirs)
+    kept = compressed(folded)[1] == 0
+    assert kept[0, :, :, 0].sum() > (compressed({**params, "factor": 0 * factor})[1] == 0)[
+        0, :, :, 0
+    ].sum()
+    assert heads.folded({"lora": 1}) == {"lora": 1}
+
