@@ -58,9 +58,12 @@ class Cost:
             f"and bytes ({1 / size:.1f}x fewer than UTF-8)" if size < 1
             else f"not bytes ({size:,.1f}x the UTF-8 text)"
         )  # fmt: skip
+        memory = f"key/value memory ({kv:.1f}x) and " if kv > 1 else ""
+        if not memory:
+            bytes_ = f"not key/value memory where it is read; {bytes_}"
         return (
-            f"saved: key/value memory ({kv:.1f}x) and {flops / 1e9:.3g} GFLOP of prefill per "
-            f"reading (encoding: {self.encode_flops / 1e9:.3g} once); {bytes_}"
+            f"saved: {memory}{flops / 1e9:.3g} GFLOP of prefill per reading (encoding: "
+            f"{self.encode_flops / 1e9:.3g} once); {bytes_}"
         )
 
 
@@ -97,9 +100,11 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     read = lengths
     if wire.method is not None and soft:  # embeddings only: no layer runs
         read = slots = [0] * len(latents)
+    # Heads that keep few entries are padded to the places of those that keep many.
+    held = lengths if wire.config.encoder.slots == "heads" else latents
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
-        sum(lengths) * per_token, sum(latents) * per_token,
+        sum(lengths) * per_token, sum(held) * per_token,
         text_flops=sum(prefill_flops(reader, n) for n in lengths),
         latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
         encode_flops=sum(

@@ -244,7 +244,11 @@ class LatentWireSystem:
         return LatentWire(backbone, self.config.model, params, self.builder, tasks)
 
     def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
-        """Mean latent of the first training texts, which integer wires take off."""
+        """Mean latent of the first training texts, which integer wires take off; None where the
+        numbers of a latent are other heads' in every text.
+        """
+        if self.config.model.encoder.slots == "heads":
+            return None
         stream = itertools.islice(self.train_data("main", None), batches)
         return mean_latent(latents, ((row["context"], row["context_mask"]) for row in stream))
 
