@@ -21,6 +21,7 @@ from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import GistTree
+from latent_jax.train.load import load_variables
 
 LAYOUT = Layout(block=8, branching=4, slots=(3,), protected=1)
 MODEL = ModelConfig(
@@ -31,7 +32,7 @@ DECODER = Decoder(BASE)
 SINK = 1
 HEADS = {
     "mesh.data": 1, "train.steps": 0, "train.phases": [], "train.eval_every": 0,
-    "train.optimizer.groups": {}, "model.layout.slots": [3], "model.gist.kind": "heads",
+    "train.optimizer.groups": {}, "model.layout.slots": [4], "model.gist.kind": "heads",
     "model.gist.queries": 32, "model.gist.reach": 32, "model.gist.calibration": 4,
     "eval.rows": 16, "eval.upper_rows": 0, "data.rows": 100,
 }  # fmt: skip
@@ -172,11 +173,13 @@ def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path):
 
 def test_a_run_calibrates_and_measures(tmp_path):
     results = run("megacontext/tiny", **HEADS, out=str(tmp_path / "run"))
-    assert {"recovery.lod1.slots3", "recovery.lod1.slots3.shuffled"} <= set(results)
+    assert {"recovery.lod1.slots4", "recovery.lod1.slots4.shuffled"} <= set(results)
     # The packaged reader makes little of a history; its losses behind gists are the text's.
     lost = results["nll_at_h.lod1.gist"] - results["nll_at_h.lod1.windowed"]
     assert abs(lost) < 0.05
-    variables = results.system.init({"params": jax.random.key(0)}, {})
+    variables = load_variables(results.out)[0]
+    fresh = results.system.init({"params": jax.random.key(0)}, {})
+    assert digest(variables["params"]["gist"]) == digest(fresh["params"]["gist"])
     shapes = results.system.init_shapes({})
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
     batch = {"ids": jnp.asarray(results.system.eval_data()[:2, :64])}
