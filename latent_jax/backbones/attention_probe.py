@@ -22,6 +22,7 @@ def queries(
     mask: Bool[Array, "b t"],
     rows: Int[Array, "b w"],
     prefix: KV | None = None,
+    attention_mask: Bool[Array, "b t t"] | None = None,
 ) -> tuple[Float[Array, "l b w h d"], KV]:
     """Rotated attention queries of every layer at ``rows``, and the call's own keys and values.
 
@@ -47,11 +48,27 @@ def queries(
         return out
 
     with nn.intercept_methods(intercept):
-        out = decoder.apply({"params": params}, embeds, positions, mask, prefix=prefix)
+        out = decoder.apply({"params": params}, embeds, positions, mask, attention_mask, prefix)
     values, q = out.kv.v
     at = jnp.take_along_axis(positions, rows, axis=1)
     q = rope.rotate_layers(q, at, jnp.asarray(inverse_frequencies(config)))
     return q, KV(out.kv.k, values, mask)
+
+
+def stream_power(
+    decoder: Decoder, params: Any, embeds: Float[Array, "b t d"], prefix: KV | None = None
+) -> Float[Array, " l"]:
+    """Mean squared norm of the residual stream before each layer, over all tokens."""
+
+    def intercept(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.name == "layers":
+            hidden, (k, _) = out
+            return hidden, (k, jnp.square(args[0].astype(jnp.float32)).sum(-1).mean())
+        return out
+
+    with nn.intercept_methods(intercept):
+        return decoder.apply({"params": params}, embeds, prefix=prefix).kv.v
 
 
 def attention_mass(

@@ -79,10 +79,11 @@ def counts(
     tokens: Int[Array, " b"],
     total: Int[Array, " b"],
     places: int,
+    first: bool = True,
 ) -> Int[Array, "b l g"]:
     """Entries of every head: ``total`` in all, at most ``tokens`` each, the same for any content.
 
-    Those ranks get a place that are worth most; a head's first always does. Worths are looked up
+    Those ranks get a place that are worth most. Worths are looked up
     and compared, never computed with: whoever packs and whoever unpacks must come to the same.
 
     Args:
@@ -90,6 +91,7 @@ def counts(
       tokens: length of each text, at most ``places``.
       total: entries of all heads together.
       places: static bound of a head's entries.
+      first: every head has its first entry, whatever that is worth.
     """
     layers, heads, points = profile.shape
     falling = jax.lax.cummin(profile, axis=2).reshape(-1, points)
@@ -98,7 +100,8 @@ def counts(
     def one(n, room):
         at = (2 * rank + 1) * points // (2 * jnp.maximum(n, 1))
         value = falling[:, jnp.minimum(at, points - 1)]
-        value = jnp.where(rank == 0, jnp.inf, value)
+        if first:
+            value = jnp.where(rank == 0, jnp.inf, value)
         real = jnp.broadcast_to(rank < n, value.shape).reshape(-1)
         value = jnp.where(real, value.reshape(-1), -jnp.inf)
         # Stable: of equal ones the earlier rank, so that each head's places are its first ranks.
@@ -127,12 +130,19 @@ def pack(
     kv: KV, order: Int[Array, "l b t g"], count: Int[Array, "b l g"], room: int
 ) -> Float[Array, "b n 2d"]:
     """The kept entries of all heads in one row of ``room``, head by head; zeros after them."""
-    layers, b, t, heads, width = kv.k.shape
-    order = order[..., None]
-    both = jnp.concatenate(
-        [jnp.take_along_axis(kv.k, order, axis=2), jnp.take_along_axis(kv.v, order, axis=2)], -1
-    )
-    both = both.transpose(1, 0, 3, 2, 4).reshape(b, layers * heads * t, 2 * width)
+    return pack_rows(jnp.concatenate([kv.k, kv.v], axis=-1), order, count, room)
+
+
+def pack_rows(
+    rows: Float[Array, "l b t g e"],
+    order: Int[Array, "l b t g"],
+    count: Int[Array, "b l g"],
+    room: int,
+) -> Float[Array, "b n e"]:
+    """`pack` of entries of any numbers."""
+    layers, b, t, heads, width = rows.shape
+    rows = jnp.take_along_axis(rows, order[..., None], axis=2)
+    rows = rows.transpose(1, 0, 3, 2, 4).reshape(b, layers * heads * t, width)
     flat = count.reshape(b, -1)
     ends = jnp.cumsum(flat, axis=1)
     place = jnp.arange(room)
@@ -141,21 +151,28 @@ def pack(
     inside = place - jnp.take_along_axis(ends - flat, head, axis=1)
     there = place < ends[:, -1:]
     source = jnp.where(there, head * t + inside, 0)
-    return jnp.where(there[..., None], jnp.take_along_axis(both, source[..., None], axis=1), 0)
+    return jnp.where(there[..., None], jnp.take_along_axis(rows, source[..., None], axis=1), 0)
 
 
 def unpack(
     packed: Float[Array, "b n 2d"], count: Int[Array, "b l g"], places: int
 ) -> KV:
     """Inverse of `pack`: every head in ``places``, of which a bias hides those it does not use."""
+    rows, used = unpack_rows(packed, count, places)
+    k, v = jnp.split(rows, 2, axis=-1)
+    return KV(k, v, used.any((0, 3)), jnp.where(used, 0.0, MASKED))
+
+
+def unpack_rows(
+    packed: Float[Array, "b n e"], count: Int[Array, "b l g"], places: int
+) -> tuple[Float[Array, "l b p g e"], Bool[Array, "l b p g"]]:
+    """Inverse of `pack_rows`, and which places a head uses."""
     b, layers, heads = count.shape
     flat = count.reshape(b, -1)
     begin = jnp.cumsum(flat, axis=1) - flat
     place = jnp.arange(places)
     used = place < flat[..., None]
     source = jnp.where(used, begin[..., None] + place, 0).reshape(b, -1)
-    both = jnp.take_along_axis(packed, source[..., None], axis=1)
-    both = both.reshape(b, layers, heads, places, -1).transpose(1, 0, 3, 2, 4)
-    used = used.reshape(b, layers, heads, places).transpose(1, 0, 3, 2)
-    k, v = jnp.split(both, 2, axis=-1)
-    return KV(k, v, used.any((0, 3)), jnp.where(used, 0.0, MASKED))
+    rows = jnp.take_along_axis(packed, source[..., None], axis=1)
+    rows = rows.reshape(b, layers, heads, places, -1).transpose(1, 0, 3, 2, 4)
+    return rows, used.reshape(b, layers, heads, places).transpose(0, 1, 3, 2).swapaxes(0, 1)

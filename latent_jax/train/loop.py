@@ -299,7 +299,8 @@ class _Run:
         self._log(keep=0)
         if self.guards.stop_reason is not None:
             self.message(f"stopped at step {self.step}: {self.guards.stop_reason}")
-        if saved != self.step and self.step > 0:
+        # A run of no steps keeps what its system was started with: that may be all there is to it.
+        if saved != self.step and (self.step > 0 or not total):
             self._save(state, None, wait=True)
         name = cfg.checkpoint.metric
         if saved >= 0 and not self.selection.observed and self.step == total:

@@ -16,8 +16,13 @@ from latent_jax.train.curriculum import ScheduleConfig
 
 @dataclass(frozen=True)
 class GistConfig:
-    """GistNet: how a block, or a group of gists, becomes the gist above it."""
+    """How a block, or a group of gists, becomes the gist above it."""
 
+    kind: Literal["reads", "heads"] = field(
+        default="reads",
+        help="reads: GistNet, trained; heads: the block's own keys and values, of which every head "
+        "keeps as many as it needs (one level; calibrated on a few texts, not trained)",
+    )
     reads: int = field(
         default=4, ge=1, help="attention reads per slot and head, each with a map of its own"
     )
@@ -29,6 +34,21 @@ class GistConfig:
     )
     focus: float = field(
         default=4.0, ge=0, help="how much a slot prefers its own stretch at first, in logits"
+    )
+    queries: int = field(
+        default=512, ge=1, help="heads: queries of other texts that a block's entries answer"
+    )
+    reach: int = field(
+        default=448, ge=1, help="heads: tokens behind a block over which those queries stand"
+    )
+    again: float = field(
+        default=0.1, ge=0, help="heads: weight of the block's own tokens, read a second time"
+    )
+    ridge: float = field(
+        default=0.1, gt=0, help="heads: ridge of the fit, in mean squared attention of an entry"
+    )
+    calibration: int = field(
+        default=16, ge=2, help="heads: training windows that lend queries and share out the room"
     )
 
 
@@ -226,6 +246,8 @@ class MegaRun(RunBase):
                     "lens trains nothing else: every phase needs data: lens and train: [lens]"
                 )
         layout, e = self.model.layout, self.eval
+        if self.model.gist.kind == "heads":
+            self._only_what_heads_can()
         if e.budgets and "lens" in e.policies and self.model.lens is None:
             raise ConfigError("eval.policies: lens needs model.lens; set it or leave lens out")
         least = cover_cost(layout, e.long, layout.levels)
@@ -240,4 +262,22 @@ class MegaRun(RunBase):
             raise ConfigError(
                 f"eval.budgets: {small} cannot hold eval.long={e.long} blocks, which cost {least} "
                 "entries at their coarsest: raise W, or add a level to model.layout.slots"
+            )
+
+    def _only_what_heads_can(self) -> None:
+        """Refuses what gists of the text's own entries do not have."""
+        if self.model.layout.levels > 1:
+            raise ConfigError(
+                f"model.layout.slots={list(self.model.layout.slots)}: model.gist.kind=heads makes "
+                "gists of level 1 only; give one number"
+            )
+        if self.train.steps or self.train.phases:
+            raise ConfigError(
+                "model.gist.kind=heads is calibrated, not trained: set train.steps=0 and no phases"
+            )
+        if self.model.lens is not None:
+            raise ConfigError("model.lens reads gists of model.gist.kind=reads only; leave it out")
+        if self.eval.budgets and MEASURED in self.eval.policies:
+            raise ConfigError(
+                f"eval.policies: {MEASURED} measures gists of model.gist.kind=reads only"
             )

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV
+from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.layout import Layout
@@ -88,9 +89,17 @@ class Counterfactuals:
       memory: the history with its gists.
       budget: entries of the working context, W; sets the compiled shape.
       rows: contexts that are read at once.
+
+    Raises:
+      ConfigError: gists of single heads' entries, whose places are not their costs.
     """
 
     def __init__(self, memory: Memory, budget: int, rows: int = 8):
+        if memory.heads is not None:
+            raise ConfigError(
+                "utilities are measured with gists of model.gist.kind=reads only: this run's is "
+                "heads"
+            )
         layout = memory.model.layout
         self.memory, self.budget, self.rows = memory, budget, rows
         made = [layout.expand_costs + layout.costs, np.append(layout.costs[1:], 0)]

@@ -29,11 +29,13 @@ class Gists(NamedTuple):
     v: Float[Array, "l n s g d"]
 
 
-def slot_offsets(layout: Layout, level: int, place: str = "centre") -> np.ndarray:
+def slot_offsets(
+    layout: Layout, level: int, place: str = "centre", kind: str = "reads"
+) -> np.ndarray:
     """Rotary position of each entry of a node relative to the node's first token.
 
     A slot stands in the middle (or at the start) of its even share of the span; raw tokens stand
-    where they stand.
+    where they stand. Of ``kind`` heads a gist has as many places as a block has tokens.
 
     Example:
       >>> slot_offsets(Layout(slots=(4,)), 1).tolist()
@@ -41,6 +43,8 @@ def slot_offsets(layout: Layout, level: int, place: str = "centre") -> np.ndarra
     """
     if level == 0:
         return np.arange(layout.block)
+    if kind == "heads":  # their keys are rotated as from the first token
+        return np.zeros(layout.block, int)
     slots = layout.slots[level - 1]
     stretch = layout.block * int(layout.widths[level]) / slots
     shift = (stretch - 1) / 2 if place == "centre" else 0.0
@@ -53,7 +57,7 @@ def slot_positions(
     """Rotary positions of all entries of some nodes of one level, where their text stood."""
     layout = config.layout
     span = layout.block * int(layout.widths[level])
-    offsets = slot_offsets(layout, level, config.gist.place)
+    offsets = slot_offsets(layout, level, config.gist.place, config.gist.kind)
     return (nodes[:, None] * span + offsets).reshape(-1)
 
 

@@ -27,6 +27,7 @@ from latent_jax.core.errors import StoreError
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped, slot_offsets
+from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
@@ -40,21 +41,24 @@ class Entries(NamedTuple):
     Attributes:
       k: keys, and values ``v``.
       positions: rotary positions for the cursor that they were gathered for.
+      bias: what each head adds to its logits; none: nothing.
     """
 
     k: Float[np.ndarray, "l m g d"]
     v: Float[np.ndarray, "l m g d"]
     positions: Int[np.ndarray, " m"]
+    bias: Float[np.ndarray, "l m g"] | None = None
 
     def padded(self, capacity: int) -> Entries:
         """The same with zeros up to a length, so that one shape is compiled."""
         room = capacity - len(self.positions)
         k, v = (np.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)]) for x in (self.k, self.v))
-        return Entries(k, v, np.pad(self.positions, (0, room)))
+        bias = None if self.bias is None else np.pad(self.bias, [(0, 0), (0, room), (0, 0)])
+        return Entries(k, v, np.pad(self.positions, (0, room)), bias)
 
 
 class Memory:
-    """A tree, the frozen base that reads it, and the GistNet that writes it.
+    """A tree, the frozen base that reads it, and the GistNet (or `HeadGists`) that writes it.
 
     Args:
       backbone: the base.
@@ -73,6 +77,10 @@ class Memory:
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
+        self.heads = None
+        if model.gist.kind == "heads":
+            self.heads = HeadGists(model, backbone.decoder, self.sink)
+            self._spread = jax.jit(self.heads.spread)
         self.lens: Lens | None = None
         if lens is not None:
             sight = Sight(tree, backbone.config, model.lens)
@@ -158,6 +166,8 @@ class Memory:
 
     def _gists(self, base: Any, params: Any, below: Any, level: int) -> Float[Array, "n s w"]:
         layout = self.model.layout
+        if self.heads is not None:
+            return self.heads.make(params, base, below.reshape(1, -1))
         if level == 1:
             below = self._encode_window(base, below.reshape(1, -1))
         else:
@@ -228,20 +238,42 @@ class Memory:
           nodes: ``(level, index)``; level 0 is a raw block.
           cursor: position of the next token, in tokens of the history.
         """
-        layout, parts, places = self.model.layout, [], []
+        layout, gist, base = self.model.layout, self.model.gist, self.backbone.config
+        empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
+        parts, places = [(empty, empty, empty[..., 0])], [np.zeros(0, int)]
         for level, index in nodes:
             if level == 0:
                 found = self.raw(index)
+            elif self.heads is not None:
+                found = self._spread(self.params, self.tree.gists(level, index, 1))
             else:
-                found = from_records(self.tree.gists(level, index, 1), self.backbone.config)
-            parts.append(Gists(*(np.asarray(x)[:, 0] for x in found)))
+                found = from_records(self.tree.gists(level, index, 1), base)
+            k, v, *bias = (np.asarray(x)[:, 0] for x in found)
+            parts.append((k, v, *bias) if bias else (k, v, np.zeros(k.shape[:-1], k.dtype)))
             start = index * int(layout.widths[level]) * layout.block
-            places.append(start + slot_offsets(layout, level, self.model.gist.place))
-        base = self.backbone.config
-        empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
-        join = lambda which: np.concatenate([empty, *(p[which] for p in parts)], axis=1)  # noqa: E731
-        at = np.concatenate([np.zeros(0, int), *places])
-        return Entries(join(0), join(1), self.positions(at, cursor))
+            places.append(start + slot_offsets(layout, level, gist.place, gist.kind))
+        k, v, bias = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+        at = self.positions(np.concatenate(places), cursor)
+        return Entries(k, v, at, None if self.heads is None else bias)
+
+    def places(self, capacity: int, most: int) -> int:
+        """Length of the compiled shape for contexts of ``capacity`` entries.
+
+        A gist of single heads' entries takes as many places as its block has tokens, whatever it
+        costs: the shape then grows by whole capacities, so that few are compiled.
+
+        Args:
+          capacity: entries that were asked for.
+          most: places of the longest context.
+
+        Raises:
+          StoreError: a context does not fit.
+        """
+        if self.heads is not None:
+            return capacity * -(-max(most, 1) // capacity)
+        if most > capacity:
+            raise StoreError(f"a context of {most} entries does not fit {capacity}")
+        return capacity
 
     def positions(self, at: Int[np.ndarray, " m"], cursor: int) -> Int[np.ndarray, " m"]:
         """Rotary positions: where the text stood, unless that is farther back than `far`; then all
@@ -273,14 +305,14 @@ class Memory:
     ) -> Float[np.ndarray, "b t-1"]:
         """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         sizes = [len(c.positions) for c in contexts]
-        if max(sizes) > capacity:
-            raise StoreError(f"a context of {max(sizes)} entries does not fit {capacity}")
+        capacity = self.places(capacity, max(sizes))
         padded = [c.padded(capacity) for c in contexts]
         k, v = (np.stack([getattr(c, name) for c in padded], 1) for name in "kv")
+        bias = None if self.heads is None else np.stack([c.bias for c in padded], 1)
         at = np.stack([c.positions for c in padded])
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
-        return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first))
+        return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first, bias))
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
@@ -302,8 +334,8 @@ class Memory:
         nll, _ = token_cross_entropy(self.decoder, base, hidden, ids[:, -horizon:])
         return nll.mean()
 
-    def _losses(self, base, entries, at, mask, ids, first):
-        placed = place(self.decoder, entries, at, mask)
+    def _losses(self, base, entries, at, mask, ids, first, bias=None):
+        placed = place(self.decoder, entries, at, mask, bias)
         where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden = read_on(self.decoder, base, self.sink, placed, ids, where)
         nll, _ = token_cross_entropy(self.decoder, base, hidden[:, :-1], ids[:, 1:])

@@ -67,16 +67,22 @@ def encode(
 
 
 def place(
-    decoder: Decoder, entries: Gists, positions: Int[Array, "b m"], mask: Bool[Array, "b m"]
-) -> KV:
-    """Entries ``[l, n, s, g, d]`` with ``n * s == b * m``, as a prefix at rotary positions."""
+    decoder: Decoder, entries: Gists, positions: Int[Array, "b m"], mask: Bool[Array, "b m"],
+    bias: Float[Array, "l n s g"] | None = None,
+) -> KV:  # fmt: skip
+    """Entries ``[l, n, s, g, d]`` with ``n * s == b * m``, as a prefix at rotary positions.
+
+    Args:
+      bias: of each entry in each head.
+    """
     b, m = positions.shape
     layers, _, _, heads, width = entries.k.shape
     shape = (layers, b, m, heads, width)
     k = rope.rotate_layers(
         entries.k.reshape(shape), positions, inverse_frequencies(decoder.config)
     )
-    return KV(k, entries.v.reshape(shape), mask)
+    bias = None if bias is None else bias.reshape(shape[:-1])
+    return KV(k, entries.v.reshape(shape), mask, bias)
 
 
 def read_on(

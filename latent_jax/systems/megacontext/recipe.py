@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_jax import data
-from latent_jax.core.errors import ConfigError
+from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.train.protocol import BatchSpec
 
@@ -29,6 +29,23 @@ def filler(config: MegaRun, characters: int = 1 << 22) -> str:
     d = config.data
     texts = data.load_texts(config.eval.text or d.text, "validation", d.root)
     return "\n\n".join(texts)[:characters]
+
+
+def calibration(config: MegaRun, tokenizer: Any) -> Int[np.ndarray, "n t"]:
+    """Training windows that tell how much each head needs.
+
+    Raises:
+      DataError: fewer than two.
+    """
+    gist, layout = config.model.gist, config.model.layout
+    tokens = gist.window * layout.block
+    rows = histories(config, tokenizer, "train", tokens, gist.calibration)
+    if len(rows) < 2:
+        raise DataError(
+            f"data.text: {len(rows)} window of {tokens} tokens; calibration needs two, one of "
+            "which is read with the queries of the other"
+        )
+    return rows
 
 
 def _rows(config: MegaRun, phase: str) -> tuple[int, tuple[str, ...]]:

@@ -20,7 +20,14 @@ from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import DataError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.config import MegaRun
-from latent_jax.systems.megacontext.gist import GistNet, Gists, build, slot_positions
+from latent_jax.systems.megacontext.gist import (
+    GistNet,
+    Gists,
+    build,
+    slot_offsets,
+    slot_positions,
+)
+from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 
@@ -39,14 +46,16 @@ class Recovery:
     """
 
     def __init__(
-        self, decoder: Decoder, gists: GistNet, sink: int, config: MegaRun, level: int, nodes: int
-    ):
+        self, decoder: Decoder, gists: GistNet | HeadGists, sink: int, config: MegaRun, level: int,
+        nodes: int,
+    ):  # fmt: skip
         self.decoder, self.gists, self.sink, self.config = decoder, gists, sink, config
         layout = config.model.layout
         self.level, self.slots = level, layout.slots[level - 1]
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
+        self._make = jax.jit(gists.make) if isinstance(gists, HeadGists) else None
 
     @property
     def length(self) -> int:
@@ -61,7 +70,7 @@ class Recovery:
         return encode(self.decoder, base, self.sink, ids[:, : self.past], block, window)[0]
 
     def _losses(
-        self, params: Any, base: Any, raw: Gists, ids: Int[Array, "b t"], arm: str
+        self, params: Any, base: Any, raw: Gists, made: Any, ids: Int[Array, "b t"], arm: str
     ) -> Float[Array, " b"]:
         """Mean loss over the horizon of each row, nats per token."""
         c = self.config
@@ -72,24 +81,32 @@ class Recovery:
             hidden = read_on(self.decoder, base, self.sink, None, ids, where)
         else:
             where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
-            entries = self._entries(params, raw, b, arm)
+            entries = self._entries(params, raw, made, b, arm)
             hidden = read_on(self.decoder, base, self.sink, entries, ids[:, past:], where)
         nll, _ = token_cross_entropy(
             self.decoder, base, hidden[:, -horizon - 1 : -1], ids[:, -horizon:], c.losses.chunk
         )
         return nll.mean(-1)
 
-    def _entries(self, params: Any, raw: Gists, b: int, arm: str) -> KV | None:
+    def _entries(
+        self, params: Any, raw: Gists, made: Any, b: int, arm: str
+    ) -> KV | None:
         """What stands for the history."""
         if arm == "dropped":
             return None
+        own = arm in ("gist", "shuffled")
+        if own and made is not None:
+            return self._of_heads(params["gist"], made, b, arm)
         model, slots, level = self.config.model, self.slots, self.level
         t = self.past
-        at = slot_positions(model, level, jnp.arange(self.nodes))
+        # Where as many slots stand, of whatever kind the gists are.
+        span = model.layout.block * int(model.layout.widths[level])
+        at = slot_offsets(model.layout, level, model.gist.place)
+        at = (jnp.arange(self.nodes)[:, None] * span + at).reshape(-1)
         flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
         if arm == "windowed":
             found, at = raw, jnp.arange(t)
-        elif arm in ("gist", "shuffled"):
+        elif own:
             found = build(self.gists, params["gist"], raw, level)
             if arm == "shuffled":
                 found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
@@ -105,6 +122,16 @@ class Recovery:
             found = Gists(*(x[:, :, at] for x in flat))
         at = jnp.broadcast_to(at, (b, at.size))
         return place(self.decoder, found, at, jnp.ones(at.shape, bool))
+
+    def _of_heads(self, params: Any, made: Any, b: int, arm: str) -> KV:
+        """Gists of the history's own entries."""
+        found = self.gists.spread(params, made)
+        if arm == "shuffled":
+            found = Spread(*(jnp.roll(x, self.nodes, axis=1) for x in found))
+        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
+        at = jnp.broadcast_to(at, (b, at.size))
+        entries = Gists(found.k, found.v)
+        return place(self.decoder, entries, at, jnp.ones(at.shape, bool), found.bias)
 
     def losses(
         self,
@@ -132,8 +159,11 @@ class Recovery:
         for number, start in enumerate(starts):
             ids = rows[np.arange(start, start + size) % len(rows)]
             raw = self._encode(base, ids)
+            made = None
+            if self._make is not None and {"gist", "shuffled"} & set(arms):
+                made = self._make(params["gist"], base, ids[:, : self.past])
             for arm in arms:
-                found[arm].append(np.asarray(self._arm(params, base, raw, ids, arm)))
+                found[arm].append(np.asarray(self._arm(params, base, raw, made, ids, arm)))
             if progress is not None:
                 progress("recovery", number + 1, len(starts))
         return {arm: np.concatenate(x)[: len(rows)] for arm, x in found.items()}

@@ -102,11 +102,13 @@ class Runtime(Focus):
         return Answer(tokenizer.decode(ids), nodes, seconds)
 
     def placed(self, entries: Entries) -> KV:
-        """Entries as a prefix of W places."""
-        budget, count = self.config.budget, len(entries.positions)
-        full, mask = entries.padded(budget), np.arange(budget)[None] < count
+        """Entries as a prefix of W places (more where heads differ; see `Memory.places`)."""
+        count = len(entries.positions)
+        places = self.memory.places(self.config.budget, count)
+        full, mask = entries.padded(places), np.arange(places)[None] < count
         found = Gists(full.k[:, None], full.v[:, None])
-        return place(self.memory.decoder, found, full.positions[None], mask)
+        bias = None if full.bias is None else full.bias[:, None]
+        return place(self.memory.decoder, found, full.positions[None], mask, bias)
 
 
 def nll_at_h(

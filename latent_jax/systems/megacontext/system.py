@@ -21,6 +21,7 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import lens_losses, recipe, tasks
 from latent_jax.systems.megacontext.config import MEASURED, POLICIES, MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
+from latent_jax.systems.megacontext.head_gists import HeadGists, calibrate
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
@@ -32,6 +33,8 @@ from latent_jax.systems.megacontext.sight import lens_net, sight_width
 from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
+    (r"^gist/profile$", "heads"),
+    (r"^gist/(query|normaliser|metric|mass)$", "frozen"),
     (r"^gist/level_1/(query|bias)$", "queries"),
     (r"^gist/level_1/(keys|values)$", "maps"),
     (r"^gist/level_[0-9]+/(query|bias)$", "upper_queries"),
@@ -65,6 +68,9 @@ class MegaContextSystem(StoreHooks):
         self.decoder = self.backbone.decoder.clone(remat=config.model.remat)
         self.sink = sink_token(self.backbone.tokenizer)
         self.gists = GistNet(config.model, self.backbone.config)
+        self.jit_init = config.model.gist.kind != "heads"  # which reads texts
+        if config.model.gist.kind == "heads":
+            self.gists = HeadGists(config.model, self.decoder, self.sink)
         self.frozen = {"base": self.backbone.params}
         self.weights = {
             "substitute": config.losses.substitute, "upper": config.losses.upper,
@@ -78,7 +84,12 @@ class MegaContextSystem(StoreHooks):
         self._terms = jax.jit(self._lens_terms)
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh parameters: a slot starts as a mean over its stretch."""
+        """Fresh parameters: a slot starts as a mean over its stretch; or what training texts say
+        of each head.
+        """
+        if isinstance(self.gists, HeadGists):
+            rows = recipe.calibration(self.config, self.backbone.tokenizer)
+            return {"params": {"gist": calibrate(self.gists, self.frozen["base"], rows)}}
         r, layout = self.backbone.config, self.config.model.layout
         shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
         some = Gists(jnp.zeros(shape), jnp.zeros(shape))
@@ -88,9 +99,15 @@ class MegaContextSystem(StoreHooks):
             params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
         return {"params": params}
 
+    def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Shapes of what `init` returns, without its texts."""
+        if isinstance(self.gists, HeadGists):
+            return {"params": {"gist": jax.eval_shape(self.gists.empty)}}
+        return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
+
     def param_labels(self, params):
         """Groups ``queries`` (what slots look for) and ``maps`` (what becomes of it) of level 1,
-        ``upper_queries`` and ``upper_maps`` of the levels above, and ``lens``.
+        ``upper_queries`` and ``upper_maps`` of the levels above, and ``lens``; or ``heads``.
         """
         return trees.match_tree(_LABELS, params)
 
@@ -136,11 +153,15 @@ class MegaContextSystem(StoreHooks):
         else:
             full = read_on(self.decoder, base, self.sink, None, ids, where)
         own, full = jax.lax.stop_gradient((own, full))
-        gists = build(self.gists, gist, own, 1)
+        if isinstance(self.gists, HeadGists):
+            k, v, bias = self.gists.spread(gist, self.gists.make(gist, base, ids))
+            gists = Gists(k, v)
+        else:
+            gists, bias = build(self.gists, gist, own, 1), None
         seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, chunk)
         at = slot_positions(c.model, 1, jnp.arange(n))
-        seen = jnp.repeat(seen, layout.slots[0], axis=-1)
-        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen)
+        seen = jnp.repeat(seen, at.size // n, axis=-1)
+        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen, bias)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
         # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
         # has none).
