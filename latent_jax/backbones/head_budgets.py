@@ -4,7 +4,8 @@ Attention heads differ: a few find single tokens anywhere in a text ("retrieval 
 2024), most look at a handful of tokens whatever the text. A cache that keeps equally many entries
 for every head starves the former and wastes room on the latter. Here all heads of all layers share
 one budget. An entry's worth is the root mean square of the attention that it gets when the text is
-read a second time, behind itself: what a head needs to say the text again is what it needs of it.
+read a second time, behind itself: what a head needs to say the text again is what it needs of it
+("repeat-prefill" queries, Zweiger et al. 2026, arXiv:2602.16284).
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def counts(
 ) -> Int[Array, "b l g"]:
     """Entries of every head: ``total`` in all, at most ``tokens`` each, the same for any content.
 
-    Those ranks get a place that are worth most. Worths are looked up
-    and compared, never computed with: whoever packs and whoever unpacks must come to the same.
+    Those ranks get a place that are worth most. Worths are looked up and compared, never computed
+    with: whoever packs and whoever unpacks must come to the same.
 
     Args:
       profile: of `profile`.

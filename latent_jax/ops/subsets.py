@@ -2,8 +2,8 @@
 
 Attention is linear in its values: of keys that are kept, weights and values can be found that give
 nearly what all keys gave, by least squares over the queries that were asked ("attention matching",
-Zweiger et al. 2026). The order of leaving out is backward elimination with the exact rise of the
-squared error, as optimal brain surgeon removes weights (Hassibi & Stork 1993).
+Zweiger et al. 2026, arXiv:2602.16284). The order of leaving out is backward elimination with the
+exact rise of the squared error, as optimal brain surgeon removes weights (Hassibi & Stork 1993).
 """
 
 from __future__ import annotations
