@@ -160,7 +160,7 @@ class Counterfactuals:
                 mask[row, at : at + len(found.positions)] = True
                 at += len(found.positions)
                 pieces.append(found)
-        columns = zip(*pieces, strict=True)
+        columns = zip(*((x.k, x.v, x.positions) for x in pieces), strict=True)
         joined = Entries(
             *(np.concatenate(x, axis=a) for x, a in zip(columns, (1, 1, 0), strict=True))
         )
