@@ -3,7 +3,7 @@
 Attention heads differ: a few find single tokens anywhere in a text ("retrieval heads", Wu et al.
 2024), most look at a handful of tokens whatever the text. A cache that keeps equally many entries
 for every head starves the former and wastes room on the latter. Here all heads of all layers share
-one budget. An entry's worth is the root mean square of the attention that it gets when the text is
+one budget (within a layer: Ada-KV, Feng et al. 2024). An entry's worth is the root mean square of the attention that it gets when the text is
 read a second time, behind itself: what a head needs to say the text again is what it needs of it
 ("repeat-prefill" queries, Zweiger et al. 2026, arXiv:2602.16284).
 """
@@ -58,7 +58,8 @@ def worth(
     before = jnp.broadcast_to(seen.mask[:, None], (b, t, seen.mask.shape[1]))
     visible = jnp.concatenate([before, causal], axis=-1) & mask[:, :, None]
     keys = jnp.concatenate([seen.k, own.k], axis=2)
-    power = attention_mass(q, keys, visible, power=2)[:, :, seen.mask.shape[1] - t :][:, :, :t]
+    end = seen.mask.shape[1]  # behind the text come its repetition's own keys
+    power = attention_mass(q, keys, visible, power=2)[:, :, end - t : end]
     heads = decoder.config.num_heads // decoder.config.num_kv_heads
     count = jnp.maximum(mask.sum(-1), 1)[None, :, None, None] * heads
     return cache, jnp.where(mask[None, :, :, None], jnp.sqrt(power / count), 0.0)

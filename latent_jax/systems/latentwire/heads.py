@@ -23,6 +23,7 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
+from latent_jax.systems.latentwire.pool import num_latents
 
 #: Of `soften`, in logarithms of worth.
 TEMPERATURE = 0.15
@@ -51,8 +52,7 @@ def decode(
 ) -> KV:
     """The entries of all segments of a wire, as a prefix."""
     b, total, _ = wire.z.shape
-    each = int(np.ceil(segment / ratio - 1e-9))
-    n = max(1, total // each)
+    n = max(1, total // num_latents(segment, ratio))
     m = total // n
     # As many tokens as that many latents can stand for.
     places = min(segment, int(np.floor(m * ratio + 1e-6)))

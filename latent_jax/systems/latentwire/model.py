@@ -8,7 +8,6 @@ width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or int
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -25,7 +24,7 @@ from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention, rope
 from latent_jax.systems.latentwire import heads
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
-from latent_jax.systems.latentwire.pool import KVPool, spans
+from latent_jax.systems.latentwire.pool import KVPool, num_latents, spans
 
 
 class Wire(NamedTuple):
@@ -56,11 +55,6 @@ class Prefix(NamedTuple):
     positions: Int[Array, "b m"]
     start: Int[Array, " b"]
     sink: Int[Array, ""] | None = None
-
-
-def num_latents(tokens: int, ratio: float) -> int:
-    """``ceil(tokens / ratio)``, robust to float error (12 / 1.2 is 10, not 11)."""
-    return math.ceil(tokens / ratio - 1e-9)
 
 
 def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:

@@ -16,6 +16,11 @@ from latent_jax.backbones.decoder import KV, inverse_frequencies
 from latent_jax.ops import rope
 
 
+def num_latents(tokens: int, ratio: float) -> int:
+    """``ceil(tokens / ratio)``, robust to float error (12 / 1.2 is 10, not 11)."""
+    return math.ceil(tokens / ratio - 1e-9)
+
+
 def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[np.ndarray, "m n"]]:
     """The tokens of each slot's span in ``n = ceil(ratio)`` places, and which places hold one.
 
@@ -25,7 +30,7 @@ def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[
       >>> span_index(5, 2.5)[0].tolist(), span_index(5, 2.5)[1].tolist()
       ([[0, 1, 2], [3, 4, 4]], [[True, True, True], [True, True, False]])
     """
-    slots = math.ceil(tokens / ratio - 1e-9)
+    slots = num_latents(tokens, ratio)
     edge = np.ceil(np.arange(slots + 1) * ratio - 1e-9).astype(int)
     index = edge[:-1, None] + np.arange(math.ceil(ratio - 1e-9))
     real = index < np.minimum(edge[1:, None], tokens)
