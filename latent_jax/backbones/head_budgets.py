@@ -3,9 +3,10 @@
 Attention heads differ: a few find single tokens anywhere in a text ("retrieval heads", Wu et al.
 2024), most look at a handful of tokens whatever the text. A cache that keeps equally many entries
 for every head starves the former and wastes room on the latter. Here all heads of all layers share
-one budget (within a layer: Ada-KV, Feng et al. 2024). An entry's worth is the root mean square of the attention that it gets when the text is
-read a second time, behind itself: what a head needs to say the text again is what it needs of it
-("repeat-prefill" queries, Zweiger et al. 2026, arXiv:2602.16284).
+one budget (within a layer: Ada-KV, Feng et al. 2024). An entry's worth is the root mean square of
+the attention that it gets when the text is read a second time, behind itself: what a head needs to
+say the text again is what it needs of it ("repeat-prefill" queries, Zweiger et al. 2026,
+arXiv:2602.16284).
 """
 
 from __future__ import annotations
