@@ -29,7 +29,9 @@ ruff check . || lint=FAILED
 echo "==> pytest"
 log="$(mktemp)"
 trap 'rm -f "$log"' EXIT
-python -m pytest -q -m "${MARK-not slow}" -n "${WORKERS:-2}" --dist loadfile --durations=5 "$@" 2>&1 | tee "$log"
+# A worker that dies ends the run: one started in its place has been seen to wait for ever.
+python -m pytest -q -m "${MARK-not slow}" -n "${WORKERS:-2}" --dist loadfile \
+  --max-worker-restart=0 --durations=5 "$@" 2>&1 | tee "$log"
 tests=${PIPESTATUS[0]}
 
 summary="$(grep -E '[0-9]+ (passed|failed|error|skipped|deselected)' "$log" | tail -n 1 | tr -d '=')"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 if os.environ.get("LATENT_JAX_TEST_PLATFORM", "cpu") == "cpu":
@@ -37,6 +39,27 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Timing must not decide a test, and a failure must be the same failure next time.
 settings.register_profile("latent_jax", deadline=None, max_examples=30, derandomize=True)
 settings.load_profile("latent_jax")
+
+
+def _memory_maps() -> int:
+    """Memory maps of this process (0 where the system does not list them)."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_freed() -> Iterator[None]:
+    """Frees compiled programs between modules before they use up the process's memory maps.
+
+    Every program compiled for the CPU holds several maps; Linux allows 65,530 of them
+    (``vm.max_map_count``), and past that the compiler dies of a segmentation fault.
+    """
+    yield
+    if _memory_maps() > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
