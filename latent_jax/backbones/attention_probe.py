@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,21 @@ from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
 
 
-def queries(
+class Watched(NamedTuple):
+    """What a frozen decoder does not hand out.
+
+    Attributes:
+      q: rotated attention queries at the rows asked for.
+      kv: the call's own keys and values.
+      power: mean squared norm of the residual stream before each layer, over each row's tokens.
+    """
+
+    q: Float[Array, "l b w h d"]
+    kv: KV
+    power: Float[Array, "l b"]
+
+
+def watch(
     decoder: Decoder,
     params: Any,
     embeds: Float[Array, "b t d"],
@@ -23,12 +37,11 @@ def queries(
     rows: Int[Array, "b w"],
     prefix: KV | None = None,
     attention_mask: Bool[Array, "b t t"] | None = None,
-) -> tuple[Float[Array, "l b w h d"], KV]:
-    """Rotated attention queries of every layer at ``rows``, and the call's own keys and values.
+) -> Watched:
+    """Runs a decoder and sees its queries at ``rows``.
 
-    The decoder does not hand out its queries. A method interceptor takes them from the projection
-    named ``q`` (or its ``q_norm``) and returns them beside the values, so that the scan over layers
-    stacks them.
+    A method interceptor takes them from the projection named ``q`` (or its ``q_norm``) and returns
+    them beside the values, so that the scan over layers stacks them.
     """
     config = decoder.config
     source = "q_norm" if config.qk_norm else "q"
@@ -44,15 +57,31 @@ def queries(
             taken.append(jnp.take_along_axis(out.reshape(shape), rows[:, :, None, None], axis=1))
         elif context.module.name == "layers" and taken:
             hidden, (k, v) = out
-            return hidden, (k, (v, taken.pop()))
+            size = jnp.square(args[0].astype(jnp.float32)).sum(-1)
+            power = (size * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+            return hidden, (k, (v, taken.pop(), power))
         return out
 
     with nn.intercept_methods(intercept):
         out = decoder.apply({"params": params}, embeds, positions, mask, attention_mask, prefix)
-    values, q = out.kv.v
+    values, q, power = out.kv.v
     at = jnp.take_along_axis(positions, rows, axis=1)
     q = rope.rotate_layers(q, at, jnp.asarray(inverse_frequencies(config)))
-    return q, KV(out.kv.k, values, mask)
+    return Watched(q, KV(out.kv.k, values, mask), power)
+
+
+def queries(
+    decoder: Decoder,
+    params: Any,
+    embeds: Float[Array, "b t d"],
+    positions: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    rows: Int[Array, "b w"],
+    prefix: KV | None = None,
+    attention_mask: Bool[Array, "b t t"] | None = None,
+) -> tuple[Float[Array, "l b w h d"], KV]:
+    """Rotated attention queries of every layer at ``rows``, and the call's own keys and values."""
+    return watch(decoder, params, embeds, positions, mask, rows, prefix, attention_mask)[:2]
 
 
 def stream_power(
@@ -73,7 +102,6 @@ def stream_power(
 
 def attention_mass(
     q: Float[Array, "l b w h d"], k: Float[Array, "l b s g d"], visible: Bool[Array, "b w s"],
-    power: int = 1,
 ) -> Float[Array, "l b s g"]:  # fmt: skip
     """Attention each key receives, summed over the queries and over its query heads.
 
@@ -81,7 +109,6 @@ def attention_mass(
       q: rotated queries.
       k: rotated keys.
       visible: which keys each query sees; a query that sees none counts for nothing.
-      power: of each weight, before they are summed.
     """
     b, w, s = visible.shape
     heads, groups, width = q.shape[3], k.shape[3], q.shape[4]
@@ -92,6 +119,6 @@ def attention_mass(
         logits = jnp.einsum("bwgrd,bsgd->bgrws", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(jnp.where(visible[:, None, None], logits, MASKED), axis=-1)
         weights = weights * visible.any(-1)[:, None, None, :, None]  # rows that stand for no token
-        return jnp.moveaxis((weights**power).sum((2, 3)), 1, -1)
+        return jnp.moveaxis(weights.sum((2, 3)), 1, -1)
 
     return jax.lax.map(layer, (q, k))

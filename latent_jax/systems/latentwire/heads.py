@@ -1,24 +1,26 @@
 """Latents made of the text's own entries, of which every head keeps as many as it needs.
 
-``M`` latents have room for as many keys and values as ``M`` tokens have in all heads of all layers;
-how the heads share it is `latent_jax.backbones.head_budgets`'s. A few texts tell how much each head
-looks for; one factor per head can be trained on top of that (`soften`), for not every head's
-attention matters alike. A latent is a stretch of the packed entries and stands for no span of its
-own, so a wire is read as a whole. In the reader every head has as many places as the text has
-tokens, most of them hidden: what is saved is what is stored and sent.
+``M`` latents have room for as many numbers as ``M`` tokens have in all heads of all layers. Which
+entries fill it, and what they say for those left out, is `latent_jax.backbones.head_entries`'s; how
+the heads share it `head_budgets`'s. A few texts tell what the ranks of each head are worth; one
+factor per head can be trained on top of that (`soften`). A latent is a stretch of the packed
+entries and stands for no span of its own, so a wire is read as a whole. In the reader every head
+has as many places as the text has tokens, most of them hidden: what is saved is what is stored and
+sent.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.backbones import head_budgets
+from latent_jax.backbones import head_budgets, head_entries
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.ops import rope
@@ -29,45 +31,87 @@ from latent_jax.systems.latentwire.pool import num_latents
 TEMPERATURE = 0.15
 
 
+class Calibration(NamedTuple):
+    """What a few texts tell about the heads of an LLM; whoever reads a wire needs the same.
+
+    Attributes:
+      profile: what the ranks of each head's entries are worth (`head_budgets.counts`).
+      centre: mean of each head's keys and values, one behind the other.
+      spread: their standard deviation.
+    """
+
+    profile: Float[Array, "l g p"]
+    centre: Float[Array, "l g e"]
+    spread: Float[Array, "l g e"]
+
+    @staticmethod
+    def blank(config: DecoderConfig) -> Calibration:
+        """All heads alike, numbers as they are."""
+        heads = config.num_layers, config.num_kv_heads
+        shape = (*heads, 2 * config.head_dim)
+        return Calibration(
+            jnp.ones((*heads, head_budgets.POINTS)), jnp.zeros(shape), jnp.ones(shape)
+        )
+
+
+def room(latents: Int[Array, " b"], config: DecoderConfig) -> Int[Array, " b"]:
+    """Entries, each a key, a value and a weight, that some latents have place for."""
+    return latents * config.kv_floats_per_token // (2 * config.head_dim + 1)
+
+
 def encode(
     body: Decoder,
     frozen: Any,
-    profile: Float[Array, "l g p"],
+    known: Calibration,
     ids: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
     valid: Bool[Array, "b m"],
     sink: Int[Array, ""] | None,
 ) -> Float[Array, "b m z"]:
     """Packed entries of one segment each; keys are rotated as from the segment's first token."""
-    cache, score = head_budgets.worth(body, frozen, ids, mask, sink)
-    (b, m), each = valid.shape, profile.shape[0] * profile.shape[1]
-    count = head_budgets.counts(profile, mask.sum(-1), valid.sum(-1) * each, ids.shape[1])
-    order = head_budgets.best(score, mask, count)
-    packed = head_budgets.pack(cache, order, count, m * each)
+    c, (b, m) = body.config, valid.shape
+    places = room(valid.sum(-1), c)
+    count = head_budgets.counts(known.profile, mask.sum(-1), places, ids.shape[1])
+    kv = head_entries.entries(body, frozen, ids, mask, sink, count).kv
+    order = head_budgets.kept_first(kv.bias > MASKED)
+    # A common size of all channels: integer wires have few steps, and keys have channels that
+    # are many times as large as the others.
+    rows = jnp.concatenate([kv.k, kv.v], axis=-1).astype(jnp.float32)
+    rows = (rows - _heads(known.centre)) / _heads(known.spread)
+    rows = jnp.concatenate([rows, kv.bias[..., None]], axis=-1)
+    packed = head_budgets.pack(rows, order, count, int(room(m, c))).reshape(b, -1)
+    packed = jnp.pad(packed, [(0, 0), (0, m * c.kv_floats_per_token - packed.shape[1])])
     return jax.lax.stop_gradient(packed.reshape(b, m, -1))
 
 
 def decode(
-    reader: DecoderConfig, profile: Float[Array, "l g p"], wire: Any, segment: int, ratio: float
+    reader: DecoderConfig, known: Calibration, wire: Any, segment: int, ratio: float
 ) -> KV:
     """The entries of all segments of a wire, as a prefix."""
     b, total, _ = wire.z.shape
     n = max(1, total // num_latents(segment, ratio))
-    m = total // n
+    m, d = total // n, reader.head_dim
     # As many tokens as that many latents can stand for.
     places = min(segment, int(np.floor(m * ratio + 1e-6)))
     begin = jnp.arange(n) * segment
     tokens = jnp.clip(wire.length[:, None] - begin, 0, segment).reshape(-1)
-    room = wire.mask.reshape(b * n, m).sum(-1) * reader.num_layers * reader.num_kv_heads
-    count = head_budgets.counts(profile, tokens, room, places)
-    kv = head_budgets.unpack(wire.z.reshape(b * n, -1, 2 * reader.head_dim), count, places)
+    held = room(wire.mask.reshape(b * n, m).sum(-1), reader)
+    count = head_budgets.counts(known.profile, tokens, held, places)
+    packed = wire.z.reshape(b * n, -1)[:, : int(room(m, reader)) * (2 * d + 1)]
+    rows, used = head_budgets.unpack(packed.reshape(b * n, -1, 2 * d + 1), count, places)
+    k, v = jnp.split(rows[..., :-1] * _heads(known.spread) + _heads(known.centre), 2, axis=-1)
     where = jnp.broadcast_to(jnp.tile(begin, b)[:, None], (b * n, places))
-    k = rope.rotate_layers(kv.k, where, jnp.asarray(inverse_frequencies(reader)))
+    k = rope.rotate_layers(k, where, jnp.asarray(inverse_frequencies(reader)))
+    bias = jnp.where(used, rows[..., -1], MASKED)
 
     def joined(x):
         return x.reshape(x.shape[0], b, n * places, *x.shape[3:])
 
-    return KV(joined(k), joined(kv.v), kv.mask.reshape(b, -1), joined(kv.bias))
+    return KV(joined(k), joined(v), joined(used.any((0, 3))[None])[0], joined(bias))
+
+
+def _heads(x: Float[Array, "l g e"]) -> Float[Array, "l 1 1 g e"]:
+    return x[:, None, None]
 
 
 def soften(
@@ -94,14 +138,17 @@ def soften(
       ratio: tokens per latent.
       sink: token before a text.
     """
-    cache, score = jax.lax.stop_gradient(head_budgets.worth(body, frozen, ids, mask, sink))
-    real = mask[None, :, :, None]
-    room = jnp.ceil(mask.sum(-1) / ratio - 1e-6) * factor.size
-    value = jnp.log(score + 1e-9) + factor[:, None, None, :]
+    found = jax.lax.stop_gradient(head_entries.entries(body, frozen, ids, mask, sink))
+    cache, real = found.kv, mask[None, :, :, None]
+    # As `counts` takes it: no rank is worth more than one before it.
+    ranked = jax.lax.cummin(found.worth, axis=3)
+    worth = jnp.take_along_axis(ranked, found.rank, axis=3).swapaxes(2, 3)
+    budget = room(jnp.ceil(mask.sum(-1) / ratio - 1e-6).astype(jnp.int32), body.config)
+    value = jnp.log(worth + 1e-9) + factor[:, None, None, :]
 
     def excess(threshold):
         weight = jax.nn.sigmoid((value - threshold[None, :, None, None]) / TEMPERATURE) * real
-        return weight.sum((0, 2, 3)) - room, weight
+        return weight.sum((0, 2, 3)) - budget, weight
 
     def halve(bounds, _):
         low, high = bounds
@@ -134,8 +181,8 @@ def folded(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def calibrate(
     body: Decoder, frozen: Any, batches: Iterable[Mapping[str, Any]], sink: int | None, most: int
-) -> Float[Array, "l g p"]:
-    """The profile of `encode`: what the ranks of each head's entries are worth in some texts.
+) -> Calibration:
+    """What `encode` and `decode` have to know, found in some texts.
 
     Args:
       body: the frozen LLM.
@@ -148,12 +195,21 @@ def calibrate(
 
     @jax.jit
     def one(frozen, ids, mask):
-        return head_budgets.profile(head_budgets.worth(body, frozen, ids, mask, first)[1], mask)
+        found = head_entries.entries(body, frozen, ids, mask, first)
+        x = jnp.concatenate([found.kv.k, found.kv.v], axis=-1).astype(jnp.float32)
+        real = (mask / mask.sum())[None, :, :, None, None]
+        profile = head_budgets.profile(found.worth, mask)
+        return Calibration(profile, (x * real).sum((1, 2)), (x * x * real).sum((1, 2)))
 
-    total, texts = 0.0, 0
+    add = functools.partial(jax.tree.map, jnp.add)
+    total, texts = jax.tree.map(jnp.zeros_like, Calibration.blank(body.config)), 0
     for batch in batches:
         ids, mask = jnp.asarray(batch["context"]), jnp.asarray(batch["context_mask"])
-        total, texts = total + len(ids) * one(frozen, ids, mask), texts + len(ids)
+        # The last batch of a stream may be smaller.
+        weight = functools.partial(jnp.multiply, len(ids))
+        total = add(total, jax.tree.map(weight, one(frozen, ids, mask)))
+        texts += len(ids)
         if texts >= most:
             break
-    return total / texts
+    profile, mean, square = jax.tree.map(functools.partial(jnp.multiply, 1 / texts), total)
+    return Calibration(profile, mean, jnp.sqrt(jnp.maximum(square - mean * mean, 1e-8)))

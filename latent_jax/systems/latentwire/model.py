@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.backbones import head_budgets
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
@@ -135,10 +134,9 @@ class Compressor(nn.Module):
             # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
             self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))
         if c.encoder.slots == "heads":
-            # Replaced by what texts show (`heads.calibrate`); alike for all heads until then.
-            shape = (r.num_layers, r.num_kv_heads, head_budgets.POINTS)
-            self.measured = self.param("profile", lambda _: jnp.ones(shape))
-            self.factor = self.param("factor", nn.initializers.zeros, shape[:2])
+            self.calibrated()
+            each = r.num_layers, r.num_kv_heads
+            self.factor = self.param("factor", nn.initializers.zeros, each)
         if c.encoder.remembers and c.encoder.lora_rank:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
@@ -178,7 +176,7 @@ class Compressor(nn.Module):
         positions = jnp.broadcast_to(positions, (b, m))
         if c.encoder.slots == "heads":
             sink = None if self.sink is None else jnp.int32(self.sink)
-            z = heads.encode(self.body, frozen, self._profile(), ids, mask, valid, sink)
+            z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
             return z, valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
         sink = None
@@ -305,7 +303,7 @@ class Compressor(nn.Module):
         sink = None if self.sink is None else jnp.int32(self.sink)
         if c.encoder.slots == "heads":
             # Its entries stand where their tokens stood: what follows them is at the text's end.
-            kv = heads.decode(r, self._profile(), wire._replace(z=z), c.segment, c.ratio)
+            kv = heads.decode(r, self._known(), wire._replace(z=z), c.segment, c.ratio)
             return Prefix(kv, None, wire.mask, wire.positions, wire.length, sink)
         kv = embeds = None
         if c.adapter.kind == "kv":
@@ -315,8 +313,15 @@ class Compressor(nn.Module):
         start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
 
-    def _profile(self) -> Float[Array, "l g p"]:
-        return self.measured * jnp.exp(self.factor)[..., None]
+    def calibrated(self) -> None:
+        """Parameters that texts replace (`heads.calibrate`)."""
+        blank = heads.Calibration.blank(self.reader)._asdict()
+        made = {name: self.param(name, lambda _, x=x: x) for name, x in blank.items()}
+        self.measured = heads.Calibration(**made)
+
+    def _known(self) -> heads.Calibration:
+        found = self.measured
+        return found._replace(profile=found.profile * jnp.exp(self.factor)[..., None])
 
     def softened(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Prefix:
         """What latents of heads are trained as: the whole cache, weighed (`heads.soften`)."""
@@ -333,10 +338,8 @@ class Compressor(nn.Module):
         have a cosine above 0.9), so a wire of raw keys and values is judged by its values.
         """
         c, r = self.config, self.reader
-        if c.encoder.slots == "heads":  # entries of keys and values in turn
-            pairs = wire.z.reshape(*wire.z.shape[:2], -1, 2, r.head_dim)
-            return pairs[..., 1, :].reshape(*wire.z.shape[:2], -1)
-        if c.wire.d_z is not None or c.encoder.output != "kv":
+        standard = c.encoder.slots == "heads"  # what is common to all texts is taken off
+        if standard or c.wire.d_z is not None or c.encoder.output != "kv":
             return wire.z
         shape = (r.num_layers, 2, r.num_kv_heads * r.head_dim)
         return wire.z.reshape(*wire.z.shape[:2], *shape)[:, :, :, 1].reshape(*wire.z.shape[:2], -1)

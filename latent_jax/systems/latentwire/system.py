@@ -49,7 +49,7 @@ _LABELS = (
     (r"^(memory|private|tasks)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
-    (r"^profile$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
+    (r"^(profile|centre|spread)$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
 
@@ -132,10 +132,10 @@ class LatentWireSystem:
             theirs = start.pop("readers", {})
             params = bottleneck.adopt(params, start, model.start)
         if "profile" in params and "profile" not in start:
-            params["profile"] = heads.calibrate(
+            params |= heads.calibrate(
                 self.body, reader, self.train_data("main", None), self.sink,
                 self.config.data.calibration,
-            )  # fmt: skip
+            )._asdict()  # fmt: skip
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         if self.readers:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from latent_jax import data
-from latent_jax.backbones import Backbone, head_budgets
+from latent_jax.backbones import Backbone
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.sink import sink_kv
 from latent_jax.core.errors import ConfigError
@@ -54,7 +54,8 @@ def measured(method: str, reader: Backbone, sink: int | None) -> dict[str, Array
     batches = (
         {"context": ids[i : i + 8], "context_mask": mask[i : i + 8]} for i in range(0, len(ids), 8)
     )
-    return {"profile": heads.calibrate(reader.decoder, reader.params, batches, sink, len(rows))}
+    found = heads.calibrate(reader.decoder, reader.params, batches, sink, len(rows))
+    return found._asdict()
 
 
 class Selected(Compressor):
@@ -70,9 +71,8 @@ class Selected(Compressor):
         """Without parameters, but for what `measured` finds."""
         if self.method == "kv_heads":
             self.body = Decoder(self.reader, parent=None)
-            shape = (self.reader.num_layers, self.reader.num_kv_heads, head_budgets.POINTS)
-            self.measured = self.param("profile", lambda _: jnp.ones(shape))
-            self.factor = jnp.zeros(shape[:2])
+            self.calibrated()
+            self.factor = jnp.zeros(self.measured.centre.shape[:2])  # nothing to train
 
     def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
         if self.method == "kv_heads":

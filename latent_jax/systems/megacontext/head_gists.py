@@ -97,7 +97,7 @@ class HeadGists:
         entries, order, _ = self._entries(params, base, rows)
         count = self.counts(params)
         count = jnp.broadcast_to(count, (entries.shape[1], *count.shape))
-        packed = head_budgets.pack_rows(entries, order, count, self.room)
+        packed = head_budgets.pack(entries, order, count, self.room)
         packed = packed.reshape(len(packed), -1)
         packed = jnp.pad(packed, ((0, 0), (0, self.slots * self.width - packed.shape[1])))
         n, of_each = ids.shape[1] // self.block, rows.shape[0] // ids.shape[0]
@@ -111,7 +111,7 @@ class HeadGists:
         packed = jnp.asarray(records, jnp.float32).reshape(n, -1)[:, : self.room * entry]
         count = self.counts(params)
         count = jnp.broadcast_to(count, (n, *count.shape))
-        rows, used = head_budgets.unpack_rows(
+        rows, used = head_budgets.unpack(
             packed.reshape(n, self.room, entry), count, self.block
         )
         bias = jnp.where(used, rows[..., -1], MASKED)
