@@ -52,6 +52,13 @@ def output_metric(params: Any, config: DecoderConfig) -> Float[Array, "l g d d"]
     return jnp.einsum("lgxde,lgxfe->lgdf", o, o) / o.shape[2]
 
 
+def elimination_flops(config: DecoderConfig, tokens: int) -> float:
+    """Operations of `entries` beside the two readings of a text; they grow with its cube."""
+    each = config.num_heads // config.num_kv_heads
+    # Products of attention, two inverses, and six updates of a matrix for every entry left out.
+    return config.num_layers * config.num_kv_heads * (2.0 * each + 2 * 2 + 6) * tokens**3
+
+
 def entries(
     decoder: Decoder,
     params: Any,

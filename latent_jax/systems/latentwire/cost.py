@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.head_entries import elimination_flops
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.message import Message
 
@@ -93,15 +94,19 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     per_token = reader.kv_floats_per_token * size
     lengths, latents = np.asarray(message.length).tolist(), message.latents
     text = "".join(texts).encode()
+    heads = wire.config.encoder.slots == "heads"  # the text is read again behind itself
     slots = {"pooled": [0] * len(latents), "heads": lengths}.get(
-        wire.config.encoder.slots, latents  # heads: the text is read again behind itself
+        wire.config.encoder.slots, latents
     )
+    segment = wire.config.segment
+    # Segments are compressed alone.
+    parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)] * heads
     soft = wire.config.adapter.kind == "soft"
     read = lengths
     if wire.method is not None and soft:  # embeddings only: no layer runs
         read = slots = [0] * len(latents)
     # Heads that keep few entries are padded to the places of those that keep many.
-    held = lengths if wire.config.encoder.slots == "heads" else latents
+    held = lengths if heads else latents
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
         sum(lengths) * per_token, sum(held) * per_token,
@@ -110,5 +115,5 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
         encode_flops=sum(
             prefill_flops(reader, n) + prefill_flops(reader, m, n)
             for n, m in zip(read, slots, strict=True)
-        ),
+        ) + sum(elimination_flops(reader, n) for n in parts),
     )  # fmt: skip

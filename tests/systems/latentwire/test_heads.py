@@ -14,6 +14,7 @@ from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.backbones.tokenizer import ByteTokenizer
 from latent_jax.core.errors import ConfigError
+from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire import baselines, heads
 from latent_jax.systems.latentwire.api import LatentWire, _given
 from latent_jax.systems.latentwire.beside_text import beside_text
@@ -49,7 +50,8 @@ def hidden(given, ids=(5, 6, 7)):
     return body.apply({"params": frozen}, x, where, prefix=given.kv).hidden
 
 
-def test_at_one_token_per_latent_it_is_the_text():
+def test_with_room_for_nearly_all_it_is_nearly_the_text():
+    """A key, a value and a weight take a number more than a key and a value."""
     own = wire()
     z = own.compress([TEXTS[1], TEXTS[1][:5]], ratio=1)
     assert z.latents == [8, 5]
@@ -62,15 +64,21 @@ def test_at_one_token_per_latent_it_is_the_text():
         np.arange(2, dtype=np.int32), sink=jnp.int32(own.sink),
     )  # fmt: skip
     np.testing.assert_array_equal(got.start, text.start)
-    np.testing.assert_allclose(hidden(got), hidden(text), atol=1e-5)
+    shown = np.asarray(got.kv.bias)[:, :, 1:] > MASKED
+    np.testing.assert_array_equal(shown.sum((0, 2, 3)), [8 * 64 // 17, 5 * 64 // 17])
+    near = np.linalg.norm(hidden(got) - hidden(text)) / np.linalg.norm(hidden(text))
+    half = own.compress([TEXTS[1], TEXTS[1][:5]], ratio=2)
+    far = hidden(_given(reader().decoder, own._opened(half)[1], half.wire)) - hidden(text)
+    assert near < 0.25 and near < np.linalg.norm(far) / np.linalg.norm(hidden(text))
 
 
 def test_heads_differ_and_the_budget_is_kept():
     z = wire().compress(TEXTS[0][:16], ratio=4)
     given = _given(reader().decoder, wire()._opened(z)[1], z.wire)
-    shown = np.asarray(given.kv.bias)[:, 0, 1:] == 0  # behind the sink
+    shown = np.asarray(given.kv.bias)[:, 0, 1:] > MASKED  # behind the sink
     each = shown.sum(1)
-    assert each.sum() == z.latents[0] * 4 == 16 and each.min() >= 1 and len(np.unique(each)) > 1
+    assert each.sum() == z.latents[0] * 64 // 17 == 15
+    assert each.min() >= 1 and len(np.unique(each)) > 1
 
 
 def test_segments_stand_where_they_stood():
@@ -105,7 +113,7 @@ def test_what_it_costs_and_how_it_is_looked_at():
     assert spent.payload == spent.text_kv_bytes * 6 // 16
     assert "not key/value memory where it is read; not bytes" in spent.verdict()
     shown = wire().latents.module.informative(z.wire)
-    assert shown.shape == (1, 6, wire().width // 2)
+    assert shown.shape == (1, 6, wire().width)
     ids, mask = wire()._padded([TEXTS[0][:16]])
     assert beside_text(wire(), z.wire, jnp.asarray(ids), jnp.asarray(mask)) == {}
 
@@ -138,7 +146,7 @@ def test_softened_weights_are_the_budget_and_teach_every_head():
         return jnp.exp(kv.bias), kv
 
     got, kv = weights(factor)
-    np.testing.assert_allclose(got.sum((0, 2, 3)), np.array([4, 3]) * 4, rtol=1e-3)
+    np.testing.assert_allclose(got.sum((0, 2, 3)), np.array([4, 3]) * 64 // 17, rtol=1e-3)
     assert (np.asarray(got)[:, 1, 7:] == 0).all()
     # What one head takes, the others lose: the sum has no gradient, each part has.
     total = jax.grad(lambda f: weights(f)[0].sum())(factor)
@@ -157,7 +165,7 @@ def test_a_trained_factor_becomes_part_of_the_profile():
     factor = jnp.array([[1.5, -1.0], [0.0, 0.5]])
     ids, mask = wire()._padded(TEXTS)
     base = Compressor(*shape).init(jax.random.key(0), reader().params, ids, mask)["params"]
-    params = {**base, "profile": wire().params["profile"], "factor": factor}
+    params = {**base, **wire().params, "factor": factor}
     folded = heads.folded(params)
     assert float(jnp.abs(folded["factor"]).max()) == 0
 
@@ -168,8 +176,8 @@ def test_a_trained_factor_becomes_part_of_the_profile():
 
     for ours, theirs in zip(compressed(params), compressed(folded), strict=True):
         np.testing.assert_allclose(ours, theirs)
-    kept = compressed(folded)[1] == 0
-    assert kept[0, :, :, 0].sum() > (compressed({**params, "factor": 0 * factor})[1] == 0)[
+    kept = compressed(folded)[1] > MASKED
+    assert kept[0, :, :, 0].sum() > (compressed({**params, "factor": 0 * factor})[1] > MASKED)[
         0, :, :, 0
     ].sum()
     assert heads.folded({"lora": 1}) == {"lora": 1}
