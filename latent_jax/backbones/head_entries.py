@@ -33,9 +33,7 @@ class Entries(NamedTuple):
     Attributes:
       kv: keys and values; with counts, the values of the kept entries are refitted and the bias is
         the logarithm of each one's weight (`MASKED` for the others).
-      worth: by rank, best first: geometric mean of the root mean square attention of the head's
-        entry of that rank and of the error of the layer's output without it, relative to the
-        stream that it is added to.
+      worth: by rank, best first: of `worth`.
       rank: of every entry within its head, 0 for the last one to be left out.
     """
 
@@ -50,6 +48,22 @@ def output_metric(params: Any, config: DecoderConfig) -> Float[Array, "l g d d"]
     groups, d = config.num_kv_heads, config.head_dim
     o = o.reshape(config.num_layers, groups, -1, d, o.shape[-1])
     return jnp.einsum("lgxde,lgxfe->lgdf", o, o) / o.shape[2]
+
+
+def worth(
+    attended: Float[Array, "*s t"], cost: Float[Array, "*s t"], power: Float[Array, "*s 1"]
+) -> Float[Array, "*s t"]:
+    """What a head's entries are worth beside those of other heads and layers, by rank.
+
+    The geometric mean of two measures, each of which misjudges some heads: how much attention an
+    entry gets, and how far the layer's output moves without it when the others stand in.
+
+    Args:
+      attended: root mean square attention, best first.
+      cost: squared error of the output, of `ops.subsets.removal_order`.
+      power: mean squared norm of the stream that the output is added to.
+    """
+    return jnp.sqrt(attended * jnp.sqrt(jnp.maximum(cost, 0.0) / power))
 
 
 def elimination_flops(config: DecoderConfig, tokens: int) -> float:
@@ -110,14 +124,14 @@ def entries(
         wanted = jnp.where(real, wanted + sizes[..., None, None], 0.0)
         rank, cost = removal_order(gram, wanted)
         attended = -jnp.sort(-jnp.sqrt(jnp.einsum("bgii->bgi", pairs)), axis=-1)
-        worth = jnp.sqrt(attended * jnp.sqrt(jnp.maximum(cost, 0.0) / power[:, None, None]))
+        value_of = worth(attended, cost, power[:, None, None])
         kept = (rank < count[..., None]) & mask[:, None]
         ones = jnp.ones((*value.shape[:-1], 1))
         fit = refitted(gram, jnp.concatenate([value, ones], axis=-1), kept)
         weight = jnp.clip(fit[..., -1], LEAST, MOST)
         made = (fit[..., :-1] / weight[..., None]).swapaxes(1, 2).astype(cache.v.dtype)
         bias = jnp.where(kept, jnp.log(weight), MASKED).swapaxes(1, 2)
-        return made, bias, worth, rank
+        return made, bias, value_of, rank
 
     counts = count.transpose(1, 0, 2)
     found = jax.lax.map(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from latent_jax.backbones import head_budgets
+from latent_jax.backbones import head_budgets, head_entries
 from latent_jax.backbones.attention_probe import queries, stream_power
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
@@ -29,9 +29,6 @@ from latent_jax.ops.attention import MASKED
 from latent_jax.ops.subsets import refitted, removal_order, ridged
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.records import record_width
-
-# What one entry may stand for, as a multiple of its own attention.
-_LEAST, _MOST = 0.3, 30.0
 
 
 class Spread(NamedTuple):
@@ -123,7 +120,8 @@ class HeadGists:
 
     def _entries(self, params, base, rows):
         """All entries of windows as they would be kept, ``[l, n, block, g, 2d + 1]``, the order in
-        which they are packed, and what leaving each rank out costs, ``[l, n, g, block]``.
+        which they are packed, and by rank the root mean square attention of the head's entries
+        and what leaving each out costs, ``[2, l, n, g, block]``.
         """
         size, options = self.block, self.config.gist
 
@@ -141,14 +139,16 @@ class HeadGists:
             kept = rank < count[:, None]
             ones = jnp.ones((*values.shape[:-1], 1))
             fit = refitted(gram, jnp.concatenate([values, ones], axis=-1), kept)
-            weight = jnp.clip(fit[..., -1:], _LEAST, _MOST)
+            weight = jnp.clip(fit[..., -1:], head_entries.LEAST, head_entries.MOST)
             new = jnp.concatenate([keys, fit[..., :-1] / weight, jnp.log(weight)], axis=-1)
             place = jnp.arange(size)
             order = jnp.argsort(jnp.where(kept, place, size + place), axis=-1)
-            return new.swapaxes(1, 2), order.swapaxes(1, 2), cost
+            attended = -jnp.sort(-jnp.sqrt(jnp.einsum("ngii->ngi", pairs)), axis=-1)
+            return new.swapaxes(1, 2), order.swapaxes(1, 2), attended, cost
 
         seen, sink = self._read_twice(base, rows)
-        return jax.lax.map(layer, (self.waves, seen, sink, params, self.counts(params)))
+        found = jax.lax.map(layer, (self.waves, seen, sink, params, self.counts(params)))
+        return *found[:2], jnp.stack(found[2:])
 
     def _cut(self, x: Float[Array, "r t g d"]) -> Float[Array, "n g s d"]:
         return x.reshape(-1, self.block, *x.shape[2:]).swapaxes(1, 2).astype(jnp.float32)
@@ -217,8 +217,7 @@ def calibrate(
     """Parameters of `HeadGists` from whole windows of texts.
 
     The first half of the rows lends its queries; on the second half it is measured what each rank
-    of each head is worth: the error of the layer's output without it, over the power of the stream
-    that the output is added to.
+    of each head is worth (`head_entries.worth`).
 
     Args:
       gists: what they are for.
@@ -234,7 +233,7 @@ def calibrate(
     pick = np.random.default_rng(0).permutation(half * len(at))[:m]  # no text at one distance
     joined = [jnp.concatenate(x, axis=1)[:, pick] for x in zip(*asked, strict=True)]
     params |= {"query": joined[0], "normaliser": joined[1]}
-    params["metric"] = _output_metric(base, gists.base)
+    params["metric"] = head_entries.output_metric(base, gists.base)
 
     @jax.jit
     def values(base, metric, ids):
@@ -246,7 +245,7 @@ def calibrate(
 
     @jax.jit
     def measured(params, base, ids):
-        return gists._entries(params, base, ids)[2].mean(1)
+        return gists._entries(params, base, ids)[2].mean(2)
 
     later = [rows[i : i + batch] for i in range(half, len(rows), batch)]
     stats = [values(base, params["metric"], part) for part in later]
@@ -254,8 +253,10 @@ def calibrate(
     params["mass"], power = (
         sum(w * x for w, x in zip(share, y, strict=True)) for y in zip(*stats, strict=True)
     )
-    costs = sum(w * measured(params, base, part) for w, part in zip(share, later, strict=True))
-    return params | {"profile": costs / power[:, None, None]}
+    attended, cost = sum(
+        w * measured(params, base, part) for w, part in zip(share, later, strict=True)
+    )
+    return params | {"profile": head_entries.worth(attended, cost, power[:, None, None])}
 
 
 def _asked(gists, base, ids, at):
@@ -278,10 +279,3 @@ def _asked(gists, base, ids, at):
     normaliser = jax.lax.map(layer, (q, keys))
     return rope.rotate_layers(q, -here, gists.waves)[:, 0], normaliser
 
-
-def _output_metric(base: Any, config: DecoderConfig) -> Float[Array, "l g d d"]:
-    """How large a head's output is to the residual stream, mean over the query heads of a group."""
-    o = jnp.asarray(base["layers"]["o"]["kernel"], jnp.float32)
-    groups, d = config.num_kv_heads, config.head_dim
-    o = o.reshape(config.num_layers, groups, -1, d, o.shape[-1])
-    return jnp.einsum("lgxde,lgxfe->lgdf", o, o) / o.shape[2]
