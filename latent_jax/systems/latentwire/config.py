@@ -118,8 +118,8 @@ class ReaderConfig:
     """Another frozen LLM that reads the same wire through an adapter of its own."""
 
     name: str = field(
-        help="smollm2, gemma3, tiny, a directory, a .gguf or .bin file ($VARIABLES are filled in), "
-        "or a hub id"
+        help="smollm2, gemma3, tiny, tiny_qwen3, a directory, a .gguf or .bin file ($VARIABLES are "
+        "filled in), or a hub id"
     )
     kind: Literal["kv", "soft"] = field(
         default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
