@@ -127,6 +127,10 @@ class ReaderConfig:
     hidden: int = field(
         default=0, ge=0, help="width of the adapter's residual layer; 0: it is linear"
     )
+    entries: int = field(
+        default=1, ge=1, help="entries of its cache (or soft tokens) that it makes of one latent: "
+        "its own tokens are others, and a head that looks a token up wants one of its own",
+    )  # fmt: skip
     private: int = field(
         default=0, ge=0, help="latents per segment that only this reader is given"
     )

@@ -156,9 +156,9 @@ def fit(
         for i, (row, inside) in enumerate(pairs):
             inside = inside[:, :room]
             full = inside.any(1)
-            weight = inside[full] / inside[full].sum(1, keepdims=True)
+            weight = parts(inside[full], reader.config.entries)
             x.append(z[i, : len(inside)][full])
-            y.append(weight @ states[i, : inside.shape[1]])
+            y.append((weight @ states[i, : inside.shape[1]]).reshape(len(x[-1]), -1))
             count += len(x[-1])
             ours, theirs = ours + int(mask[i].sum()), theirs + len(row)
         if count >= wanted:
@@ -168,6 +168,29 @@ def fit(
     fitted = regression(np.concatenate(x), np.concatenate(y))
     fitted["stretch"] = np.float32(theirs / max(ours, 1))
     return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
+
+
+def parts(inside: Bool[np.ndarray, "m t"], entries: int) -> Float[np.ndarray, "m e t"]:
+    """Weights of the tokens of each span in the means of its parts; a span of fewer tokens than
+    parts has some of them twice.
+
+    Args:
+      inside: which tokens lie in which span, at least one in each.
+      entries: consecutive parts that every span is cut into.
+
+    Example:
+      >>> parts(np.array([[True, True, True]]), 2)[0].tolist()
+      [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    """
+    weight = np.zeros((len(inside), entries, inside.shape[1]))
+    for row, span in zip(weight, inside, strict=True):
+        at = np.flatnonzero(span)
+        edges = np.ceil(np.arange(entries + 1) * len(at) / entries).astype(int)
+        for part, (begin, end) in zip(row, zip(edges[:-1], edges[1:], strict=True), strict=True):
+            begin = min(begin, len(at) - 1)
+            chosen = at[begin : max(end, begin + 1)]
+            part[chosen] = 1 / len(chosen)
+    return weight
 
 
 def _states(
