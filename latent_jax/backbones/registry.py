@@ -36,8 +36,9 @@ def load(
 
     Args:
       name_or_path: ``'smollm2'`` or ``'gemma3'`` (fetched once into the cache), ``'tiny'`` or
-        ``'tiny_qwen3'`` (in the package), a Hugging Face directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such
-        as ``'Qwen/Qwen2.5-0.5B'``. ``$VARIABLES`` in a path are filled in.
+        ``'tiny_qwen3'`` (in the package), a Hugging Face directory, a ``.gguf`` file, a llama2.c
+        ``.bin``, or a hub id such as ``'Qwen/Qwen2.5-0.5B'``. ``$VARIABLES`` in a path are filled
+        in.
       dtype: of the weights and of the computation.
       shardings: where each weight goes: a tree like the parameters, one sharding for all, or a
         function ``(path, shape) -> Sharding``. Each process then reads only what its devices hold.

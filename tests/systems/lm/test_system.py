@@ -106,8 +106,8 @@ def test_errors_name_what_is_missing(tmp_path):
 
 @pytest.mark.parametrize(("family", "heads", "groups"), [("llama", 4, 2), ("qwen3", 6, 3)])
 def test_induction_start_looks_back_and_keeps_the_shapes(family, heads, groups):
-    run = tiny_run(model={"family": family, "hidden_size": 48, "num_layers": 2, "head_dim": 16,
-                          "num_heads": heads, "num_kv_heads": groups, "start": "induction"})  # fmt: skip
+    shape = {"hidden_size": 48, "num_layers": 2, "num_heads": heads, "num_kv_heads": groups}
+    run = tiny_run(model={**shape, "family": family, "head_dim": 16, "start": "induction"})
     made = LMSystem(run)
     variables = made.init({"params": jax.random.key(1)}, {})
     fresh = made.decoder.init(jax.random.key(1), jnp.zeros((1, 4, 48)))["params"]

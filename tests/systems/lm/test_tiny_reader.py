@@ -12,7 +12,6 @@ from latent_jax.assets import asset
 from latent_jax.data import lookup_examples
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 
-
 FOLDERS = {"tiny": "tiny_reader", "tiny_qwen3": "tiny_qwen3"}
 
 
