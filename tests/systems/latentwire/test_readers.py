@@ -335,29 +335,42 @@ def test_an_adapter_for_other_weights_is_refused(system, params):
         wire.read_by("tiny")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A compressor that its own reader was trained with."""
+    out = str(tmp_path_factory.mktemp("alone") / "tiny")
+    latent_jax.run("latentwire/tiny", out=out, mesh__data=1, eval__segments=0, eval__questions=0)
+    return out
+
+
+def check_answers(results, reader):
+    """Nearly as good as from the reader's own full text, and by the latents."""
+    f1 = {arm: results[f"{reader}.f1.{arm}"] for arm in ("latent", "full_text", "shuffled")}
+    assert f1["full_text"] >= 0.9 and f1["latent"] >= 0.85 * f1["full_text"], f1
+    assert f1["shuffled"] <= 0.1, f1
+
+
 @pytest.mark.slow
-def test_two_readers_of_two_families_answer_from_one_wire(tmp_path):
-    results = latent_jax.run("latentwire/two_readers", out=str(tmp_path / "run"), mesh__data=1)
+def test_two_readers_of_two_families_answer_from_one_wire(tmp_path, alone):
+    results = latent_jax.run(
+        "latentwire/two_readers", out=str(tmp_path / "run"), mesh__data=1, model__start=alone
+    )
     for reader in ("squad", "squad.qwen.x4"):
-        f1 = {arm: results[f"{reader}.f1.{arm}"] for arm in ("latent", "full_text", "shuffled")}
-        assert f1["full_text"] >= 0.95 and f1["latent"] >= 0.85 * f1["full_text"], f1
-        assert f1["shuffled"] <= 0.1, f1
+        check_answers(results, reader)
     assert results["ae.token_accuracy"] > 3 * results["ae.token_accuracy.shuffled"]
     assert results["joint.f1.oracle"] >= results["joint.f1.mean"] >= 0.85
 
 
 @pytest.mark.slow
-def test_a_reader_added_later_answers_from_the_wire_as_it_was(tmp_path):
-    first, both = (str(tmp_path / name) for name in ("tiny", "both"))
-    few = {"mesh__data": 1, "eval__segments": 0, "eval__arms": ["latent", "full_text", "shuffled"]}
-    latent_jax.run("latentwire/tiny", out=first, **few)
-    results = latent_jax.run("latentwire/two_readers_add", out=both, model__start=first, **few)
-    name = "squad.qwen.x4.f1"
-    assert results[f"{name}.latent"] >= 0.85 * results[f"{name}.full_text"] >= 0.8, results
-    assert results[f"{name}.shuffled"] <= 0.1
-    old, new = (latent_jax.LatentWire.load(run) for run in (first, both))
-    texts = ["amber: 42. cedar: 17.", "quill: 33."]
+def test_a_reader_added_later_answers_from_the_wire_as_it_was(tmp_path, alone):
+    both = str(tmp_path / "both")
+    results = latent_jax.run(
+        "latentwire/two_readers_add", out=both, mesh__data=1, model__start=alone, eval__segments=0
+    )
+    check_answers(results, "squad.qwen.x4")
+    old, new = (latent_jax.LatentWire.load(run) for run in (alone, both))
+    texts = ["amber: 42. cedar: 17.", "quill: 33. kelp: 58."]
     sent = old.compress(texts)
     np.testing.assert_array_equal(new.compress(texts).z, sent.z)
-    said = new.read_by("qwen").answer(new.unpack(sent.pack()), ["cedar?", "quill?"], 4)
-    assert said == ["17", "33"]
+    said = new.read_by("qwen").answer(new.unpack(sent.pack()), ["cedar?", "kelp?"], 4)
+    assert said == ["17", "58"]
