@@ -163,7 +163,8 @@ def fit(
             full = inside.any(1)
             weight = parts(inside[full], reader.config.entries)
             x.append(z[i, : len(inside)][full])
-            y.append((weight @ states[i, : inside.shape[1]]).reshape(len(x[-1]), -1))
+            made = weight @ states[i, : inside.shape[1]]
+            y.append(made.reshape(len(made), made.shape[1] * made.shape[2]))
             count += len(x[-1])
             ours, theirs = ours + int(mask[i].sum()), theirs + len(row)
         if count >= wanted:
