@@ -358,7 +358,7 @@ def test_two_readers_of_two_families_answer_from_one_wire(tmp_path, alone):
     for reader in ("squad", "squad.qwen.x4"):
         check_answers(results, reader)
     assert results["ae.token_accuracy"] > 3 * results["ae.token_accuracy.shuffled"]
-    assert results["joint.f1.oracle"] >= results["joint.f1.mean"] >= 0.85
+    assert results["joint.f1.oracle"] >= results["joint.f1.mean"] >= 0.9
 
 
 @pytest.mark.slow
