@@ -1,4 +1,4 @@
-"""Files that ship with the package: the embedded passages and the tiny reader."""
+"""Files that ship with the package: the embedded passages, tiny readers and compressors."""
 
 from __future__ import annotations
 

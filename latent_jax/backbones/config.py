@@ -88,7 +88,7 @@ class BackboneConfig:
 
     name: str = field(
         default="smollm2",
-        help="smollm2, gemma3, tiny, a directory, a .gguf or .bin file, or a hub id",
+        help="smollm2, gemma3, tiny, tiny_qwen3, a directory, a .gguf or .bin file, or a hub id",
     )
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", help="dtype of the frozen weights and of the computation"

@@ -19,7 +19,7 @@ from latent_jax.core.errors import BackboneError
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 # Models that come with the package.
-PACKAGED = {"tiny": _ASSETS / "tiny_reader"}
+PACKAGED = {"tiny": _ASSETS / "tiny_reader", "tiny_qwen3": _ASSETS / "tiny_qwen3"}
 
 # Models that `latent-jax fetch` knows.
 FETCHED = ("smollm2", "gemma3")
@@ -35,9 +35,10 @@ def load(
     """Loads a frozen language model.
 
     Args:
-      name_or_path: ``'smollm2'`` or ``'gemma3'`` (fetched once into the cache), ``'tiny'`` (in the
-        package), a Hugging Face directory, a ``.gguf`` file, a llama2.c ``.bin``, or a hub id such
-        as ``'Qwen/Qwen2.5-0.5B'``. ``$VARIABLES`` in a path are filled in.
+      name_or_path: ``'smollm2'`` or ``'gemma3'`` (fetched once into the cache), ``'tiny'`` or
+        ``'tiny_qwen3'`` (in the package), a Hugging Face directory, a ``.gguf`` file, a llama2.c
+        ``.bin``, or a hub id such as ``'Qwen/Qwen2.5-0.5B'``. ``$VARIABLES`` in a path are filled
+        in.
       dtype: of the weights and of the computation.
       shardings: where each weight goes: a tree like the parameters, one sharding for all, or a
         function ``(path, shape) -> Sharding``. Each process then reads only what its devices hold.

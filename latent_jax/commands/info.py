@@ -77,7 +77,7 @@ def _backbones(out: Console) -> Iterable[Problem]:
     grid = _grid("Models, compressors and data files", "name", "state", "what")
     for name, path in registry.PACKAGED.items():
         state = "in the package" if path.exists() else "missing"
-        grid.add_row(name, state, "two-million-parameter reader for first steps and tests")
+        grid.add_row(name, state, "tiny reader for first steps and tests")
     for name in packaged():
         grid.add_row(name, "in the package", "trained LatentWire compressor, for smollm2")
     for name, item in PINS.items():

@@ -118,8 +118,8 @@ class ReaderConfig:
     """Another frozen LLM that reads the same wire through an adapter of its own."""
 
     name: str = field(
-        help="smollm2, gemma3, tiny, a directory, a .gguf or .bin file ($VARIABLES are filled in), "
-        "or a hub id"
+        help="smollm2, gemma3, tiny, tiny_qwen3, a directory, a .gguf or .bin file ($VARIABLES are "
+        "filled in), or a hub id"
     )
     kind: Literal["kv", "soft"] = field(
         default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
@@ -127,6 +127,10 @@ class ReaderConfig:
     hidden: int = field(
         default=0, ge=0, help="width of the adapter's residual layer; 0: it is linear"
     )
+    entries: int = field(
+        default=1, ge=1, help="entries of its cache (or soft tokens) that it makes of one latent: "
+        "its own tokens are others, and a head that looks a token up wants one of its own",
+    )  # fmt: skip
     private: int = field(
         default=0, ge=0, help="latents per segment that only this reader is given"
     )

@@ -2,8 +2,10 @@
 
 A latent stands for a span of text. The mean of the keys and values that the reader's own LLM has at
 that span is what a pooled latent of its own would be; the linear map from the encoder's latents to
-those means has a closed form (ridge regression). Trained from there, an adapter is far ahead of one
-that starts at random, and an encoder that is trained with it is not pulled away from its own LLM.
+those means has a closed form (ridge regression), and so has the adapter's residual layer, whose
+inner weights stay as they were drawn (random features, Rahimi and Recht 2007). Trained from there,
+an adapter is far ahead of one that starts at random, and an encoder that is trained with it is not
+pulled away from its own LLM.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,13 +134,15 @@ def fit(
       tokenizer: the encoder's.
       batches: with ``context`` and ``context_mask``.
       params: the adapter's fresh parameters.
-      rows: latents to look at; four times their width by default.
+      rows: latents to look at; by default eight for each of the numbers that the regression
+        explains an entry by.
 
     Raises:
       DataError: the batches hold too little text.
     """
     width, segment = reader.adapter.width, latents.module.config.segment
-    ratio, wanted = latents.module.config.ratio, rows or 4 * width
+    ratio = latents.module.config.ratio
+    wanted = rows or 8 * (width + reader.config.hidden)
     x, y, count, ours, theirs = [], [], 0, 0, 0
     for batch in batches:
         ids, mask = np.asarray(batch["context"]), np.asarray(batch["context_mask"])
@@ -156,18 +161,43 @@ def fit(
         for i, (row, inside) in enumerate(pairs):
             inside = inside[:, :room]
             full = inside.any(1)
-            weight = inside[full] / inside[full].sum(1, keepdims=True)
+            weight = parts(inside[full], reader.config.entries)
             x.append(z[i, : len(inside)][full])
-            y.append(weight @ states[i, : inside.shape[1]])
+            made = weight @ states[i, : inside.shape[1]]
+            y.append(made.reshape(len(made), made.shape[1] * made.shape[2]))
             count += len(x[-1])
             ours, theirs = ours + int(mask[i].sum()), theirs + len(row)
         if count >= wanted:
             break
     if count < 2:
         raise DataError("the training data hold fewer than 2 latents: no adapter can be fitted")
-    fitted = regression(np.concatenate(x), np.concatenate(y))
+    inner = np.asarray(params["inner"], np.float32) if reader.config.hidden else None
+    fitted = regression(np.concatenate(x), np.concatenate(y), inner)
     fitted["stretch"] = np.float32(theirs / max(ours, 1))
     return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
+
+
+def parts(inside: Bool[np.ndarray, "m t"], entries: int) -> Float[np.ndarray, "m e t"]:
+    """Weights of the tokens of each span in the means of its parts; a span of fewer tokens than
+    parts has some of them twice.
+
+    Args:
+      inside: which tokens lie in which span, at least one in each.
+      entries: consecutive parts that every span is cut into.
+
+    Example:
+      >>> parts(np.array([[True, True, True]]), 2)[0].tolist()
+      [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    """
+    weight = np.zeros((len(inside), entries, inside.shape[1]))
+    for row, span in zip(weight, inside, strict=True):
+        at = np.flatnonzero(span)
+        edges = np.ceil(np.arange(entries + 1) * len(at) / entries).astype(int)
+        for part, (begin, end) in zip(row, zip(edges[:-1], edges[1:], strict=True), strict=True):
+            begin = min(begin, len(at) - 1)
+            chosen = at[begin : max(end, begin + 1)]
+            part[chosen] = 1 / len(chosen)
+    return weight
 
 
 def _states(
@@ -184,20 +214,34 @@ def _states(
 
 
 def regression(
-    x: Float[np.ndarray, "n z"], y: Float[np.ndarray, "n f"]
+    x: Float[np.ndarray, "n z"],
+    y: Float[np.ndarray, "n f"],
+    inner: Float[np.ndarray, "z h"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Ridge regression of ``y`` on ``x``, both standardised per dimension.
+    """Ridge regression of ``y`` on ``x``, both standardised per dimension, and on random features.
+
+    Args:
+      inner: weights of the features, which are GELUs of the standardised ``x``.
 
     Returns:
-      ``in_mean, in_scale`` and ``out_mean, out_scale``, and the ``map`` in between: ``y`` is near
-      ``((x - in_mean) * in_scale) @ map * out_scale + out_mean``.
+      ``in_mean, in_scale`` and ``out_mean, out_scale``, the ``map`` in between and ``outer``, that
+      of the features: with ``s = (x - in_mean) * in_scale``, ``y`` is near
+      ``(s @ map + gelu(s @ inner) @ outer) * out_scale + out_mean``.
     """
     in_mean, spread = x.mean(0), x.std(0) + 1e-6
     out_mean, out_scale = y.mean(0), y.std(0) + 1e-6
-    a = ((x - in_mean) / spread).astype(np.float64)
+    a = (x - in_mean) / spread
+    if inner is not None:
+        a = np.concatenate([a, np.asarray(nn.gelu(jnp.asarray(a @ inner)))], axis=1)
+    a = a.astype(np.float64)
     b = ((y - out_mean) / out_scale).astype(np.float64)
+    middle = a.mean(0)
+    a = a - middle
     gram = a.T @ a + RIDGE * len(a) * np.eye(a.shape[1])
-    return {
-        "in_mean": in_mean, "in_scale": 1 / spread, "out_mean": out_mean, "out_scale": out_scale,
-        "map": np.linalg.solve(gram, a.T @ b),
+    found = np.linalg.solve(gram, a.T @ b)
+    width = x.shape[1]
+    fitted = {
+        "in_mean": in_mean, "in_scale": 1 / spread, "out_scale": out_scale,
+        "out_mean": out_mean - middle @ found * out_scale, "map": found[:width],
     }  # fmt: skip
+    return fitted if inner is None else {**fitted, "outer": found[width:]}

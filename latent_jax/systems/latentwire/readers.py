@@ -1,8 +1,8 @@
 """Further readers of one wire: another frozen LLM, with its own tokenizer and width, per adapter.
 
 The encoder and its wire know nothing of them. An adapter turns the latents into a deep prefix (or
-soft tokens) of its LLM; its latents stand where their text stands in *that* LLM's tokens, which are
-``stretch`` times as many.
+soft tokens) of its LLM, each into one entry or several; these stand where their text stands in
+*that* LLM's tokens, which are ``stretch`` times as many.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ReaderAdapter(nn.Module):
 
     def setup(self):
         c, r = self.config.readers[self.label], self.reader
-        out = r.kv_floats_per_token if c.kind == "kv" else r.hidden_size
+        out = c.entries * (r.kv_floats_per_token if c.kind == "kv" else r.hidden_size)
         zeros, ones, small = nn.initializers.zeros, nn.initializers.ones, nn.initializers.normal
         # Of the latents, and of what the LLM itself makes of text: a linear map of raw numbers
         # would have to learn both first.
@@ -71,16 +71,21 @@ class ReaderAdapter(nn.Module):
         if c.hidden:
             y = y + nn.gelu(x @ self.inner) @ self.outer
         y = (y * self.out_scale + self.out_mean).astype(dtype)
-        positions = jnp.floor(wire.positions * self.stretch).astype(jnp.int32)
+        y = y.reshape(len(y), y.shape[1] * c.entries, -1)
+        # Spread over the span that the latent stands in the middle of.
+        aside = ((jnp.arange(c.entries) + 0.5) / c.entries - 0.5) * self.config.ratio
+        places = jnp.maximum(wire.positions[..., None] + aside, 0) * self.stretch
+        positions = jnp.floor(places).astype(jnp.int32).reshape(y.shape[:2])
+        mask = jnp.repeat(wire.mask, c.entries, axis=1)
         kv = embeds = None
         if c.kind == "kv":
-            kv = unflatten_kv(y, r, inverse_frequencies(r), positions, wire.mask)
+            kv = unflatten_kv(y, r, inverse_frequencies(r), positions, mask)
         else:
             embeds = y
         end = -(-wire.length // self.config.segment) * self.config.segment
         start = jnp.ceil(end * self.stretch).astype(jnp.int32)
         sink = None if self.sink is None else jnp.int32(self.sink)
-        return Prefix(kv, embeds, wire.mask, positions, start, sink)
+        return Prefix(kv, embeds, mask, positions, start, sink)
 
     def lead(self, task: Int[Array, " b"], asked: bool = False) -> Float[Array, "b n d"]:
         """See `Compressor.lead`."""

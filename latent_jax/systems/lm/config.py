@@ -20,6 +20,9 @@ class TokenizerConfig:
 
     kind: Literal["bpe", "bytes"] = field(default="bpe", help="trained subwords, or bytes")
     vocab_size: int = field(default=1024, ge=300, help="tokens of the BPE, bytes included")
+    digits: bool = field(
+        default=False, help="every digit is a token of its own, as Qwen's and Gemma's are"
+    )
     path: str | None = field(
         default=None, help="directory with a tokenizer.json to use instead of training one"
     )
@@ -27,7 +30,11 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class LMModelConfig:
-    """Shape of a Llama-style decoder with tied embeddings."""
+    """Shape of a decoder with tied embeddings."""
+
+    family: Literal["llama", "qwen3"] = field(
+        default="llama", help="architecture; qwen3 normalises queries and keys"
+    )
 
     hidden_size: int = field(default=128, ge=8, help="width")
     num_layers: int = field(default=4, ge=1, help="layers")
@@ -50,15 +57,16 @@ class LMModelConfig:
                 f"and head_dim={self.head_dim} must be even"
             )
         shape = (self.num_heads, self.num_kv_heads)
-        if self.start == "induction" and (shape != (4, 2) or self.num_layers < 2):
+        if self.start == "induction" and (shape not in ((4, 2), (6, 3)) or self.num_layers < 2):
             raise ConfigError(
-                "model.start=induction needs num_heads=4, num_kv_heads=2 and at least 2 layers"
+                "model.start=induction needs num_heads=4 with num_kv_heads=2, or 6 with 3, and at "
+                "least 2 layers"
             )
 
     def decoder(self, vocab_size: int) -> DecoderConfig:
         """The decoder's own config."""
         return DecoderConfig(
-            family="llama",
+            family=self.family,
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
@@ -69,6 +77,7 @@ class LMModelConfig:
             max_position=self.max_position,
             rope_theta=self.rope_theta,
             tie_embeddings=True,
+            **({"qk_norm": True, "norm_eps": 1e-6} if self.family == "qwen3" else {}),
         )
 
 

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from latent_jax import data
 from latent_jax.backbones.tokenizer import ByteTokenizer, Tokenizer
@@ -19,6 +19,8 @@ from latent_jax.core.errors import DataError
 from latent_jax.data.lookup import KEYS, WORDS
 from latent_jax.systems.lm.config import KINDS, LMDataConfig, StageConfig, TokenizerConfig
 
+# A digit, with the space before a number.
+_DIGIT = Regex(r" ?\p{N}")
 EOS, PAD = "<|eos|>", "<|pad|>"
 # Around an answer while a lookup is written; private use, so no text holds them.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -35,6 +37,11 @@ def make_tokenizer(config: TokenizerConfig, source: LMDataConfig) -> Tokenizer:
         return ByteTokenizer()
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if config.digits:
+        # Before anything else, so that nothing joins the digits of a number.
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(_DIGIT, "isolated"), backend.pre_tokenizer]
+        )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,

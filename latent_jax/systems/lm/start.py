@@ -26,9 +26,12 @@ ROW_LENGTH = 2.0
 SHARPNESS = 20.0
 # Second layer, per query head: what a query is made of (the token this many places back; 0: its
 # own) ...
-ASKS = (1, 4, 0, 0)
-# ... and per key/value head: the token this many places before a key's.
-OFFERS = (2, 1)
+ASKS = (1, 4, 0, 0, 5, 0)
+# ... and per key/value head: the token this many places before a key's. Four heads and two
+# take the first of them; the last are for a second token of what is found.
+OFFERS = (2, 1, 3)
+# Where queries and keys are normalised, what they are multiplied by in the second layer.
+MATCH = 2.0
 
 
 def plain(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def induction(
 
     Args:
       params: of `Decoder.init`.
-      config: four query and two key/value heads, at least two layers.
+      config: four query and two key/value heads or six and three, at least two layers.
       key: draws the shared direction and the subspaces.
     """
     params = plain(params, config)
@@ -97,8 +100,8 @@ def induction(
     # Fast planes turn away within a few tokens and cannot match at a distance.
     slow = 1.8 * ~fast
     second = {
-        "q": columns(slow * (writes[n - 1] if n else reads[0]) for n in ASKS),
-        "k": columns(slow * writes[n - 1] for n in OFFERS),
+        "q": columns(slow * (writes[n - 1] if n else reads[0]) for n in ASKS[:heads]),
+        "k": columns(slow * writes[n - 1] for n in OFFERS[:groups]),
         "v": columns(reads),
         "o": 0.5 * columns(reads[h * groups // heads] for h in range(heads)).T,
     }
@@ -108,4 +111,10 @@ def induction(
         for layer, made in enumerate((first[name], second[name])):
             kernel = kernel.at[layer].set(made + 0.2 * kernel[layer])
         layers[name]["kernel"] = kernel
+    if config.qk_norm:
+        # As long as they are without it.
+        length = (SHARPNESS / width**0.5) ** 0.5
+        for name in ("q_norm", "k_norm"):
+            scale = layers[name]["scale"].at[0].set(length).at[1].set(MATCH)
+            layers[name]["scale"] = scale
     return {**params, "embed": embed, "layers": layers}

@@ -178,8 +178,58 @@ def test_the_start_is_what_the_reader_makes_of_the_text(system, params):
     f = reader_start.regression(x, y)
     back = ((x - f["in_mean"]) * f["in_scale"]) @ f["map"] * f["out_scale"] + f["out_mean"]
     np.testing.assert_allclose(back, y, atol=0.02 * y.std(0).max())
+    assert "outer" not in f
     stretch = float(params["readers"]["tiny"]["stretch"])
     assert 0.2 < stretch < 0.8  # a few bytes per token
+
+
+def test_the_start_explains_what_is_not_linear():
+    """Products of two numbers: no linear map finds them, the residual layer does, on new rows."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4000, 4)) + 3
+    y = np.stack([(x[:, 0] - 3) * (x[:, 1] - 3), x[:, 2] + 7], axis=1)
+    inner = rng.standard_normal((4, 200)).astype(np.float32)
+
+    def unexplained(inner):
+        f = reader_start.regression(x[:3000], y[:3000], inner)
+        s = (x[3000:] - f["in_mean"]) * f["in_scale"]
+        said = s @ f["map"]
+        if inner is not None:
+            said = said + np.asarray(jax.nn.gelu(jnp.asarray(s @ inner))) @ f["outer"]
+        error = said * f["out_scale"] + f["out_mean"] - y[3000:]
+        return (error**2).mean(0) / y[3000:].var(0)
+
+    linear, layered = unexplained(None), unexplained(inner)
+    assert linear[0] > 0.9 and layered[0] < 0.1
+    assert max(linear[1], layered[1]) < 0.01
+
+
+def test_a_span_is_cut_into_parts_of_consecutive_tokens():
+    inside = np.array([[0, 1, 1, 1, 0], [0, 0, 0, 1, 1]], bool)
+    weight = reader_start.parts(inside, 2)
+    assert weight[0].tolist() == [[0, 0.5, 0.5, 0, 0], [0, 0, 0, 1, 0]]
+    assert weight[1].tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    whole = reader_start.parts(inside, 1)[:, 0]
+    np.testing.assert_array_equal(whole, inside / inside.sum(1, keepdims=True))
+    more = reader_start.parts(inside, 4)
+    assert (more.sum(2) == 1).all() and not more[:, :, ~inside.any(0)].any()
+
+
+def test_several_entries_per_latent_are_spread_over_its_span(system, params):
+    many = system_of(**{"model.private": 0, "model.readers.tiny.private": 0,
+                        "model.readers.tiny.entries": 2})  # fmt: skip
+    adapter = many.readers["tiny"].adapter
+    fresh = reader_start.fresh(many.readers, jax.random.key(0))["tiny"]
+    z = jax.random.normal(jax.random.key(1), (1, 3, adapter.width))
+    wire = Wire(z, jnp.array([[True, True, False]]), jnp.array([[1, 5, 9]]), jnp.array([8]))
+    prefix = adapter.apply({"params": fresh}, wire, method="prefix")
+    assert prefix.mask[0].tolist() == [True] * 4 + [False] * 2
+    assert prefix.positions[0].tolist() == [0, 2, 4, 6, 8, 10]
+    assert prefix.kv.k.shape[2] == 6
+    # Halves of one latent are made of nothing else.
+    moved = adapter.apply({"params": fresh}, wire._replace(z=z.at[:, 1].add(1.0)), method="prefix")
+    changed = jnp.any(moved.kv.v != prefix.kv.v, axis=(0, 1, 3, 4))
+    assert changed.tolist() == [False, False, True, True, False, False]
 
 
 # What travels
@@ -285,11 +335,42 @@ def test_an_adapter_for_other_weights_is_refused(system, params):
         wire.read_by("tiny")
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A compressor that its own reader was trained with."""
+    out = str(tmp_path_factory.mktemp("alone") / "tiny")
+    latent_jax.run("latentwire/tiny", out=out, mesh__data=1, eval__segments=0, eval__questions=0)
+    return out
+
+
+def check_answers(results, reader):
+    """Nearly as good as from the reader's own full text, and by the latents."""
+    f1 = {arm: results[f"{reader}.f1.{arm}"] for arm in ("latent", "full_text", "shuffled")}
+    assert f1["full_text"] >= 0.9 and f1["latent"] >= 0.85 * f1["full_text"], f1
+    assert f1["shuffled"] <= 0.1, f1
+
+
 @pytest.mark.slow
-def test_two_readers_learn_to_rebuild_from_one_wire(tmp_path, data_root):
-    results = latent_jax.run("latentwire/two_readers", out=str(tmp_path / "run"), mesh__data=1)
+def test_two_readers_of_two_families_answer_from_one_wire(tmp_path, alone):
+    results = latent_jax.run(
+        "latentwire/two_readers", out=str(tmp_path / "run"), mesh__data=1, model__start=alone
+    )
+    for reader in ("squad", "squad.qwen.x4"):
+        check_answers(results, reader)
     assert results["ae.token_accuracy"] > 3 * results["ae.token_accuracy.shuffled"]
-    stories = "ae.stories.token_accuracy"
-    assert results[stories] > 2 * results[f"{stories}.shuffled"], results[stories]
-    assert results["squad.f1.latent"] > results["squad.f1.shuffled"] + 0.3
-    assert results["joint.f1.oracle"] >= results["joint.f1.mean"]
+    assert results["joint.f1.oracle"] >= results["joint.f1.mean"] >= 0.9
+
+
+@pytest.mark.slow
+def test_a_reader_added_later_answers_from_the_wire_as_it_was(tmp_path, alone):
+    both = str(tmp_path / "both")
+    results = latent_jax.run(
+        "latentwire/two_readers_add", out=both, mesh__data=1, model__start=alone, eval__segments=0
+    )
+    check_answers(results, "squad.qwen.x4")
+    old, new = (latent_jax.LatentWire.load(run) for run in (alone, both))
+    texts = ["amber: 42. cedar: 17.", "quill: 33. kelp: 58."]
+    sent = old.compress(texts)
+    np.testing.assert_array_equal(new.compress(texts).z, sent.z)
+    said = new.read_by("qwen").answer(new.unpack(sent.pack()), ["cedar?", "kelp?"], 4)
+    assert said == ["17", "58"]

@@ -88,3 +88,16 @@ def test_layout_is_the_one_that_latentwire_asks_in(tokenizer):
     layout = LMDataConfig().template
     text = layout.replace("{context}", "amber: 42.").replace("{question}", "amber?")
     assert tokenizer.decode(ids) == text.replace("{answer}", "42")
+
+
+def test_digits_are_tokens_of_their_own_where_wanted():
+    joined, apart = (
+        recipe.make_tokenizer(TokenizerConfig(digits=d), LMDataConfig())
+        for d in (False, True)
+    )
+    text = "amber: 42. in 1984\n"
+    assert apart.decode(apart.encode(text)) == text
+    assert len(joined.encode(" 42")) == 1
+    assert [apart.decode([i]) for i in apart.encode(" 42")] == [" 4", "2"]
+    pieces = (apart.decode([i]) for i in range(apart.vocab_size))
+    assert not [p for p in pieces if sum(c.isdigit() for c in p) > 1]

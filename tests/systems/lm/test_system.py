@@ -104,22 +104,28 @@ def test_errors_name_what_is_missing(tmp_path):
         asset.training_record(tmp_path)
 
 
-def test_induction_start_looks_back_and_keeps_the_shapes():
-    run = tiny_run(model={"hidden_size": 32, "num_layers": 2, "head_dim": 16, "start": "induction"})
+@pytest.mark.parametrize(("family", "heads", "groups"), [("llama", 4, 2), ("qwen3", 6, 3)])
+def test_induction_start_looks_back_and_keeps_the_shapes(family, heads, groups):
+    shape = {"hidden_size": 48, "num_layers": 2, "num_heads": heads, "num_kv_heads": groups}
+    run = tiny_run(model={**shape, "family": family, "head_dim": 16, "start": "induction"})
     made = LMSystem(run)
     variables = made.init({"params": jax.random.key(1)}, {})
-    fresh = made.decoder.init(jax.random.key(1), jnp.zeros((1, 4, 32)))["params"]
+    fresh = made.decoder.init(jax.random.key(1), jnp.zeros((1, 4, 48)))["params"]
     assert jax.tree.map(jnp.shape, fresh) == jax.tree.map(jnp.shape, variables["params"])
     # A first-layer query prefers the key one place back to its own and to those further away.
     params = variables["params"]
     x = params["embed"][jnp.arange(8)]
     x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True))
-    q = (x @ params["layers"]["q"]["kernel"][0]).reshape(1, 8, 4, 16)
-    k = (x @ params["layers"]["k"]["kernel"][0]).reshape(1, 8, 2, 16)
-    places = jnp.arange(8)[None]
-    inv = made.decoder.inv_freq
-    q, k = rope.rotate(q, places, inv), rope.rotate(k, places, inv)
-    for head in range(4):
+
+    def project(name, n):
+        y = (x @ params["layers"][name]["kernel"][0]).reshape(1, 8, n, 16)
+        if family == "qwen3":
+            y = y / jnp.sqrt(jnp.mean(y**2, -1, keepdims=True))
+            y = y * params["layers"][f"{name}_norm"]["scale"][0]
+        return rope.rotate(y, jnp.arange(8)[None], made.decoder.inv_freq)
+
+    q, k = project("q", heads), project("k", groups)
+    for head in range(heads):
         score = q[0, 7, head] @ k[0, :, head // 2].T
         assert int(jnp.argmax(score)) == 7 - (head + 1)
 

@@ -1,4 +1,4 @@
-"""The shipped tiny reader does what its record says."""
+"""The shipped tiny readers do what their records say."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from latent_jax.assets import asset
 from latent_jax.data import lookup_examples
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 
+FOLDERS = {"tiny": "tiny_reader", "tiny_qwen3": "tiny_qwen3"}
 
-@pytest.fixture(scope="module")
-def reader():
-    return backbones.load("tiny")
+
+@pytest.fixture(scope="module", params=FOLDERS)
+def reader(request):
+    return backbones.load(request.param)
 
 
 def test_size(reader):
-    files = [p for p in asset("tiny_reader").iterdir() if p.is_file()]
+    files = [p for p in asset(FOLDERS[reader.name]).iterdir() if p.is_file()]
     assert sum(p.stat().st_size for p in files) < 4_500_000
     assert reader.parameter_count() <= 2_000_000
 
@@ -42,6 +44,15 @@ def test_it_answers_lookups_from_full_text_and_cannot_without(reader):
     assert right(lambda e: "") <= 0.1
 
 
+def test_they_are_of_two_families_and_tokenizers():
+    one, two = (backbones.outline(name) for name in FOLDERS)
+    assert (one.config.family, two.config.family) == ("llama", "qwen3")
+    assert two.config.qk_norm and not one.config.qk_norm
+    assert one.config.hidden_size != two.config.hidden_size
+    assert one.config.num_layers != two.config.num_layers
+    assert len(one.tokenizer.encode(" 42")) == 1 and len(two.tokenizer.encode(" 42")) == 2
+
+
 def test_it_copies(reader):
     rng = np.random.default_rng(0)
     words = ["value", "string", "the", "object", "is", "returned", "function", "of", "class"]
@@ -60,8 +71,9 @@ def test_it_copies(reader):
     assert overlap(rows[1:] + rows[:1]) <= 0.2
 
 
-def test_record_says_how_it_was_made():
-    record = json.loads((asset("tiny_reader") / "record.json").read_text())
+@pytest.mark.parametrize("folder", FOLDERS.values())
+def test_record_says_how_it_was_made(folder):
+    record = json.loads((asset(folder) / "record.json").read_text())
     assert {"config", "environment", "results", "curve", "parameters"} <= set(record)
     assert record["results"]["lookup.full_text.f1"] >= 0.95
     assert record["config"]["seed"] is not None and len(record["curve"]) >= 5
