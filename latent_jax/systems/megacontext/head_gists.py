@@ -120,8 +120,7 @@ class HeadGists:
 
     def _entries(self, params, base, rows):
         """All entries of windows as they would be kept, ``[l, n, block, g, 2d + 1]``, the order in
-        which they are packed, and by rank the root mean square attention of the head's entries
-        and what leaving each out costs, ``[2, l, n, g, block]``.
+        which they are packed, and what leaving each rank out costs, ``[l, n, g, block]``.
         """
         size, options = self.block, self.config.gist
 
@@ -143,12 +142,10 @@ class HeadGists:
             new = jnp.concatenate([keys, fit[..., :-1] / weight, jnp.log(weight)], axis=-1)
             place = jnp.arange(size)
             order = jnp.argsort(jnp.where(kept, place, size + place), axis=-1)
-            attended = -jnp.sort(-jnp.sqrt(jnp.einsum("ngii->ngi", pairs)), axis=-1)
-            return new.swapaxes(1, 2), order.swapaxes(1, 2), attended, cost
+            return new.swapaxes(1, 2), order.swapaxes(1, 2), cost
 
         seen, sink = self._read_twice(base, rows)
-        found = jax.lax.map(layer, (self.waves, seen, sink, params, self.counts(params)))
-        return *found[:2], jnp.stack(found[2:])
+        return jax.lax.map(layer, (self.waves, seen, sink, params, self.counts(params)))
 
     def _cut(self, x: Float[Array, "r t g d"]) -> Float[Array, "n g s d"]:
         return x.reshape(-1, self.block, *x.shape[2:]).swapaxes(1, 2).astype(jnp.float32)
@@ -217,7 +214,8 @@ def calibrate(
     """Parameters of `HeadGists` from whole windows of texts.
 
     The first half of the rows lends its queries; on the second half it is measured what each rank
-    of each head is worth (`head_entries.worth`).
+    of each head is worth: the error of the layer's output without it, over the power of the stream
+    that the output is added to.
 
     Args:
       gists: what they are for.
@@ -245,7 +243,7 @@ def calibrate(
 
     @jax.jit
     def measured(params, base, ids):
-        return gists._entries(params, base, ids)[2].mean(2)
+        return gists._entries(params, base, ids)[2].mean(1)
 
     later = [rows[i : i + batch] for i in range(half, len(rows), batch)]
     stats = [values(base, params["metric"], part) for part in later]
@@ -253,10 +251,9 @@ def calibrate(
     params["mass"], power = (
         sum(w * x for w, x in zip(share, y, strict=True)) for y in zip(*stats, strict=True)
     )
-    attended, cost = sum(
-        w * measured(params, base, part) for w, part in zip(share, later, strict=True)
-    )
-    return params | {"profile": head_entries.worth(attended, cost, power[:, None, None])}
+    # The geometric mean with the attention (`head_entries.worth`) was tried and is no better here.
+    costs = sum(w * measured(params, base, part) for w, part in zip(share, later, strict=True))
+    return params | {"profile": costs / power[:, None, None]}
 
 
 def _asked(gists, base, ids, at):
