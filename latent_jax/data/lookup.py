@@ -1,8 +1,8 @@
 """Key lookup: the smallest question-answering task that needs the context.
 
 A context is a list of facts such as ``amber: 42. cedar: 17.``; the question ``cedar?`` has the
-answer ``17``. A reader of 0.3 million parameters solves it from full text and cannot guess it without,
-so every control of the real evaluation means something at toy scale.
+answer ``17``. A reader of 0.3 million parameters solves it from full text and cannot guess it
+without, so every control of the real evaluation means something at toy scale.
 """
 
 from __future__ import annotations

@@ -275,4 +275,3 @@ def _asked(gists, base, ids, at):
 
     normaliser = jax.lax.map(layer, (q, keys))
     return rope.rotate_layers(q, -here, gists.waves)[:, 0], normaliser
-
