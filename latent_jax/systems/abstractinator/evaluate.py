@@ -71,8 +71,8 @@ def evaluate(
         the rows of level ``l`` alone (``digit_accuracy`` of the rows just below, and
         ``level<m>_digit_accuracy`` of those further down), beside their nominal
         ``code_bits_per_byte``, the same over ``rate_distortion.level<l>.stages<i>``;
-        ``reconstruction.others|level<l>_others`` from the rows of another window (a level whose
-        own rows do no better says nothing by them), and
+        ``reconstruction.others_of_level<l>`` from the rows of another window (a level whose own
+        rows do no better says nothing by them), and
         ``expander.level<l>.stage<i>.accuracy`` (given the true digits before);
         ``top.accuracy|top5|top10`` of the first digit and its ``top.unigram_accuracy`` (always the
         held-out text's own favourite),
@@ -119,7 +119,7 @@ def evaluate(
             metrics |= {f"{name}.{k}": v for k, v in each.items()}
         metrics |= {f"reconstruction{where}.{k}": v for k, v in each.items()}
         if len(batches[0][0]) > 1:  # there is another window
-            name = f"reconstruction.{f'level{i}_' if i else ''}others"
+            name = f"reconstruction.others_of_level{i}"
             metrics |= {f"{name}.{k}": v for k, v in _exactness(other[i], i).items()}
     for name in c.peers:
         for key, found, every in (("byte_share", "listed_bytes", "covered"),
