@@ -93,6 +93,11 @@ class SegmentConfig:
                 "segments.bytes_per_segment and segments.rule=learned go together: it is the mean "
                 "length that the ratio loss asks for"
             )
+        if self.rule == "learned" and self.bytes_per_segment >= self.most:
+            raise ConfigError(
+                f"segments.bytes_per_segment={self.bytes_per_segment:g}: it has to be below "
+                f"segments.longest={self.most}, which no segment exceeds"
+            )
         if self.rule == "learned" and not 0 <= self.cut < 1:
             raise ConfigError(
                 f"segments.threshold={self.threshold} is a probability with segments.rule=learned"

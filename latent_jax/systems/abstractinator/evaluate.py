@@ -68,8 +68,11 @@ def evaluate(
         that each code has, the most used first, in at most 64 bars) and
         ``rvq.level<l>.quantisation_error``; with several levels
         ``reconstruction.level<l>.byte_accuracy|exact_segments|digit_accuracy`` free-running from
-        the rows of level ``l`` alone, beside their nominal ``code_bits_per_byte``, the same over
-        ``rate_distortion.level<l>.stages<i>``, and
+        the rows of level ``l`` alone (``digit_accuracy`` of the rows just below, and
+        ``level<m>_digit_accuracy`` of those further down), beside their nominal
+        ``code_bits_per_byte``, the same over ``rate_distortion.level<l>.stages<i>``;
+        ``reconstruction.others_of_level<l>`` from the rows of another window (a level whose own
+        rows do no better says nothing by them), and
         ``expander.level<l>.stage<i>.accuracy`` (given the true digits before);
         ``top.accuracy|top5|top10`` of the first digit and its ``top.unigram_accuracy`` (always the
         held-out text's own favourite),
@@ -86,19 +89,18 @@ def evaluate(
     c = system.config
     held = system.windows("validation")
     chosen = held.spread(c.eval.windows)
-    stages, levels = c.level.stages, len(c.levels)
+    levels = len(c.levels)
     batches = list(held.batches(chosen, min(c.eval.batch_size, len(chosen))))
-    sums, running, samples = None, [None] * stages, []
-    above = [[None] * level.stages for level in c.levels]
+    sums, samples = None, []
+    running, other = [[None] * level.stages for level in c.levels], [None] * levels
     for number, (ids, valid) in enumerate(batches):
         sums = _add(sums, measure.likelihoods(variables, ids, valid))
-        for i in range(stages):
-            found, said = measure.free_running(variables, ids, valid, i + 1)
-            running[i] = _add(running[i], found)
-        for i in range(1, levels):
-            for stage in range(c.levels[i].stages):
-                found, said = measure.from_above(variables, ids, valid, stage + 1, i)
-                above[i][stage] = _add(above[i][stage], found)
+        for i, level in enumerate(c.levels):
+            for stage in range(level.stages):
+                found, said = measure.free_running(variables, ids, valid, stage + 1, i)
+                running[i][stage] = _add(running[i][stage], found)
+            found, _ = measure.free_running(variables, ids, valid, level.stages, i, True)
+            other[i] = _add(other[i], found)
         if number == 0:
             samples = _rebuilt(np.asarray(ids), np.asarray(said), c.eval.samples)
         report("windows", number + 1, len(batches))
@@ -108,25 +110,22 @@ def evaluate(
     }  # fmt: skip
     for level in range(levels):
         metrics |= _codes(sums, variables, level)
-    for i, found in enumerate(running):
-        name = f"rate_distortion.stages{i + 1}"
-        metrics |= {f"{name}.{k}": v for k, v in _exactness(found).items()}
-        metrics[f"{name}.code_bits_per_byte"] = _nominal(sums, 0, i + 1, c.level.codes)
-    metrics |= {f"reconstruction.{k}": v for k, v in _exactness(running[-1]).items()}
+    for i, level in enumerate(c.levels):
+        where = f".level{i}" if i else ""
+        for stage, found in enumerate(running[i], 1):
+            each = _exactness(found, i)
+            each["code_bits_per_byte"] = _nominal(sums, i, stage, level.codes)
+            name = f"rate_distortion{where}.stages{stage}"
+            metrics |= {f"{name}.{k}": v for k, v in each.items()}
+        metrics |= {f"reconstruction{where}.{k}": v for k, v in each.items()}
+        if len(batches[0][0]) > 1:  # there is another window
+            name = f"reconstruction.others_of_level{i}"
+            metrics |= {f"{name}.{k}": v for k, v in _exactness(other[i], i).items()}
     for name in c.peers:
         for key, found, every in (("byte_share", "listed_bytes", "covered"),
                                   ("segments", "listed", "rows0")):  # fmt: skip
             share = float(sums[f"{found}/{name}"] / max(sums[every], 1))
             metrics[f"reconstruction.listed.{name}.{key}"] = share
-    for i in range(1, levels):
-        name, level = f"reconstruction.level{i}", c.levels[i]
-        for stage, found in enumerate(above[i], 1):
-            each = _exactness(found)
-            each["digit_accuracy"] = float(found["digits_right"] / max(found["digits"], 1))
-            each["code_bits_per_byte"] = _nominal(sums, i, stage, level.codes)
-            where = f"rate_distortion.level{i}.stages{stage}"
-            metrics |= {f"{where}.{k}": v for k, v in each.items()}
-        metrics |= {f"{name}.{k}": v for k, v in each.items()}
     for name, (total, count) in ((k, v) for k, v in sums.items() if k.startswith("mean/")):
         metrics[name.removeprefix("mean/")] = float(total / max(count, 1))
     metrics |= seen_by_top(variables)
@@ -155,11 +154,15 @@ def seen_by_top(variables: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _exactness(found: Mapping[str, Any]) -> dict[str, float]:
-    return {
+def _exactness(found: Mapping[str, Any], level: int) -> dict[str, float]:
+    out = {
         "byte_accuracy": float(found["right"] / max(found["bytes"], 1)),
         "exact_segments": float(found["exact"] / max(found["segments"], 1)),
     }
+    for i in range(level):
+        name = "digit_accuracy" if i == level - 1 else f"level{i}_digit_accuracy"
+        out[name] = float(found[f"digits_right{i}"] / max(found[f"digits{i}"], 1))
+    return out
 
 
 def _nominal(sums: Mapping[str, Any], level: int, stages: int, codes: int) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.types import Mean
 from latent_jax.systems.abstractinator import router, segment
-from latent_jax.systems.abstractinator.config import AbstractRun, part
+from latent_jax.systems.abstractinator.config import AbstractRun, SegmentConfig, part
 from latent_jax.systems.abstractinator.model import Abstractinator, Lookback, Rows
 from latent_jax.systems.abstractinator.tokenizer import EOP
 
@@ -177,7 +177,7 @@ def level(
     terms, aux = _quantiser(out, 0)
     c = model.config.segments
     if c.rule == "learned":
-        terms["ratio"] = router.ratio_loss(out.scores, valid, c.cut, c.bytes_per_segment)
+        terms["ratio"] = ratio(c, ids, valid, out.scores)
     found = out.found
     counts = found.overflow.sum() + found.length.sum()
     aux |= {
@@ -186,6 +186,16 @@ def level(
         "bytes_per_row": Mean.of(found.length, found.rows),
     }
     return {"reconstruct": Mean.of(nll, counted), **terms}, aux
+
+
+def ratio(
+    config: SegmentConfig, ids: Int[Array, "b t"], valid: Bool[Array, "b t"],
+    p: Float[Array, "b t"],
+) -> Mean:
+    """`router.ratio_loss` of all starts: the router's, of full segments, and beyond the budget."""
+    marked = segment.surprising(p, None, config.cut)
+    starts = segment.starts(ids, config.rule, config.most, marked)
+    return router.ratio_loss(p, valid, starts, config.bytes_per_segment)
 
 
 def level_above(

@@ -19,8 +19,7 @@ class Measure:
     def __init__(self, model: Abstractinator):
         self.model = model
         self.likelihoods = jax.jit(self._likelihoods)
-        self.free_running = jax.jit(self._free_running)
-        self.from_above = jax.jit(self._from_above, static_argnums=4)
+        self.free_running = jax.jit(self._free_running, static_argnums=4)
         self.digits = jax.jit(
             lambda *text: model.apply(*text, method="pyramid")[-1].digits
         )
@@ -92,22 +91,23 @@ class Measure:
             sums |= {f"mean/{name}": jnp.stack(list(mean)) for name, mean in means.items()}
         return sums
 
-    def _free_running(self, variables, ids, valid, stages):
-        """Greedy bytes of rows whose digits from ``stages`` on are dropped."""
-        out = self.model.apply(variables, ids, valid, method="encode")
-        kept = jnp.where(jnp.arange(out.depth) < stages, out.digits, -1)
-        rows = self.model.apply(variables, kept, method="append")
-        return self._bytes(variables, ids, out, rows)
-
-    def _from_above(self, variables, ids, valid, stages, level):
+    def _free_running(self, variables, ids, valid, stages, level=0, other=False):
         """Greedy rows of a level's rows, greedy rows of these, and so on down to bytes.
 
-        The digits of the level from ``stages`` on are dropped.
+        Args:
+          variables: of the model.
+          ids: byte ids.
+          valid: which of them are bytes.
+          stages: digits of the level from here on are dropped.
+          level: whose rows are read.
+          other: every window reads the rows of the one before it in the batch, the first those of
+            the last: what is right then needs no row of its own.
         """
         model, config = self.model, self.model.config
         out = model.apply(variables, ids, valid, (), level, method="pyramid")
         high, sums = out[level], {}
         kept = jnp.where(jnp.arange(high.depth) < stages, high.digits, -1)
+        kept = jnp.where(other, jnp.roll(kept, 1, 0), kept)
         rows = model.apply(variables, kept, level=level, method="append")
         for i in range(level, 0, -1):
             below = out[i - 1]
@@ -118,9 +118,8 @@ class Measure:
                 Choice.of(depth),
             ).reshape(b, -1, depth)[:, :s]  # fmt: skip
             known = below.digits >= 0
-            if i == level:
-                sums["digits"] = known.sum()
-                sums["digits_right"] = (known & (said == below.digits)).sum()
+            sums[f"digits{i - 1}"] = known.sum()
+            sums[f"digits_right{i - 1}"] = (known & (said == below.digits)).sum()
             rows = model.apply(variables, jnp.where(known, said, -1), None, i - 1, method="append")
         found, said = self._bytes(variables, ids, out[0], rows)
         return {**sums, **found}, said

@@ -52,15 +52,22 @@ class Router(nn.Module):
 
 
 def ratio_loss(
-    p: Float[Array, "b t"], valid: Bool[Array, "b t"], cut: float, wanted: float
+    p: Float[Array, "b t"], valid: Bool[Array, "b t"], starts: Bool[Array, "b t"], wanted: float
 ) -> Mean:
     """Draws the share of starts toward one in ``wanted`` bytes; 1 where it is that.
 
-    ``N / (N - 1) ((N - 1) F G + (1 - F) (1 - G))`` with the share ``F`` of bytes above ``cut`` and
-    the mean probability ``G`` (H-Net, equation 10). It is a mean over bytes, and its gradient is
-    that of ``G`` alone: too many starts lower every probability, too few raise them.
+    ``N / (N - 1) ((N - 1) F G + (1 - F) (1 - G))`` with the share ``F`` of bytes that start a
+    segment and the mean probability ``G`` (H-Net, equation 10). It is a mean over bytes, and its
+    gradient is that of ``G`` alone: too many starts lower every probability, too few raise them.
+
+    Args:
+      p: of a start, per byte.
+      valid: which are bytes.
+      starts: of segments, also where one only has its greatest length: left out, they would come on
+        top of what is wanted (H-Net's segments have no greatest length).
+      wanted: bytes per segment.
     """
-    share = Mean.of(p > cut, valid).value
+    share = Mean.of(starts, valid).value
     each = (wanted - 1) * share * p + (1 - share) * (1 - p)
     return Mean.of(each * wanted / (wanted - 1), valid)
 
