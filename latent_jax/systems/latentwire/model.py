@@ -320,7 +320,7 @@ class Compressor(nn.Module):
         self.measured = heads.Calibration(**made)
 
     def _known(self) -> heads.Calibration:
-        found = self.measured
+        found = jax.lax.stop_gradient(self.measured)  # measured, not trained
         return found._replace(profile=found.profile * jnp.exp(self.factor)[..., None])
 
     def softened(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Prefix:
