@@ -168,12 +168,10 @@ def nll_at_h(
             these = [key for key in runtimes if key[1] == w]
             if not these:
                 continue
-            contexts = [
-                memory.gather(runtimes[k].nodes(runtimes[k].settle(query, cursor))[0], start)
-                for k in these
-            ]
-            losses = memory.losses(contexts, live, start, horizon, w)
-            for (name, _), loss in zip(these, losses, strict=True):
+            for name, _ in these:  # one at a time: a context of gists of heads is large
+                runtime = runtimes[name, w]
+                entries = memory.gather(runtime.nodes(runtime.settle(query, cursor))[0], start)
+                loss = memory.losses([entries], live, start, horizon, w)[0]
                 found.setdefault(f"{name}.w{w}", []).append(float(loss))
         if progress is not None:
             progress("nll_at_h", number + 1, len(cursors))

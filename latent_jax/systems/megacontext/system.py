@@ -21,7 +21,8 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import lens_losses, recipe, tasks
 from latent_jax.systems.megacontext.config import MEASURED, POLICIES, MegaRun
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
-from latent_jax.systems.megacontext.head_gists import HeadGists, calibrate
+from latent_jax.systems.megacontext.head_calibration import calibrate
+from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
@@ -33,7 +34,7 @@ from latent_jax.systems.megacontext.sight import lens_net, sight_width
 from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
-    (r"^gist/profile$", "heads"),
+    (r"^gist/profile/", "heads"),
     (r"^gist/(query|normaliser|metric|mass)$", "frozen"),
     (r"^gist/level_1/(query|bias)$", "queries"),
     (r"^gist/level_1/(keys|values)$", "maps"),
@@ -87,21 +88,31 @@ class MegaContextSystem(StoreHooks):
         """Fresh parameters: a slot starts as a mean over its stretch; or what training texts say
         of each head.
         """
-        if isinstance(self.gists, HeadGists):
-            rows = recipe.calibration(self.config, self.backbone.tokenizer)
-            return {"params": {"gist": calibrate(self.gists, self.frozen["base"], rows)}}
         r, layout = self.backbone.config, self.config.model.layout
-        shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
-        some = Gists(jnp.zeros(shape), jnp.zeros(shape))
-        params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
+        if isinstance(self.gists, HeadGists):
+            params = {"gist": self._calibrated()}
+        else:
+            shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
+            some = Gists(jnp.zeros(shape), jnp.zeros(shape))
+            params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
         if self.lens is not None:
             width = sight_width(r, self.config.model.lens)
             params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
         return {"params": params}
 
+    def _calibrated(self) -> dict[str, Any]:
+        if self._trains_lens():  # labels are of the gists of train.init_from
+            return self.gists.empty()
+        tokenizer = self.backbone.tokenizer
+        rows = functools.partial(recipe.calibration, self.config, tokenizer)
+        return calibrate(self.gists, self.frozen["base"], rows)
+
+    def _trains_lens(self) -> bool:
+        return any(p.data == "lens" for p in self.config.train.phases)
+
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns, without its texts."""
-        if isinstance(self.gists, HeadGists):
+        if isinstance(self.gists, HeadGists) and not self._trains_lens():
             return {"params": {"gist": jax.eval_shape(self.gists.empty)}}
         return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
 
@@ -243,7 +254,7 @@ class MegaContextSystem(StoreHooks):
         """
         self.eval_data()
         if self.config.eval.budgets:
-            self.long_history()
+            self.long_histories()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
         else:
@@ -274,7 +285,7 @@ class MegaContextSystem(StoreHooks):
         """Recovery on a few held-out histories, with own and with another history's gists; of a
         lens in training, its losses on held-out contexts.
         """
-        if any(p.data == "lens" for p in self.config.train.phases):
+        if self._trains_lens():
             batch = self.lens_rows.held_out_batch()
             if batch is None:
                 return {}
@@ -326,26 +337,34 @@ class MegaContextSystem(StoreHooks):
             e.reach_budget, e.reach, e.task_rows, c.seed, progress,
         )  # fmt: skip
 
-    def long_history(self) -> np.ndarray:
-        """The text on which policies are compared, with its last horizon."""
+    def long_histories(self) -> np.ndarray:
+        """The texts on which policies are compared, each with its last horizon."""
         e = self.config.eval
         tokens = (e.long + e.horizon) * self.config.model.layout.block
-        return recipe.histories(self.config, self.backbone.tokenizer, "validation", tokens, 1)[0]
+        return recipe.histories(
+            self.config, self.backbone.tokenizer, "validation", tokens, e.long_rows
+        )
 
     def _policies(self, variables, frozen, progress) -> dict[str, np.ndarray]:
-        """Losses at places of one long held-out text, by policy and size of the context."""
-        e = self.config.eval
-        horizon, ids = e.horizon * self.config.model.layout.block, self.long_history()
+        """Losses at places of long held-out texts, by policy and size of the context."""
+        e, parts = self.config.eval, []
+        horizon, rows = e.horizon * self.config.model.layout.block, self.long_histories()
         places = np.linspace(e.long // 2, e.long, e.places).astype(int)
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            with self.memory(variables, frozen, store, writable=True) as memory:
-                memory.tree.append(ids)
-                memory.build()
-                return nll_at_h(
-                    memory, e.budgets, e.policies, places.tolist(), horizon,
-                    oracle_steps=e.oracle_steps, progress=progress,
-                )  # fmt: skip
+        for number, ids in enumerate(rows):
+            with tempfile.TemporaryDirectory() as folder:
+                store = str(Path(folder) / "store")
+                with self.memory(variables, frozen, store, writable=True) as memory:
+                    memory.tree.append(ids)
+                    memory.build()
+                    parts.append(
+                        nll_at_h(
+                            memory, e.budgets, e.policies, places.tolist(), horizon,
+                            oracle_steps=e.oracle_steps,
+                        )
+                    )
+            if progress is not None:
+                progress("nll_at_h", number + 1, len(rows))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 LENS_TERMS = ("regression", "ranking", "budget", "legality")
