@@ -13,6 +13,7 @@ from latent_jax import backbones
 from latent_jax.backbones.testing import random_params
 from latent_jax.systems.megacontext.config import LensConfig
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
+from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import Gists, slot_positions
 from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
@@ -23,7 +24,7 @@ from latent_jax.systems.megacontext.reading import place, read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.sight import Look, sight_width
 from latent_jax.systems.megacontext.store import GistTree
-from latent_jax.systems.megacontext.tiling import nodes, start
+from latent_jax.systems.megacontext.tiling import start
 from tests.systems.megacontext.test_head_gists import (
     BASE,
     DECODER,
@@ -74,8 +75,8 @@ def test_with_room_for_all_nothing_changes_for_a_reader(params, base, ids):
     wide = dataclasses.replace(TWO, gist=dataclasses.replace(TWO.gist, places=32))
     gists = with_room_for_all(wide)
     full = gists.empty() | {k: params[k] for k in ("query", "normaliser", "metric", "mass")}
-    one = gists.build(full, base, ids, 1)
-    two = gists.build(full, base, ids, 2)
+    build = jax.jit(gists.build, static_argnames=("level",))
+    one, two = (build(full, base, ids, level=level) for level in (1, 2))
     then = ids[:, :8]
     np.testing.assert_allclose(
         behind(gists, full, base, two, 2, then), behind(gists, full, base, one, 1, then), atol=2e-4
@@ -86,15 +87,17 @@ def test_what_is_kept_fills_the_room_and_stands_in_better_than_it_would_alone(pa
     gists = HeadGists(TWO, DECODER, SINK)
     count = np.asarray(gists.counts(params, 2))
     assert count.sum() == gists.room(2) and count.max() <= 12 and count.max() > count.min()
-    found = gists.spread(params, gists.build(params, base, ids, 2), 2)
+    build = jax.jit(gists.build, static_argnames=("level",))
+    found = gists.spread(params, build(params, base, ids, level=2), 2)
     used = np.asarray(found.bias) > NOTHING / 2
     assert (used.sum((1, 2)) == 4 * count).all()
     assert np.isfinite(np.asarray(found.k)).all() and np.isfinite(np.asarray(found.v)).all()
 
-    # One head by hand: the fit gives its queries more of what all entries gave than the same
-    # entries as they are.
+    # One head by hand, six keys four times each: those that are kept stand for all, and alone
+    # they would not.
     key = jax.random.split(jax.random.key(4), 4)
-    keys, values = (jax.random.normal(k, (1, 1, 24, 8)) for k in key[:2])
+    keys, values = (jnp.tile(jax.random.normal(k, (1, 1, 6, 8)), (1, 1, 4, 1)) for k in key[:2])
+    keys += 0.05 * jax.random.normal(key[2], keys.shape)
     asked = jax.random.normal(key[2], (40, 1, 1, 8))
     bias = jnp.log(jax.random.uniform(key[3], (1, 1, 24), minval=0.5, maxval=4.0))
     elsewhere = jnp.full((40, 1, 1), 2.0)
@@ -113,8 +116,8 @@ def test_what_is_kept_fills_the_room_and_stands_in_better_than_it_would_alone(pa
     fit = given(new[:, :8], new[:, 8:-1], new[:, -1])
     near = [int(np.abs(np.asarray(keys[0, 0]) - k).max(1).argmin()) for k in new[:, :8]]
     alone = given(*(np.asarray(x)[0, 0][near] for x in (keys, values, bias)))
-    assert np.square(fit - truth).mean() < 0.5 * np.square(alone - truth).mean()
-    assert (np.diff(np.asarray(cost)[0, 0, :16]) <= 1e-3).mean() > 0.7  # best ranks are dear
+    assert np.square(fit - truth).mean() < 0.1 * np.square(alone - truth).mean()
+    assert np.asarray(cost)[0, 0, :5].min() > 10 * np.asarray(cost)[0, 0, 6:].max()
 
 
 def test_places_that_hold_nothing_are_never_read(params):
@@ -164,33 +167,35 @@ def test_streamed_and_bulk_builds_agree(memory, reader, kept, tmp_path):
 def test_what_actions_are_worth_is_what_reading_says(memory):
     """Counterfactuals share a prefix; each equals the loss behind its own context."""
     layout = TWO.layout
-    tiling = start(layout, 20, 40)
-    here = [(n, i) for n, i in nodes(tiling) if n or i < 19]
-    todo = actions(layout, tiling)
-    assert {a.kind for a in todo} == {1} and {n for a in todo for n, _ in a.made} >= {0, 1}
-    live = memory.tree.tokens(19 * 8, 21 * 8)
-    found = Counterfactuals(memory, 40, rows=3).measure(here, todo, live, 19 * 8, 8)
+    tiling = start(layout, 20, 60)
+    here, first = before_tail(layout, tiling)
+    todo = [a for i, a in enumerate(actions(layout, tiling)) if i in (0, 3, 4, 8)]
+    made = {(a.kind, n) for a in todo for n, _ in a.made}
+    assert made == {(1, 1), (1, 0), (-1, 2), (-1, 1)}
+    live = memory.tree.tokens(first, 21 * 8)
+    found = Counterfactuals(memory, 60, rows=3).measure(here, todo, live, first, 8)
+
+    def loss(context):
+        return memory.losses([memory.gather(context, first)], live, first, 8, 60)[0]
+
+    assert abs(loss(here) - found.nll) < 2e-5
     for action, delta in zip(todo, found.delta_nll, strict=True):
         at = here.index(action.gone[0])
         changed = [*here[:at], *action.made, *here[at + len(action.gone) :]]
-        losses = [
-            memory.losses([memory.gather(c, 19 * 8)], live, 19 * 8, 8, 40)[0]
-            for c in (here, changed)
-        ]
-        assert abs(losses[1] - losses[0] - delta) < 2e-5
-        assert abs(losses[0] - found.nll) < 2e-5
-    best, _ = Oracle(memory, 60, RuntimeConfig().focus, 3).settle(20, live, 19 * 8, 8)
-    assert np.isfinite(best)
+        assert abs(loss(changed) - found.nll - delta) < 2e-5
+    best, _ = Oracle(memory, 60, RuntimeConfig().focus, 2).settle(20, live, first, 8)
+    assert best <= found.nll + 2e-5
 
 
-def test_a_context_of_both_levels_is_read(memory):
-    runtime = Runtime(memory, RuntimeConfig(60, "recency"))
-    found, first = runtime.nodes(runtime.settle(memory.tree.tokens(160, 168)))
+def test_a_context_of_both_levels_is_gathered_and_answered(memory):
+    found, first = before_tail(TWO.layout, start(TWO.layout, 20, 60))
     assert {level for level, _ in found} == {0, 1, 2}
     entries = memory.gather(found, first)
     widths = {0: 8, 1: 8, 2: 12}
     assert len(entries.positions) == sum(widths[level] for level, _ in found)
-    assert runtime.answer("The mill", 3).nodes == found
+    runtime = Runtime(memory, RuntimeConfig(60, "recency"))
+    answer = runtime.answer("The mill", 3)
+    assert 2 in {level for level, _ in answer.nodes} and answer.text
 
 
 def test_a_lens_sees_the_heads_mean_values(memory, reader, kept):
@@ -203,7 +208,7 @@ def test_a_lens_sees_the_heads_mean_values(memory, reader, kept):
         found = memory.heads.spread(kept, records, level)
         weight = np.exp(np.maximum(np.asarray(found.bias, np.float64), -80.0))[..., None]
         weight = np.where(np.asarray(found.bias)[..., None] < -1e4, 0, weight)
-        mean = (weight * found.v).sum(2) / np.maximum(weight.sum(2), 1e-6)  # l n g d
+        mean = (weight * np.asarray(found.v)).sum(2) / np.maximum(weight.sum(2), 1e-6)  # l n g d
         wanted = mean[[0, -1]].swapaxes(0, 1).reshape(2, 2, -1)
         wanted /= np.sqrt(np.square(wanted).mean(-1, keepdims=True))
         np.testing.assert_allclose(seen.reshape(2, 2, -1), wanted, atol=2e-2)
