@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-
-_LARGE = 128
+_LARGE = 128  # columns
 
 
 def ridged(gram: Float[Array, "*n s s"], share: float) -> Float[Array, "*n s s"]:

@@ -186,6 +186,11 @@ class EvalConfig:
     long: int = field(default=128, ge=4, help="blocks of that history")
     long_rows: int = field(default=1, ge=1, help="such histories")
     places: int = field(default=8, ge=1, help="places of each at which the horizon is predicted")
+    stream: int | None = field(
+        default=None, ge=8,
+        help="blocks of a text that is read while it grows, at the first of eval.budgets, after as "
+        "many of history as half of them; none: not measured",
+    )
     tasks: tuple[str, ...] = field(
         default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
     )
@@ -261,11 +266,16 @@ class MegaRun(RunBase):
                 f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
                 f"a multiple of {step} (nodes of the top level, windows of the encoder)"
             )
+        if e.stream and not e.budgets:
+            raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
+        if e.stream:
+            least = max(least, cover_cost(layout, e.stream, layout.levels))
         small = [w for w in e.budgets if w < least]
         if small:
             raise ConfigError(
-                f"eval.budgets: {small} cannot hold eval.long={e.long} blocks, which cost {least} "
-                "entries at their coarsest: raise W, or add a level to model.layout.slots"
+                f"eval.budgets: {small} cannot hold the blocks of eval.long={e.long} or "
+                f"eval.stream={e.stream}, which cost {least} entries at their coarsest: raise W, "
+                "or add a level to model.layout.slots"
             )
 
     def _only_what_heads_can(self) -> None:

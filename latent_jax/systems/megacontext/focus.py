@@ -119,16 +119,10 @@ class Focus:
                 f"{self.layout.block}: ingest text first"
             )
         tiling = tl.start(self.layout, blocks, c.budget)
-        features: dict[str, Any] = {}
-        if c.policy == "bm25":
-            features["overlap"] = jnp.asarray(self.overlap(query, blocks))
-        if c.policy == "lens":
-            features["tail"] = self.lens.sight.tail(blocks, newer)
+        features = self._features(query, blocks, newer)
         traces, tilings, key = [], [], jax.random.key(seed)
         for i in range(iterations or c.iterations):
-            if c.policy == "lens":
-                features["entry"] = self._entries(tiling)
-            scores = self._score(tiling, features, jax.random.fold_in(key, i))
+            scores = self._scores(tiling, features, jax.random.fold_in(key, i))
             tiling, trace = refocus(self.layout, c.focus, c.budget, tiling, scores)
             traces.append(trace)
             tilings.append(tiling)
@@ -136,6 +130,24 @@ class Focus:
                 break
         self.history = telemetry.gather(traces, tilings)
         return tiling
+
+    def scores(
+        self, tiling: Tiling, query: Int[np.ndarray, " q"], blocks: int, key: jax.Array
+    ) -> Float[np.ndarray, " n"]:
+        """What the policy makes of a tiling of a history of ``blocks``; see `settle`."""
+        return self._scores(tiling, self._features(query, blocks, None), key)
+
+    def _features(self, query, blocks, newer) -> dict[str, Any]:
+        if self.config.policy == "bm25":
+            return {"overlap": jnp.asarray(self.overlap(query, blocks))}
+        if self.config.policy == "lens":
+            return {"tail": self.lens.sight.tail(blocks, newer)}
+        return {}
+
+    def _scores(self, tiling, features, key):
+        if self.config.policy == "lens":
+            features = features | {"entry": self._entries(tiling)}
+        return self._score(tiling, features, key)
 
     def _entries(self, tiling: Tiling) -> Float[np.ndarray, "n f"]:
         found = self.lens.sight.nodes(tl.nodes(tiling))
