@@ -168,7 +168,9 @@ class EvalConfig:
     rows: int = field(default=64, ge=2, help="held-out histories")
     history: int = field(default=7, ge=2, help="blocks that are replaced by their gists")
     upper_rows: int = field(
-        default=0, ge=0, help="held-out histories of one node of each upper level; 0: none"
+        default=0, ge=0,
+        help="held-out histories of whole nodes of each upper level, as many as eval.history holds "
+        "or one; 0: none",
     )
     horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
     batch_size: int = field(default=8, ge=2, help="rows at once")

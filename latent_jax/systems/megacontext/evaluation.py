@@ -41,7 +41,10 @@ class Evaluation:
         """Recovery at every level with its controls, and losses of all arms."""
         e, metrics, artefacts = self.config.eval, {}, {}
         for level in range(1, self.config.model.layout.levels + 1):
-            measure = self.recovery if level == 1 else self._measure(level, 1)
+            measure = self.recovery
+            if level > 1:  # the same histories where whole nodes fill them
+                width = int(self.config.model.layout.widths[level])
+                measure = self._measure(level, max(e.history // width, 1))
             limit = e.rows if level == 1 else e.upper_rows
             if not limit:
                 continue
