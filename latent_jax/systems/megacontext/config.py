@@ -149,7 +149,11 @@ ARMS = (
 )  # fmt: skip
 # Focus policies; the last is told what every action would be worth, which no runtime knows.
 MEASURED = "oracle"
-POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25", "lens", MEASURED)
+POLICIES = (
+    "recency", "sink_recency", "uniform", "random", "bm25", "attention", "lens", MEASURED
+)  # fmt: skip
+# Those that look at what the context holds, and so need its gists.
+LOOKING = ("attention", "lens", MEASURED)
 # Facts hidden in a history; see `tasks`.
 TASKS = ("passkey", "key_value", "straddling")
 # What else a long history is read through.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from latent_jax.systems.megacontext import recipe, stream, tasks
-from latent_jax.systems.megacontext.config import MEASURED, POLICIES
+from latent_jax.systems.megacontext.config import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
 from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 
@@ -77,7 +77,7 @@ class Evaluation:
                 memory, text, ids, e.tasks, movers, e.budgets[0], e.task_blocks, e.task_rows,
                 c.seed, progress,
             )  # fmt: skip
-        alone = [p for p in movers if p != "lens"]
+        alone = [p for p in movers if p not in LOOKING]
         return found | tasks.reach(
             tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids, e.tasks, alone,
             e.reach_budget, e.reach, e.task_rows, c.seed, progress,

@@ -24,6 +24,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
+from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
@@ -101,6 +102,7 @@ class Memory:
         self._encode = jax.jit(self._encode_window)
         self._make = jax.jit(self._gists, static_argnames=("level",))
         self._nll = jax.jit(self._losses)
+        self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
         self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
 
     @classmethod
@@ -334,6 +336,41 @@ class Memory:
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
         return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first, bias))
+
+    def attention(
+        self, nodes: Sequence[Node], ids: Int[np.ndarray, " t"], start: int, watched: int,
+        capacity: int, count: int,
+    ) -> Float[np.ndarray, " n"]:  # fmt: skip
+        """What the last tokens attend to in each node; see `attention.node_attention`.
+
+        Args:
+          nodes: of a context; what is not among them gets 0.
+          ids: tokens that follow it, in multiples of a block so that few lengths are compiled.
+          start: position of the first of them in the history.
+          watched: how many of the last ones are asked.
+          capacity: entries of the compiled shape.
+          count: nodes of the compiled shape.
+        """
+        entries = self.gather(nodes, start)
+        places = self.places(capacity, len(entries.positions))
+        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
+        owner = np.repeat(np.arange(len(nodes)), widths)
+        owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
+        full, mask = entries.padded(places), np.arange(places)[None] < len(entries.positions)
+        first = int(self.positions(np.asarray([start]), start)[0])
+        return np.asarray(
+            self._attention(
+                self.base, full.k, full.v, full.positions, mask, full.bias, owner, ids, first,
+                nodes=count, watched=watched,
+            )
+        )  # fmt: skip
+
+    def _node_attention(self, base, k, v, at, mask, bias, owner, ids, first, nodes, watched):
+        bias = None if bias is None else bias[:, None]
+        placed = place(self.decoder, Gists(k[:, None], v[:, None]), at[None], mask, bias)
+        return node_attention(
+            self.decoder, base, self.sink, placed, owner, nodes, ids, first, watched
+        )
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
