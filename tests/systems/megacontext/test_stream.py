@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ def read(tmp_path_factory):
     reader = backbones.load("tiny")
     c = reader.config
     shape = (c.num_layers, 1, 8, c.num_kv_heads, c.head_dim)
-    some = Gists(np.zeros(shape), np.zeros(shape))
+    some = Gists(jnp.zeros(shape), jnp.zeros(shape))
     params = GistNet(MODEL, c).init(jax.random.key(0), some, method="touch")["params"]
     ids = np.random.default_rng(0).integers(10, c.vocab_size, 30 * 8)
     path = tmp_path_factory.mktemp("stream") / "store"
