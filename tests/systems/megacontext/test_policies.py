@@ -127,7 +127,7 @@ def test_names():
         assert callable(policies.make(name, LAYOUT, BUDGET))
     with pytest.raises(ConfigError, match="policy 'lens': this run has no lens"):
         policies.make("lens", LAYOUT, BUDGET)
-    with pytest.raises(ConfigError, match="'oracel' is unknown; there are attention, bm25, lens, oracle"):
+    with pytest.raises(ConfigError, match="'oracel' is unknown; there are attention, bm25, lens"):
         policies.make("oracel", LAYOUT, BUDGET)
 
 
