@@ -8,9 +8,14 @@ exact rise of the squared error, as optimal brain surgeon removes weights (Hassi
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+_LARGE = 64  # columns that are swept
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def ridged(gram: Float[Array, "*n s s"], share: float) -> Float[Array, "*n s s"]:
@@ -21,10 +26,28 @@ def ridged(gram: Float[Array, "*n s s"], share: float) -> Float[Array, "*n s s"]
 
 
 def inverse(matrix: Float[Array, "*n s s"]) -> Float[Array, "*n s s"]:
-    """Of many small symmetric positive definite matrices, by sweeps without pivoting.
+    """Of many symmetric positive definite matrices: by sweeps without pivoting, large ones by
+    halves (the inverse of a quarter, and that of its Schur complement).
 
-    Library routines take one matrix at a time, and on a busy machine their threads mostly wait.
+    Not by library routines: on a CPU, several of their batched solves at once wait for one another
+    in the threads that should do them, and with two cores for ever (jaxlib 0.10).
     """
+    size = matrix.shape[-1]
+    if size > _LARGE:
+        half = size // 2
+        cross, dot = matrix[..., :half, half:], _product
+        first = inverse(matrix[..., :half, :half])
+        carried = dot(first, cross)
+        rest = inverse(matrix[..., half:, half:] - dot(jnp.swapaxes(cross, -1, -2), carried))
+        corner = -dot(carried, rest)
+        upper = first - dot(corner, jnp.swapaxes(carried, -1, -2))
+        return jnp.concatenate(
+            [
+                jnp.concatenate([upper, corner], axis=-1),
+                jnp.concatenate([jnp.swapaxes(corner, -1, -2), rest], axis=-1),
+            ],
+            axis=-2,
+        )
 
     def sweep(number, m):
         one = jnp.arange(m.shape[-1]) == number

@@ -39,10 +39,10 @@ def test_options_parse():
     assert (options.batch, options.peer, options.prompt_tokens) == (2, False, 256)
 
 
-def test_runs_alternate_and_swap_order():
+def test_runs_alternate_swap_order_and_follow_one_of_their_own():
     calls = []
     pair = timing.alternate(lambda: calls.append("a"), lambda: calls.append("b"), pairs=3, warmup=1)
-    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert "".join(calls) == "ab" + "aabb" + "bbaa" + "aabb"
     assert len(pair.ours) == len(pair.peer) == 3
 
 

@@ -7,6 +7,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from latent_jax.ops.subsets import inverse, refitted, removal_order, ridged
 
@@ -29,6 +30,15 @@ def test_the_inverse_is_the_library_s():
     np.testing.assert_allclose(
         inverse(GRAM), np.linalg.inv(np.asarray(GRAM, np.float64)), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("size", [65, 200])
+def test_a_large_one_is_made_of_halves(size):
+    rows = np.random.default_rng(0).normal(size=(2, 300, size)) * np.logspace(0, -2, size)
+    gram = ridged(jnp.asarray(rows.swapaxes(1, 2) @ rows, jnp.float32), 0.1)
+    found, true = np.asarray(inverse(gram)), np.linalg.inv(np.asarray(gram, np.float64))
+    np.testing.assert_allclose(found, true, atol=2e-6 * np.abs(true).max())
+    np.testing.assert_allclose(found, found.swapaxes(1, 2), atol=1e-6 * np.abs(true).max())
 
 
 def test_each_column_left_out_is_the_cheapest_and_its_price_is_the_rise_of_the_error():

@@ -21,7 +21,7 @@ class GistConfig:
     kind: Literal["reads", "heads"] = field(
         default="reads",
         help="reads: GistNet, trained; heads: the block's own keys and values, of which every head "
-        "keeps as many as it needs (one level; calibrated on a few texts, not trained)",
+        "keeps as many as it needs (calibrated on a few texts, not trained)",
     )
     reads: int = field(
         default=4, ge=1, help="attention reads per slot and head, each with a map of its own"
@@ -49,6 +49,9 @@ class GistConfig:
     )
     calibration: int = field(
         default=16, ge=2, help="heads: training windows that lend queries and share out the room"
+    )
+    places: int = field(
+        default=128, ge=1, help="heads: most entries of one head in a gist of the upper levels"
     )
 
 
@@ -146,7 +149,11 @@ ARMS = (
 )  # fmt: skip
 # Focus policies; the last is told what every action would be worth, which no runtime knows.
 MEASURED = "oracle"
-POLICIES = ("recency", "sink_recency", "uniform", "random", "bm25", "lens", MEASURED)
+POLICIES = (
+    "recency", "sink_recency", "uniform", "random", "bm25", "attention", "lens", MEASURED
+)  # fmt: skip
+# Those that look at what the context holds, and so need its gists.
+LOOKING = ("attention", "lens", MEASURED)
 # Facts hidden in a history; see `tasks`.
 TASKS = ("passkey", "key_value", "straddling")
 # What else a long history is read through.
@@ -165,7 +172,9 @@ class EvalConfig:
     rows: int = field(default=64, ge=2, help="held-out histories")
     history: int = field(default=7, ge=2, help="blocks that are replaced by their gists")
     upper_rows: int = field(
-        default=0, ge=0, help="held-out histories of one node of each upper level; 0: none"
+        default=0, ge=0,
+        help="held-out histories of whole nodes of each upper level, as many as eval.history holds "
+        "or one; 0: none",
     )
     horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
     batch_size: int = field(default=8, ge=2, help="rows at once")
@@ -181,7 +190,13 @@ class EvalConfig:
         default=8, ge=1, help="focus iterations of the policy oracle, each measured afresh"
     )
     long: int = field(default=128, ge=4, help="blocks of that history")
-    places: int = field(default=8, ge=1, help="places of it at which the horizon is predicted")
+    long_rows: int = field(default=1, ge=1, help="such histories")
+    places: int = field(default=8, ge=1, help="places of each at which the horizon is predicted")
+    stream: int | None = field(
+        default=None, ge=8,
+        help="blocks of a text that is read while it grows, at the first of eval.budgets, after as "
+        "many of history as half of them; none: not measured",
+    )
     tasks: tuple[str, ...] = field(
         default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
     )
@@ -257,27 +272,23 @@ class MegaRun(RunBase):
                 f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
                 f"a multiple of {step} (nodes of the top level, windows of the encoder)"
             )
+        if e.stream and not e.budgets:
+            raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
+        if e.stream:
+            least = max(least, cover_cost(layout, e.stream, layout.levels))
         small = [w for w in e.budgets if w < least]
         if small:
             raise ConfigError(
-                f"eval.budgets: {small} cannot hold eval.long={e.long} blocks, which cost {least} "
-                "entries at their coarsest: raise W, or add a level to model.layout.slots"
+                f"eval.budgets: {small} cannot hold the blocks of eval.long={e.long} or "
+                f"eval.stream={e.stream}, which cost {least} entries at their coarsest: raise W, "
+                "or add a level to model.layout.slots"
             )
 
     def _only_what_heads_can(self) -> None:
         """Refuses what gists of the text's own entries do not have."""
-        if self.model.layout.levels > 1:
+        phases = self.train.phases
+        if (self.train.steps or phases) and not any(p.data == "lens" for p in phases):
             raise ConfigError(
-                f"model.layout.slots={list(self.model.layout.slots)}: model.gist.kind=heads makes "
-                "gists of level 1 only; give one number"
-            )
-        if self.train.steps or self.train.phases:
-            raise ConfigError(
-                "model.gist.kind=heads is calibrated, not trained: set train.steps=0 and no phases"
-            )
-        if self.model.lens is not None:
-            raise ConfigError("model.lens reads gists of model.gist.kind=reads only; leave it out")
-        if self.eval.budgets and MEASURED in self.eval.policies:
-            raise ConfigError(
-                f"eval.policies: {MEASURED} measures gists of model.gist.kind=reads only"
+                "model.gist.kind=heads is calibrated, not trained: set train.steps=0 and no phases "
+                "(or phases that train a lens)"
             )

@@ -16,11 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV
-from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import tiling as tl
-from latent_jax.systems.megacontext.gist import Gists
+from latent_jax.systems.megacontext.gist import Gists, entry_offsets
 from latent_jax.systems.megacontext.layout import Layout
-from latent_jax.systems.megacontext.memory import Entries, Memory, Node
+from latent_jax.systems.megacontext.memory import Entries, Memory, Node, joined
 from latent_jax.systems.megacontext.reading import place, read_on
 from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
 
@@ -89,21 +88,18 @@ class Counterfactuals:
       memory: the history with its gists.
       budget: entries of the working context, W; sets the compiled shape.
       rows: contexts that are read at once.
-
-    Raises:
-      ConfigError: gists of single heads' entries, whose places are not their costs.
     """
 
     def __init__(self, memory: Memory, budget: int, rows: int = 8):
-        if memory.heads is not None:
-            raise ConfigError(
-                "utilities are measured with gists of model.gist.kind=reads only: this run's is "
-                "heads"
-            )
-        layout = memory.model.layout
+        layout, model = memory.model.layout, memory.model
         self.memory, self.budget, self.rows = memory, budget, rows
-        made = [layout.expand_costs + layout.costs, np.append(layout.costs[1:], 0)]
-        self._capacity = budget + rows * int(np.max(made))
+        # What a node takes in a prefix, by level: of gists of heads more than its cost.
+        self._wide = np.asarray(
+            [len(entry_offsets(model, level)) for level in range(layout.levels + 1)]
+        )
+        finer = [1, *[layout.branching] * (layout.levels - 1)]
+        made = [*(n * self._wide[i] for i, n in enumerate(finer)), *self._wide[1:]]
+        self._more = rows * int(np.max(made))
         self._read = jax.jit(self._branches, static_argnames=("horizon",))
 
     def measure(
@@ -121,8 +117,7 @@ class Counterfactuals:
           progress: called as progress(done, total) after each batch.
         """
         shared = self.memory.gather(nodes, start)
-        costs = self.memory.model.layout.costs
-        stops = np.cumsum([int(costs[level]) for level, _ in nodes])
+        stops = np.cumsum([int(self._wide[level]) for level, _ in nodes])
         spans = dict(zip(nodes, zip(np.append(0, stops[:-1]), stops, strict=True), strict=False))
         # Drops come last, so that batches of actions alone need no more room than they make.
         branches = [(action, True) for action in todo]
@@ -134,7 +129,7 @@ class Counterfactuals:
             first_position = int(self.memory.positions(np.asarray([start]), start)[0])
             found = self._read(
                 self.memory.base, pool.k, pool.v, pool.positions, mask, np.asarray(ids, np.int32),
-                first_position, horizon=horizon,
+                first_position, pool.bias, horizon=horizon,
             )  # fmt: skip
             losses, divergence = (np.asarray(x, np.float64) for x in found)
             before = float(losses[0])
@@ -149,7 +144,8 @@ class Counterfactuals:
     def _pool(self, shared, spans, part, start) -> tuple[Entries, Bool[np.ndarray, "r m"]]:
         """The shared entries, then what each branch makes; row 0 of the mask is unchanged."""
         width = len(shared.positions)
-        mask = np.zeros((self.rows + 1, self._capacity), bool)
+        capacity = self.memory.places(self.budget, width) + self._more
+        mask = np.zeros((self.rows + 1, capacity), bool)
         mask[:, :width] = True
         pieces, at = [shared], width
         for row, (action, exchange) in enumerate(part, 1):
@@ -160,21 +156,21 @@ class Counterfactuals:
                 mask[row, at : at + len(found.positions)] = True
                 at += len(found.positions)
                 pieces.append(found)
-        columns = zip(*((x.k, x.v, x.positions) for x in pieces), strict=True)
-        joined = Entries(
-            *(np.concatenate(x, axis=a) for x, a in zip(columns, (1, 1, 0), strict=True))
-        )
-        return joined.padded(self._capacity), mask
+        return joined(pieces).padded(capacity), mask
 
     def _branches(
         self, base: Any, k: Array, v: Array, at: Int[Array, " m"], mask: Bool[Array, "r m"],
-        ids: Int[Array, " t"], first: Int[Array, ""], horizon: int,
+        ids: Int[Array, " t"], first: Int[Array, ""], bias: Float[Array, "l m g"] | None,
+        horizon: int,
     ) -> tuple[Float[Array, " r"], Float[Array, " r"]]:  # fmt: skip
         """Loss of every row, and ``KL(row 0 || row)``, means over the horizon."""
         decoder, rows = self.memory.decoder, mask.shape[0]
-        placed = place(decoder, Gists(k[:, None], v[:, None]), at[None], jnp.ones((1, at.size)))
+        bias = None if bias is None else bias[:, None]
+        found = Gists(k[:, None], v[:, None])
+        placed = place(decoder, found, at[None], jnp.ones((1, at.size)), bias)
         wide = lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))  # noqa: E731
-        prefix = KV(wide(placed.k), wide(placed.v), mask)
+        bias = None if bias is None else wide(placed.bias)
+        prefix = KV(wide(placed.k), wide(placed.v), mask, bias)
         ids = jnp.broadcast_to(ids, (rows, ids.size))
         where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden = read_on(decoder, base, self.memory.sink, prefix, ids, where)

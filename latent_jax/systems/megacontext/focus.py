@@ -57,6 +57,9 @@ class Lens(NamedTuple):
 class Focus:
     """Moves the focus of one working context.
 
+    Attributes:
+      reads: whether a language model is at hand.
+
     Args:
       tree: the history.
       layout: sizes.
@@ -68,6 +71,8 @@ class Focus:
         that is not there.
     """
 
+    reads = False
+
     def __init__(
         self, tree: GistTree, layout: Layout, config: RuntimeConfig, lens: Lens | None = None
     ):
@@ -75,6 +80,8 @@ class Focus:
         usable = [name for name in POLICIES if name != MEASURED]
         if config.policy not in usable:
             raise ConfigError(f"policy {config.policy!r}: a runtime can use {', '.join(usable)}")
+        if config.policy == "attention" and not self.reads:
+            raise ConfigError("policy 'attention' asks a language model, which is not here")
         net = None if lens is None else (lens.net, {"params": lens.params})
         self.policy = policies.make(config.policy, layout, config.budget, net)
         self._score = jax.jit(self.policy)
@@ -119,16 +126,11 @@ class Focus:
                 f"{self.layout.block}: ingest text first"
             )
         tiling = tl.start(self.layout, blocks, c.budget)
-        features: dict[str, Any] = {}
-        if c.policy == "bm25":
-            features["overlap"] = jnp.asarray(self.overlap(query, blocks))
-        if c.policy == "lens":
-            features["tail"] = self.lens.sight.tail(blocks, newer)
+        features = self._features(query, blocks, newer)
         traces, tilings, key = [], [], jax.random.key(seed)
         for i in range(iterations or c.iterations):
-            if c.policy == "lens":
-                features["entry"] = self._entries(tiling)
-            scores = self._score(tiling, features, jax.random.fold_in(key, i))
+            here = features | self._seen(tiling, query, blocks)
+            scores = self._score(tiling, here, jax.random.fold_in(key, i))
             tiling, trace = refocus(self.layout, c.focus, c.budget, tiling, scores)
             traces.append(trace)
             tilings.append(tiling)
@@ -137,9 +139,28 @@ class Focus:
         self.history = telemetry.gather(traces, tilings)
         return tiling
 
-    def _entries(self, tiling: Tiling) -> Float[np.ndarray, "n f"]:
+    def scores(
+        self, tiling: Tiling, query: Int[np.ndarray, " q"], blocks: int, key: jax.Array
+    ) -> Float[np.ndarray, " n"]:
+        """What the policy makes of a tiling of a history of ``blocks``; see `settle`."""
+        features = self._features(query, blocks, None) | self._seen(tiling, query, blocks)
+        return self._score(tiling, features, key)
+
+    def _features(self, query, blocks, newer) -> dict[str, Any]:
+        """What a policy looks at, whatever the tiling."""
+        if self.config.policy == "bm25":
+            return {"overlap": jnp.asarray(self.overlap(query, blocks))}
+        if self.config.policy == "lens":
+            return {"tail": self.lens.sight.tail(blocks, newer)}
+        return {}
+
+    def _seen(self, tiling, query, blocks) -> dict[str, Any]:
+        """What it looks at in a tiling."""
+        if self.config.policy != "lens":
+            return {}
         found = self.lens.sight.nodes(tl.nodes(tiling))
-        return np.pad(found, [(0, tiling.level.shape[0] - len(found)), (0, 0)])
+        room = tiling.level.shape[0] - len(found)
+        return {"entry": np.pad(found, [(0, room), (0, 0)])}
 
     def nodes(self, tiling: Tiling) -> tuple[list[Node], int]:
         """Nodes before the protected tail, and the first token that is read live."""

@@ -29,13 +29,11 @@ class Gists(NamedTuple):
     v: Float[Array, "l n s g d"]
 
 
-def slot_offsets(
-    layout: Layout, level: int, place: str = "centre", kind: str = "reads"
-) -> np.ndarray:
-    """Rotary position of each entry of a node relative to the node's first token.
+def slot_offsets(layout: Layout, level: int, place: str = "centre") -> np.ndarray:
+    """Rotary position of each slot of a node relative to the node's first token.
 
     A slot stands in the middle (or at the start) of its even share of the span; raw tokens stand
-    where they stand. Of ``kind`` heads a gist has as many places as a block has tokens.
+    where they stand.
 
     Example:
       >>> slot_offsets(Layout(slots=(4,)), 1).tolist()
@@ -43,12 +41,27 @@ def slot_offsets(
     """
     if level == 0:
         return np.arange(layout.block)
-    if kind == "heads":  # their keys are rotated as from the first token
-        return np.zeros(layout.block, int)
     slots = layout.slots[level - 1]
     stretch = layout.block * int(layout.widths[level]) / slots
     shift = (stretch - 1) / 2 if place == "centre" else 0.0
     return np.floor(np.arange(slots) * stretch + shift).astype(int)
+
+
+def head_places(config: ModelConfig, level: int) -> int:
+    """The most entries that a head has in a gist of ``kind`` heads."""
+    layout = config.layout
+    if level == 1:
+        return layout.block
+    return min(config.gist.places, layout.branching * head_places(config, level - 1))
+
+
+def entry_offsets(config: ModelConfig, level: int) -> np.ndarray:
+    """`slot_offsets` of what is read of a node: of ``kind`` heads a place for each of the most
+    entries that a head may have, with keys that are rotated as from the node's first token.
+    """
+    if level and config.gist.kind == "heads":
+        return np.zeros(head_places(config, level), int)
+    return slot_offsets(config.layout, level, config.gist.place)
 
 
 def slot_positions(
@@ -57,8 +70,7 @@ def slot_positions(
     """Rotary positions of all entries of some nodes of one level, where their text stood."""
     layout = config.layout
     span = layout.block * int(layout.widths[level])
-    offsets = slot_offsets(layout, level, config.gist.place, config.gist.kind)
-    return (nodes[:, None] * span + offsets).reshape(-1)
+    return (nodes[:, None] * span + entry_offsets(config, level)).reshape(-1)
 
 
 class SlotReads(nn.Module):

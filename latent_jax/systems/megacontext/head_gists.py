@@ -7,7 +7,8 @@ that are kept for it. How many entries each head has is the same for every block
 is nothing but numbers; a few texts tell it. Nothing is trained.
 
 No gist depends on what comes after its block: the second reading of a block sees the text up to
-its end, and streamed and bulk builds agree.
+its end, and streamed and bulk builds agree. A gist of the upper levels is made of the entries of
+the gists below it, in the same way and with the queries of other texts alone (`head_merge`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones import head_budgets, head_entries
-from latent_jax.backbones.attention_probe import queries, stream_power
+from latent_jax.backbones.attention_probe import queries
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.sink import behind, sink_kv
@@ -28,11 +29,13 @@ from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
 from latent_jax.ops.subsets import refitted, removal_order, ridged
 from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.gist import head_places
+from latent_jax.systems.megacontext.head_merge import merged
 from latent_jax.systems.megacontext.records import record_width
 
 
 class Spread(NamedTuple):
-    """Gists as a reader attends to them: ``block`` places in every head, most of them hidden.
+    """Gists as a reader attends to them: equally many places in every head, most of them hidden.
 
     Keys are rotated as from the node's first token.
     """
@@ -64,14 +67,25 @@ class HeadGists:
         self.config, self.decoder, self.sink = config, decoder, sink
         base: DecoderConfig = decoder.config
         self.base, self.block = base, config.layout.block
-        self.slots, self.width = config.layout.slots[0], record_width(base)
-        entry = 2 * base.head_dim + 1  # key, value, bias
-        most = base.num_layers * base.num_kv_heads * self.block
-        self.room = min(self.slots * self.width // entry, most)
+        self.width = record_width(base)
         waves = jnp.asarray(inverse_frequencies(base))
         self.waves = jnp.broadcast_to(waves, (base.num_layers, waves.shape[-1]))
 
-    def empty(self) -> dict[str, Array]:
+    def places(self, level: int) -> int:
+        """The most entries that a head has in a gist of a level."""
+        return head_places(self.config, level)
+
+    def slots(self, level: int) -> int:
+        """What a gist of a level costs."""
+        return self.config.layout.slots[level - 1]
+
+    def room(self, level: int) -> int:
+        """Entries of all heads of a gist: as many as its slots hold."""
+        entry = 2 * self.base.head_dim + 1  # key, value, bias
+        most = self.base.num_layers * self.base.num_kv_heads * self.places(level)
+        return min(self.slots(level) * self.width // entry, most)
+
+    def empty(self) -> dict[str, Any]:
         """Parameters before `calibrate`: no queries of others, all heads alike."""
         r, m = self.base, self.config.gist.queries
         layers, heads, groups, d = r.num_layers, r.num_heads, r.num_kv_heads, r.head_dim
@@ -80,45 +94,108 @@ class HeadGists:
             "normaliser": jnp.zeros((layers, m, heads)),
             "metric": jnp.broadcast_to(jnp.eye(d), (layers, groups, d, d)),
             "mass": jnp.ones((layers, groups)),
-            "profile": jnp.ones((layers, groups, self.block)),
+            "profile": {
+                f"level_{level}": jnp.ones((layers, groups, self.places(level)))
+                for level in range(1, self.config.layout.levels + 1)
+            },
         }
 
-    def counts(self, params: Any) -> Int[Array, "l g"]:
-        """Entries of every head in any gist."""
-        tokens, room = jnp.asarray([self.block]), jnp.asarray([self.room])
-        return head_budgets.counts(params["profile"], tokens, room, self.block, first=False)[0]
+    def counts(self, params: Any, level: int = 1) -> Int[Array, "l g"]:
+        """Entries of every head in any gist of a level."""
+        profile, places = params["profile"][f"level_{level}"], self.places(level)
+        tokens, room = jnp.asarray([places]), jnp.asarray([self.room(level)])
+        return head_budgets.counts(profile, tokens, room, places, first=False)[0]
+
+    def all_counts(self, params: Any) -> dict[int, np.ndarray]:
+        """`counts` by level."""
+        levels = range(1, self.config.layout.levels + 1)
+        return {level: np.asarray(self.counts(params, level)) for level in levels}
 
     def make(self, params: Any, base: Any, ids: Int[Array, "b t"]) -> Float[Array, "n s w"]:
         """Records of the gists of whole blocks; windows begin at the rows' first tokens."""
         rows = self._windows(ids)
-        entries, order, _ = self._entries(params, base, rows)
-        count = self.counts(params)
-        count = jnp.broadcast_to(count, (entries.shape[1], *count.shape))
-        packed = head_budgets.pack(entries, order, count, self.room)
-        packed = packed.reshape(len(packed), -1)
-        packed = jnp.pad(packed, ((0, 0), (0, self.slots * self.width - packed.shape[1])))
+        entries, order, _ = self.entries(params, base, rows)
         n, of_each = ids.shape[1] // self.block, rows.shape[0] // ids.shape[0]
-        packed = packed.reshape(ids.shape[0], of_each * self.config.gist.window, self.slots, -1)
-        return packed[:, :n].reshape(-1, self.slots, self.width)
+        packed = self._packed(params, entries, order, 1)
+        packed = packed.reshape(ids.shape[0], of_each * self.config.gist.window, *packed.shape[1:])
+        return packed[:, :n].reshape(-1, *packed.shape[2:])
 
-    def spread(self, params: Any, records: Float[Array, "n s w"]) -> Spread:
+    def merge(
+        self, params: Any, below: Float[Array, "n branch s w"], level: int
+    ) -> Float[Array, "n s w"]:
+        """Records of gists of a level from 2 up, of the records of what lies below each."""
+        entries, order, _ = self.over(params, below, level)
+        return self._packed(params, entries, order, level)
+
+    def build(
+        self, params: Any, base: Any, ids: Int[Array, "b t"], level: int
+    ) -> Float[Array, "n s w"]:
+        """Records of a level from texts of whole nodes of it."""
+        found = self.make(params, base, ids)
+        for upper in range(2, level + 1):
+            below = found.reshape(-1, self.config.layout.branching, *found.shape[1:])
+            # One at a time: all entries of what lies below are compared with one another.
+            found = jax.lax.map(lambda x, at=upper: self.merge(params, x[None], at)[0], below)
+        return found
+
+    def spread(
+        self, params: Any, records: Float[Array, "n s w"], level: int = 1
+    ) -> Spread:
         """Places of every head in some gists."""
-        n, d = len(records), self.base.head_dim
+        n, d, room = len(records), self.base.head_dim, self.room(level)
         entry = 2 * d + 1
-        packed = jnp.asarray(records, jnp.float32).reshape(n, -1)[:, : self.room * entry]
-        count = self.counts(params)
+        packed = jnp.asarray(records, jnp.float32).reshape(n, -1)[:, : room * entry]
+        count = self.counts(params, level)
         count = jnp.broadcast_to(count, (n, *count.shape))
         rows, used = head_budgets.unpack(
-            packed.reshape(n, self.room, entry), count, self.block
+            packed.reshape(n, room, entry), count, self.places(level)
         )
         bias = jnp.where(used, rows[..., -1], MASKED)
         return Spread(rows[..., :d], rows[..., d:-1], bias)
+
+    def _packed(self, params, entries, order, level):
+        """The kept ones of entries ``[l, n, t, g, e]`` as records."""
+        count = self.counts(params, level)
+        count = jnp.broadcast_to(count, (entries.shape[1], *count.shape))
+        packed = head_budgets.pack(entries, order, count, self.room(level))
+        packed = packed.reshape(len(packed), -1)
+        slots = self.slots(level)
+        packed = jnp.pad(packed, ((0, 0), (0, slots * self.width - packed.shape[1])))
+        return packed.reshape(-1, slots, self.width)
+
+    def over(self, params, below, level):
+        """Of nodes of an upper level what `entries` gives of windows, over the places of a few
+        more than may be kept.
+        """
+        layout, (n, branch) = self.config.layout, below.shape[:2]
+        flat = below.reshape(n * branch, *below.shape[2:])
+        found = self.spread(params, flat, level - 1)
+        child = layout.block * int(layout.widths[level - 1])
+        at = jnp.tile(jnp.arange(branch) * child, n)[:, None]
+        at = jnp.broadcast_to(at, found.k.shape[1:3])
+        found = found._replace(k=rope.rotate_layers(found.k, at, self.waves))
+        found = Spread(*(x.reshape(x.shape[0], n, -1, *x.shape[3:]) for x in found))
+        m = params["query"].shape[1]
+        where = child * branch + jnp.arange(m) * self.config.gist.reach // m
+
+        def layer(x):
+            waves, k, v, bias, p, count = x
+            asked = self.scaled(rope.rotate(p["query"][None], where[None], waves)[0])
+            theirs = p["normaliser"].reshape(asked.shape[:-1])
+            own = (jnp.moveaxis(y, 2, 1) for y in (k, v, bias))  # n g c ...
+            return merged(
+                *own, asked, theirs, p["metric"], p["mass"], count, self.places(level),
+                self.config.gist.ridge,
+            )  # fmt: skip
+
+        by_layer = self.waves, *found, _asking(params), self.counts(params, level)
+        return jax.lax.map(layer, by_layer)
 
     def _windows(self, ids: Int[Array, "b t"]) -> Int[Array, "r w"]:
         length = self.config.gist.window * self.block
         return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % length))).reshape(-1, length)
 
-    def _entries(self, params, base, rows):
+    def entries(self, params, base, rows):
         """All entries of windows as they would be kept, ``[l, n, block, g, 2d + 1]``, the order in
         which they are packed, and what leaving each rank out costs, ``[l, n, g, block]``.
         """
@@ -145,7 +222,8 @@ class HeadGists:
             return new.swapaxes(1, 2), order.swapaxes(1, 2), cost
 
         seen, sink = self._read_twice(base, rows)
-        return jax.lax.map(layer, (self.waves, seen, sink, params, self.counts(params)))
+        by_layer = self.waves, seen, sink, _asking(params), self.counts(params)
+        return jax.lax.map(layer, by_layer)
 
     def _cut(self, x: Float[Array, "r t g d"]) -> Float[Array, "n g s d"]:
         return x.reshape(-1, self.block, *x.shape[2:]).swapaxes(1, 2).astype(jnp.float32)
@@ -166,7 +244,8 @@ class HeadGists:
         )  # fmt: skip
         return _Twice(kv.k, kv.v, own.k, q), sink.k[:, 0, 0]
 
-    def _scaled(self, q: Float[Array, "*n h d"]) -> Float[Array, "*n g x d"]:
+    def scaled(self, q: Float[Array, "*n h d"]) -> Float[Array, "*n g x d"]:
+        """Queries as their products with keys are taken, by head of the keys."""
         r = self.base
         scale = r.head_dim**-0.5 if r.query_scale is None else r.query_scale
         shape = (r.num_kv_heads, r.num_heads // r.num_kv_heads, r.head_dim)
@@ -174,7 +253,7 @@ class HeadGists:
 
     def _again(self, seen: _Twice, sink: Float[Array, "g d"]) -> Float[Array, "n g s s"]:
         """Products of the attention that a block's entries get from its own second reading."""
-        q, size = self._scaled(seen.q), self.block
+        q, size = self.scaled(seen.q), self.block
         r, t, heads, each, _ = q.shape
         block = jnp.arange(t) // size
 
@@ -200,7 +279,7 @@ class HeadGists:
         """The same from queries of other texts, each with what it attended to there."""
         m, reach = asked.shape[0], self.config.gist.reach
         at = self.block + jnp.arange(m) * reach // m
-        q = self._scaled(rope.rotate(asked[None], at[None], waves)[0])
+        q = self.scaled(rope.rotate(asked[None], at[None], waves)[0])
         logits = jnp.einsum("mgxd,ngsd->ngxms", q, keys)
         theirs = normaliser.reshape(q.shape[:-1]).transpose(1, 2, 0)
         norm = jnp.logaddexp(jax.nn.logsumexp(logits, axis=-1), theirs)
@@ -208,70 +287,6 @@ class HeadGists:
         return jnp.einsum("ngxmi,ngxmj->ngij", p, p) / (m * q.shape[2])
 
 
-def calibrate(
-    gists: HeadGists, base: Any, rows: Int[np.ndarray, "n t"], batch: int = 4
-) -> dict[str, Array]:
-    """Parameters of `HeadGists` from whole windows of texts.
-
-    The first half of the rows lends its queries; on the second half it is measured what each rank
-    of each head is worth: the error of the layer's output without it, over the power of the stream
-    that the output is added to.
-
-    Args:
-      gists: what they are for.
-      base: parameters of the frozen base.
-      rows: at least two windows.
-      batch: rows at once.
-    """
-    half, params = len(rows) // 2, gists.empty()
-    ask = jax.jit(_asked, static_argnums=0)
-    m = params["query"].shape[1]
-    at = np.linspace(rows.shape[1] // 8, rows.shape[1] - 1, -(-m // half)).astype(int)
-    asked = [ask(gists, base, rows[i : i + 1], at) for i in range(half)]
-    pick = np.random.default_rng(0).permutation(half * len(at))[:m]  # no text at one distance
-    joined = [jnp.concatenate(x, axis=1)[:, pick] for x in zip(*asked, strict=True)]
-    params |= {"query": joined[0], "normaliser": joined[1]}
-    params["metric"] = head_entries.output_metric(base, gists.base)
-
-    @jax.jit
-    def values(base, metric, ids):
-        sink = sink_kv(gists.decoder, base, jnp.int32(gists.sink), len(ids))
-        x = gists.decoder.apply({"params": base}, ids, method="embed")
-        v = gists.decoder.apply({"params": base}, x, prefix=sink).kv.v.astype(jnp.float32)
-        size = jnp.einsum("lbtgd,lgde,lbtge->lg", v, metric, v) / ids.size
-        return size, stream_power(gists.decoder, base, x, sink)
-
-    @jax.jit
-    def measured(params, base, ids):
-        return gists._entries(params, base, ids)[2].mean(1)
-
-    later = [rows[i : i + batch] for i in range(half, len(rows), batch)]
-    stats = [values(base, params["metric"], part) for part in later]
-    share = np.asarray([len(part) for part in later]) / (len(rows) - half)
-    params["mass"], power = (
-        sum(w * x for w, x in zip(share, y, strict=True)) for y in zip(*stats, strict=True)
-    )
-    # The geometric mean with the attention (`head_entries.worth`) was tried and is no better here.
-    costs = sum(w * measured(params, base, part) for w, part in zip(share, later, strict=True))
-    return params | {"profile": costs / power[:, None, None]}
-
-
-def _asked(gists, base, ids, at):
-    """Queries of a text before rotation, at some places, and what each attended to in all."""
-    r, (b, t) = gists.base, ids.shape
-    sink = sink_kv(gists.decoder, base, jnp.int32(gists.sink), b)
-    x = gists.decoder.apply({"params": base}, ids, method="embed")
-    where, here = jnp.broadcast_to(jnp.arange(t), ids.shape), jnp.asarray(at)[None]
-    mask = jnp.ones(ids.shape, bool)
-    q, own = queries(gists.decoder, base, x, where, mask, here, sink)
-    keys = jnp.concatenate([sink.k, own.k], axis=2)
-    visible = jnp.pad(here[..., None] >= where[:, None], ((0, 0), (0, 0), (1, 0)),
-                      constant_values=True)  # fmt: skip
-
-    def layer(pair):
-        logits = jnp.einsum("bmgxd,bsgd->bmgxs", gists._scaled(pair[0]), pair[1])
-        logits = jnp.where(visible[:, :, None, None], logits, MASKED)
-        return jax.nn.logsumexp(logits, axis=-1)[0].reshape(len(at), r.num_heads)
-
-    normaliser = jax.lax.map(layer, (q, keys))
-    return rope.rotate_layers(q, -here, gists.waves)[:, 0], normaliser
+def _asking(params: Any) -> dict[str, Array]:
+    """What has an axis of layers and is not a profile."""
+    return {name: leaf for name, leaf in params.items() if name != "profile"}

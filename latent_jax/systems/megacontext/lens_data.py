@@ -13,9 +13,10 @@ from latent_jax.core import trees
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import labels
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.labels import Snapshot
 from latent_jax.systems.megacontext.memory import digest, spec_fields
-from latent_jax.systems.megacontext.sight import Sight
+from latent_jax.systems.megacontext.sight import Look, Sight
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.train.init_from import read_weights
 
@@ -48,7 +49,12 @@ class LensRows:
         flat = read_weights(source).items()
         gist = {k.removeprefix("params/gist/"): v for k, v in flat if k.startswith("params/gist/")}
         version = digest(trees.unflatten(gist))
-        layout = config.model.layout
+        layout, counts = config.model.layout, None
+        if config.model.gist.kind == "heads":
+            counts = HeadGists(config.model, backbone.decoder, 0).all_counts(
+                trees.unflatten(gist)
+            )
+        look = Look(backbone.config, config.model.lens, counts)
         self._widths = layout.widths
         self.train: list[tuple[Sight, Snapshot]] = []
         self.held_out: list[tuple[Sight, Snapshot]] = []
@@ -58,7 +64,7 @@ class LensRows:
             store = config.data.store or provenance["store"]
             tree = GistTree.open(store, **spec_fields(backbone, config.model))
             labels.check(path, provenance, tree, version)
-            sight = Sight(tree, backbone.config, config.model.lens)
+            sight = Sight(tree, look)
             rows = [(sight, found) for found in labels.snapshots(columns, layout)]
             budget = max(budget, provenance["budget"])
             kept = max(round(len(rows) * (1 - _HELD_OUT)), 1)

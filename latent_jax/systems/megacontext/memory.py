@@ -24,14 +24,15 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
+from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.focus import Lens
-from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped, slot_offsets
+from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
-from latent_jax.systems.megacontext.sight import Node, Sight, lens_net
+from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
 from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
 
 
@@ -57,6 +58,15 @@ class Entries(NamedTuple):
         return Entries(k, v, np.pad(self.positions, (0, room)), bias)
 
 
+def joined(parts: Sequence[Entries]) -> Entries:
+    """Entries after one another."""
+    k, v = (np.concatenate([getattr(x, name) for x in parts], axis=1) for name in "kv")
+    bias = None
+    if parts[0].bias is not None:
+        bias = np.concatenate([x.bias for x in parts], axis=1)
+    return Entries(k, v, np.concatenate([x.positions for x in parts]), bias)
+
+
 class Memory:
     """A tree, the frozen base that reads it, and the GistNet (or `HeadGists`) that writes it.
 
@@ -80,10 +90,11 @@ class Memory:
         self.heads = None
         if model.gist.kind == "heads":
             self.heads = HeadGists(model, backbone.decoder, self.sink)
-            self._spread = jax.jit(self.heads.spread)
+            self._spread = jax.jit(self.heads.spread, static_argnames=("level",))
         self.lens: Lens | None = None
         if lens is not None:
-            sight = Sight(tree, backbone.config, model.lens)
+            counts = None if self.heads is None else self.heads.all_counts(params)
+            sight = Sight(tree, Look(backbone.config, model.lens, counts))
             self.lens = Lens(lens_net(model.lens, model.layout), lens, sight)
         # By window and where the history ended in it: a window that has grown is another.
         self._kept: OrderedDict[tuple[int, int], Gists] = OrderedDict()
@@ -91,6 +102,7 @@ class Memory:
         self._encode = jax.jit(self._encode_window)
         self._make = jax.jit(self._gists, static_argnames=("level",))
         self._nll = jax.jit(self._losses)
+        self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
         self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
 
     @classmethod
@@ -139,7 +151,7 @@ class Memory:
         other.tree = Stretch(self.tree, first, self.model.layout.levels)
         other._kept = OrderedDict()
         if self.lens is not None:
-            sight = Sight(other.tree, self.backbone.config, self.model.lens)
+            sight = Sight(other.tree, self.lens.sight.look)
             other.lens = self.lens._replace(sight=sight)
         return other
 
@@ -166,8 +178,10 @@ class Memory:
 
     def _gists(self, base: Any, params: Any, below: Any, level: int) -> Float[Array, "n s w"]:
         layout = self.model.layout
-        if self.heads is not None:
+        if self.heads is not None and level == 1:
             return self.heads.make(params, base, below.reshape(1, -1))
+        if self.heads is not None:
+            return self.heads.merge(params, below, level)
         if level == 1:
             below = self._encode_window(base, below.reshape(1, -1))
         else:
@@ -181,13 +195,22 @@ class Memory:
         Raises:
           StoreError: the tree is not open for writing.
         """
+        layout = self.model.layout
 
         def make(level: int, children: np.ndarray) -> np.ndarray:
-            return np.asarray(self._make(self.base, self.params, jnp.asarray(children), level))
+            if level == 1 or self.heads is None:
+                return np.asarray(self._make(self.base, self.params, children, level))
+            # One by one, and only those that are there: a node takes seconds.
+            shape = (1, layout.slots[level - 1], children.shape[-1])
+            made = [
+                self._make(self.base, self.params, one[None], level) if one.any()
+                else np.zeros(shape, np.float32) for one in children
+            ]  # fmt: skip
+            return np.concatenate(made)
 
-        window, top = self.model.gist.window, self.model.layout.levels
         found = build(
-            self.tree, make, batch=window, neighbours=True, top=top, progress=progress
+            self.tree, make, batch=self.model.gist.window, neighbours=True, top=layout.levels,
+            progress=progress,
         )
         return found.nodes
 
@@ -238,20 +261,20 @@ class Memory:
           nodes: ``(level, index)``; level 0 is a raw block.
           cursor: position of the next token, in tokens of the history.
         """
-        layout, gist, base = self.model.layout, self.model.gist, self.backbone.config
+        layout, base = self.model.layout, self.backbone.config
         empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
         parts, places = [(empty, empty, empty[..., 0])], [np.zeros(0, int)]
         for level, index in nodes:
             if level == 0:
                 found = self.raw(index)
             elif self.heads is not None:
-                found = self._spread(self.params, self.tree.gists(level, index, 1))
+                found = self._spread(self.params, self.tree.gists(level, index, 1), level)
             else:
                 found = from_records(self.tree.gists(level, index, 1), base)
             k, v, *bias = (np.asarray(x)[:, 0] for x in found)
             parts.append((k, v, *bias) if bias else (k, v, np.zeros(k.shape[:-1], k.dtype)))
             start = index * int(layout.widths[level]) * layout.block
-            places.append(start + slot_offsets(layout, level, gist.place, gist.kind))
+            places.append(start + entry_offsets(self.model, level))
         k, v, bias = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
         at = self.positions(np.concatenate(places), cursor)
         return Entries(k, v, at, None if self.heads is None else bias)
@@ -313,6 +336,41 @@ class Memory:
         mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
         first = int(self.positions(np.asarray([start]), start)[0])
         return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first, bias))
+
+    def attention(
+        self, nodes: Sequence[Node], ids: Int[np.ndarray, " t"], start: int, watched: int,
+        capacity: int, count: int,
+    ) -> Float[np.ndarray, " n"]:  # fmt: skip
+        """What the last tokens attend to in each node; see `attention.node_attention`.
+
+        Args:
+          nodes: of a context; what is not among them gets 0.
+          ids: tokens that follow it, in multiples of a block so that few lengths are compiled.
+          start: position of the first of them in the history.
+          watched: how many of the last ones are asked.
+          capacity: entries of the compiled shape.
+          count: nodes of the compiled shape.
+        """
+        entries = self.gather(nodes, start)
+        places = self.places(capacity, len(entries.positions))
+        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
+        owner = np.repeat(np.arange(len(nodes)), widths)
+        owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
+        full, mask = entries.padded(places), np.arange(places)[None] < len(entries.positions)
+        first = int(self.positions(np.asarray([start]), start)[0])
+        return np.asarray(
+            self._attention(
+                self.base, full.k, full.v, full.positions, mask, full.bias, owner, ids, first,
+                nodes=count, watched=watched,
+            )
+        )  # fmt: skip
+
+    def _node_attention(self, base, k, v, at, mask, bias, owner, ids, first, nodes, watched):
+        bias = None if bias is None else bias[:, None]
+        placed = place(self.decoder, Gists(k[:, None], v[:, None]), at[None], mask, bias)
+        return node_attention(
+            self.decoder, base, self.sink, placed, owner, nodes, ids, first, watched
+        )
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and

@@ -9,6 +9,8 @@ the same share of them sharpened and blurred.
 
 ``overlap``
   `bm25` of every block with the tail, by block (longer arrays may be padded).
+``attention``
+  `attention.node_attention`, by place in the tiling.
 ``utility``
   measured gain of sharpening each node, signed, by place in the tiling.
 ``entry``
@@ -117,6 +119,22 @@ def bm25_to_tail(layout: Layout) -> Policy:
     return score
 
 
+def attention(layout: Layout) -> Policy:
+    """By `attention.node_attention` for each entry that the node would add, or give back.
+
+    Sharpening a large node is dear and a small one cheap, so they are compared by what an entry
+    would be about.
+    """
+    adds = np.asarray(layout.expand_costs, np.float32)
+    adds[0] = layout.collapse_gains[0]  # a raw block can only be given back
+
+    def score(tiling: Tiling, features: Features, key: Array | None = None) -> Array:
+        density = features["attention"] / tl.by_level(adds, tiling)
+        return centred_rank(density, _free(layout, tiling))
+
+    return score
+
+
 def oracle(layout: Layout) -> Policy:
     """Scores by measured utilities, scaled by their root mean square in the snapshot.
 
@@ -220,6 +238,7 @@ BASELINES: dict[str, Callable[[Layout], Policy]] = {
     "sink_recency": sink_recency,
     "random": random,
     "bm25": bm25_to_tail,
+    "attention": attention,
     "oracle": oracle,
 }
 NAMES = (*BASELINES, "uniform", "lens")

@@ -31,19 +31,24 @@ def filler(config: MegaRun, characters: int = 1 << 22) -> str:
     return "\n\n".join(texts)[:characters]
 
 
-def calibration(config: MegaRun, tokenizer: Any) -> Int[np.ndarray, "n t"]:
-    """Training windows that tell how much each head needs.
+def calibration(config: MegaRun, tokenizer: Any, level: int = 1) -> Int[np.ndarray, "n t"]:
+    """Training texts that tell how much each head needs: windows, or whole nodes of an upper level
+    of half as much text, two at least.
 
     Raises:
       DataError: fewer than two.
     """
     gist, layout = config.model.gist, config.model.layout
-    tokens = gist.window * layout.block
-    rows = histories(config, tokenizer, "train", tokens, gist.calibration)
+    window = tokens = gist.window * layout.block
+    limit = gist.calibration
+    if level > 1:
+        tokens = layout.block * int(layout.widths[level])
+        limit = max(limit * window // (2 * tokens), 2)
+    rows = histories(config, tokenizer, "train", tokens, limit)
     if len(rows) < 2:
         raise DataError(
-            f"data.text: {len(rows)} window of {tokens} tokens; calibration needs two, one of "
-            "which is read with the queries of the other"
+            f"data.text: {len(rows)} text of {tokens} tokens; calibration of level {level} needs "
+            "two"
         )
     return rows
 

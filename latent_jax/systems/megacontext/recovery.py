@@ -7,6 +7,7 @@ tail raw and predicts the same tokens; arms differ in what stands for the histor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,7 +56,9 @@ class Recovery:
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
-        self._make = jax.jit(gists.make) if isinstance(gists, HeadGists) else None
+        self._make = None
+        if isinstance(gists, HeadGists):
+            self._make = jax.jit(functools.partial(gists.build, level=level))
 
     @property
     def length(self) -> int:
@@ -125,7 +128,7 @@ class Recovery:
 
     def _of_heads(self, params: Any, made: Any, b: int, arm: str) -> KV:
         """Gists of the history's own entries."""
-        found = self.gists.spread(params, made)
+        found = self.gists.spread(params, made, self.level)
         if arm == "shuffled":
             found = Spread(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))

@@ -17,7 +17,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.config import ENDS, MEASURED
-from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
+from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.memory import Entries, Memory, Node
 from latent_jax.systems.megacontext.oracle import Oracle
@@ -52,6 +52,8 @@ class Runtime(Focus):
       ConfigError: W cannot hold the history, or the policy cannot be used; see `Focus`.
     """
 
+    reads = True
+
     def __init__(self, memory: Memory, config: RuntimeConfig | None = None):
         super().__init__(
             memory.tree, memory.model.layout, config or RuntimeConfig(), memory.lens
@@ -61,6 +63,21 @@ class Runtime(Focus):
     def look_at(self, memory: Memory) -> None:
         """Turns to another stretch of the history, with what has been compiled."""
         self.memory, self.tree, self.lens = memory, memory.tree, memory.lens
+
+    def _seen(self, tiling, query, blocks) -> dict[str, Any]:
+        if self.config.policy != "attention":
+            return super()._seen(tiling, query, blocks)
+        layout, size = self.layout, self.layout.block
+        nodes, start = before_tail(layout, tiling)
+        live = self.tree.tokens(start, blocks * size)
+        if not np.array_equal(query, live[-len(query) :]):
+            live = np.concatenate([live, query])  # a question that follows the history
+        left_out = len(live) % size
+        found = self.memory.attention(
+            nodes, live[left_out:], start + left_out, min(len(query), size), self.config.budget,
+            tiling.level.shape[0],
+        )
+        return {"attention": found}
 
     def answer(self, prompt: str, max_new_tokens: int = 32) -> Answer:
         """Continues a prompt that follows the history, greedily.
@@ -168,12 +185,10 @@ def nll_at_h(
             these = [key for key in runtimes if key[1] == w]
             if not these:
                 continue
-            contexts = [
-                memory.gather(runtimes[k].nodes(runtimes[k].settle(query, cursor))[0], start)
-                for k in these
-            ]
-            losses = memory.losses(contexts, live, start, horizon, w)
-            for (name, _), loss in zip(these, losses, strict=True):
+            for name, _ in these:  # one at a time: a context of gists of heads is large
+                runtime = runtimes[name, w]
+                entries = memory.gather(runtime.nodes(runtime.settle(query, cursor))[0], start)
+                loss = memory.losses([entries], live, start, horizon, w)[0]
                 found.setdefault(f"{name}.w{w}", []).append(float(loss))
         if progress is not None:
             progress("nll_at_h", number + 1, len(cursors))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,22 +16,22 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext import lens_losses, recipe, tasks
-from latent_jax.systems.megacontext.config import MEASURED, POLICIES, MegaRun
+from latent_jax.systems.megacontext import lens_losses, recipe
+from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.evaluation import Evaluation
 from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
-from latent_jax.systems.megacontext.head_gists import HeadGists, calibrate
+from latent_jax.systems.megacontext.head_calibration import calibrate
+from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
 from latent_jax.systems.megacontext.policies import squash
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
-from latent_jax.systems.megacontext.recovery import Recovery
-from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 from latent_jax.systems.megacontext.sight import lens_net, sight_width
 from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
-    (r"^gist/profile$", "heads"),
+    (r"^gist/profile/", "heads"),
     (r"^gist/(query|normaliser|metric|mass)$", "frozen"),
     (r"^gist/level_1/(query|bias)$", "queries"),
     (r"^gist/level_1/(keys|values)$", "maps"),
@@ -43,7 +41,7 @@ _LABELS = (
 )
 
 
-class MegaContextSystem(StoreHooks):
+class MegaContextSystem(Evaluation, StoreHooks):
     """Gists that substitute for text, and a lens that says where; implements
     `latent_jax.train.protocol.System`.
 
@@ -87,21 +85,31 @@ class MegaContextSystem(StoreHooks):
         """Fresh parameters: a slot starts as a mean over its stretch; or what training texts say
         of each head.
         """
-        if isinstance(self.gists, HeadGists):
-            rows = recipe.calibration(self.config, self.backbone.tokenizer)
-            return {"params": {"gist": calibrate(self.gists, self.frozen["base"], rows)}}
         r, layout = self.backbone.config, self.config.model.layout
-        shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
-        some = Gists(jnp.zeros(shape), jnp.zeros(shape))
-        params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
+        if isinstance(self.gists, HeadGists):
+            params = {"gist": self._calibrated()}
+        else:
+            shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
+            some = Gists(jnp.zeros(shape), jnp.zeros(shape))
+            params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
         if self.lens is not None:
             width = sight_width(r, self.config.model.lens)
             params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
         return {"params": params}
 
+    def _calibrated(self) -> dict[str, Any]:
+        if self._trains_lens():  # labels are of the gists of train.init_from
+            return self.gists.empty()
+        tokenizer = self.backbone.tokenizer
+        rows = functools.partial(recipe.calibration, self.config, tokenizer)
+        return calibrate(self.gists, self.frozen["base"], rows)
+
+    def _trains_lens(self) -> bool:
+        return any(p.data == "lens" for p in self.config.train.phases)
+
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns, without its texts."""
-        if isinstance(self.gists, HeadGists):
+        if isinstance(self.gists, HeadGists) and not self._trains_lens():
             return {"params": {"gist": jax.eval_shape(self.gists.empty)}}
         return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
 
@@ -222,9 +230,6 @@ class MegaContextSystem(StoreHooks):
         width = tokens // layout.block - self.config.data.beyond
         return int(np.flatnonzero(layout.widths[2:] == width)[0]) + 2
 
-    def _measure(self, level: int, nodes: int) -> Recovery:
-        return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
-
     def _replaced(self, key: jax.Array | None, b: int, n: int) -> jax.Array:
         """Which blocks are gists to what comes after them: all, or in some rows a random share."""
         if key is None:
@@ -243,7 +248,7 @@ class MegaContextSystem(StoreHooks):
         """
         self.eval_data()
         if self.config.eval.budgets:
-            self.long_history()
+            self.long_histories()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
         else:
@@ -257,24 +262,11 @@ class MegaContextSystem(StoreHooks):
         """The labelled contexts of ``data.labels``."""
         return LensRows(self.config, self.backbone)
 
-    def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
-        """Held-out histories with their tail and horizon, ``[n, tokens]``."""
-        if measure.length not in self._held_out:
-            self._held_out[measure.length] = recipe.histories(
-                self.config, self.backbone.tokenizer, "validation", measure.length, limit
-            )
-        return self._held_out[measure.length]
-
-    def eval_data(self) -> np.ndarray:
-        """Held-out histories for gists of level 1."""
-        e = self.config.eval
-        return self.held_out(self.recovery, max(e.rows, e.quick_rows))
-
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Recovery on a few held-out histories, with own and with another history's gists; of a
         lens in training, its losses on held-out contexts.
         """
-        if any(p.data == "lens" for p in self.config.train.phases):
+        if self._trains_lens():
             batch = self.lens_rows.held_out_batch()
             if batch is None:
                 return {}
@@ -284,68 +276,6 @@ class MegaContextSystem(StoreHooks):
         rows = self.eval_data()[: self.config.eval.quick_rows]
         found = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
         return self.recovery.summary(found, intervals=False)
-
-    def evaluate(self, variables, frozen, progress=None):
-        """Recovery at every level with its controls, and losses of all arms."""
-        e, metrics, artefacts = self.config.eval, {}, {}
-        for level in range(1, self.config.model.layout.levels + 1):
-            measure = self.recovery if level == 1 else self._measure(level, 1)
-            limit = e.rows if level == 1 else e.upper_rows
-            if not limit:
-                continue
-            rows = self.held_out(measure, limit)[:limit]
-            params, base = variables["params"], frozen["base"]
-            found = measure.losses(params, base, rows, e.arms, progress)
-            metrics |= measure.summary(found)
-            artefacts[f"histories.lod{level}"] = found
-        if e.budgets:
-            found = self._policies(variables, frozen, progress)
-            artefacts["places"] = found
-            metrics |= policy_table(found, e.budgets)
-        if e.tasks:
-            metrics |= self._tasks(variables, frozen, progress)
-        return metrics, artefacts
-
-    def _tasks(self, variables, frozen, progress) -> dict[str, Any]:
-        """Facts hidden in held-out text, asked for."""
-        e, c, tokenizer = self.config.eval, self.config, self.backbone.tokenizer
-        text = recipe.filler(c)
-        ids = np.asarray(tokenizer.encode(text), np.int32)
-        movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
-        ):
-            found = tasks.measure(
-                memory, text, ids, e.tasks, movers, e.budgets[0], e.task_blocks, e.task_rows,
-                c.seed, progress,
-            )  # fmt: skip
-        alone = [p for p in movers if p != "lens"]
-        return found | tasks.reach(
-            tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids, e.tasks, alone,
-            e.reach_budget, e.reach, e.task_rows, c.seed, progress,
-        )  # fmt: skip
-
-    def long_history(self) -> np.ndarray:
-        """The text on which policies are compared, with its last horizon."""
-        e = self.config.eval
-        tokens = (e.long + e.horizon) * self.config.model.layout.block
-        return recipe.histories(self.config, self.backbone.tokenizer, "validation", tokens, 1)[0]
-
-    def _policies(self, variables, frozen, progress) -> dict[str, np.ndarray]:
-        """Losses at places of one long held-out text, by policy and size of the context."""
-        e = self.config.eval
-        horizon, ids = e.horizon * self.config.model.layout.block, self.long_history()
-        places = np.linspace(e.long // 2, e.long, e.places).astype(int)
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            with self.memory(variables, frozen, store, writable=True) as memory:
-                memory.tree.append(ids)
-                memory.build()
-                return nll_at_h(
-                    memory, e.budgets, e.policies, places.tolist(), horizon,
-                    oracle_steps=e.oracle_steps, progress=progress,
-                )  # fmt: skip
 
 
 LENS_TERMS = ("regression", "ranking", "budget", "legality")

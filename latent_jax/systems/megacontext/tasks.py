@@ -219,7 +219,7 @@ def reach(
     Args:
       layout: sizes; levels are added where W cannot hold a history (`roomy`).
       tokens: lengths of the histories.
-      policies: without ``lens``, which would need gists.
+      policies: without those that would need gists or a language model.
 
     Returns:
       ``reach.<kind>.t<tokens>.<policy>``: shares, with intervals.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +96,8 @@ def test_only_segments_of_true_rows_are_scored(made, encoded):
 
     everything = jnp.ones_like(out.there)
     plain, same = terms(out.rows, everything)
-    jax.tree.map(np.testing.assert_array_equal, plain, same)
+    # One is a sum over two losses' fusions: some processors round it elsewhere.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), plain, same)
     # The row of segment 1 is replaced: it is not scored, and segment 2, which looks back, differs.
     clean = everything.at[:, 1].set(False)
     _, kept = terms(out.rows, clean)

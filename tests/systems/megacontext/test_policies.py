@@ -127,5 +127,22 @@ def test_names():
         assert callable(policies.make(name, LAYOUT, BUDGET))
     with pytest.raises(ConfigError, match="policy 'lens': this run has no lens"):
         policies.make("lens", LAYOUT, BUDGET)
-    with pytest.raises(ConfigError, match="'oracel' is unknown; there are bm25, lens, oracle"):
+    with pytest.raises(ConfigError, match="'oracel' is unknown; there are attention, bm25, lens"):
         policies.make("oracel", LAYOUT, BUDGET)
+
+
+def test_attention_is_compared_by_the_entries_that_an_action_is_about():
+    """Opening a gist of level 2 adds 4 entries here, one of level 1 adds 6: of equally much
+    attention the former is worth more for each.
+    """
+    layout = Layout(block=8, branching=4, slots=(2, 4), protected=1)
+    tiling = tl.start(layout, 14, 40)
+    level, count = np.asarray(tiling.level), int(tiling.count)
+    score = policies.make("attention", layout, 40)
+    found = np.asarray(score(tiling, {"attention": jnp.ones(level.shape)}, None))
+    assert {1, 2} <= set(level[:count])
+    assert found[level == 2].min() > found[level == 1].max()
+    assert (found[count - 1 :] == 0).all()  # the tail, and the padding
+    loud = jnp.ones(level.shape).at[int(np.flatnonzero(level == 1)[0])].set(9.0)
+    found = np.asarray(score(tiling, {"attention": loud}, None))
+    assert found.argmax() == np.flatnonzero(level == 1)[0]
