@@ -18,6 +18,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
+from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -40,18 +41,27 @@ from latent_jax.systems.latentwire.readers import open_reader
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
+from latent_jax.systems.latentwire.vectors import spelling
 
 _LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
-    (r"^pool/[kv]$", "pool"),
+    (r"^pool/", "pool"),
+    (r"^bytes/", "bytes"),
+    (r"^refiner/", "refiner"),
+    (r"^adapter/", "adapter"),
     (r"^gate$", "gate"),
     (r"^(memory|private|tasks)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
-    (r"^(profile|centre|spread)$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
+    (r"^(profile|centre|spread|spelling|level_scale)$", "frozen"),
+    (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
     (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
 )
+# Loss terms that only the main reader has.
+OF_MAIN = (
+    "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
+)  # fmt: skip
 
 
 class LatentWireSystem:
@@ -104,8 +114,7 @@ class LatentWireSystem:
         }
         self.weights = {
             **common,
-            "distil_logits": losses.distil_logits,
-            "distil_states": losses.distil_states,
+            **{name: getattr(losses, name) for name in OF_MAIN},
             **{f"{k}.{label}": w for label in self.readers for k, w in common.items()},
         }
         self._held_out: np.ndarray | None = None
@@ -136,8 +145,13 @@ class LatentWireSystem:
                 self.body, reader, self.train_data("main", None), self.sink,
                 self.config.data.calibration,
             )._asdict()  # fmt: skip
+        if "spelling" in params and "spelling" not in start:
+            spelt = spelling(self.backbone.tokenizer, self.backbone.config.vocab_size)
+            params["spelling"] = jnp.asarray(spelt, jnp.float32)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
+        if model.adapter.calibration == "colour" and "adapter" not in start:
+            params = fit_colour(self.model, params, reader, self.train_data("main", None))
         if self.readers:
             encoder = Latents(self.model, params, reader)
             adapters = reader_start.fresh(self.readers, rngs["params"])
@@ -166,8 +180,9 @@ class LatentWireSystem:
         return recipe.batch_specs(self.config, phase)
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt``, ``heads`` and
-        ``bottleneck``, and ``reader_<name>`` of each further reader; input statistics are frozen.
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
+        ``memory``, ``prompt``, ``heads`` and ``bottleneck``, and ``reader_<name>`` of each further
+        reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
         return trees.match_tree((*_LABELS, *own), params)
