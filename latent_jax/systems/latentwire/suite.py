@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_jax.systems.latentwire import bits, diagnose
+from latent_jax.systems.latentwire import annealing, bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
@@ -140,7 +140,8 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
         told = diagnose.predictions(said)
         for name in ("distinct", "distinct_words", "empty", "repetitive", "commonest_share"):
             numbers[f"answers.{name}"] = told[name]
-    return {**numbers, "findings": found or "nothing known is wrong"}
+    told = {} if (judged := annealing.verdict(log)) is None else {"annealing": judged.line()}
+    return {**numbers, **told, "findings": found or "nothing known is wrong"}
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
 from latent_jax.systems.latentwire.adapters import fit_colour
+from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -32,6 +33,7 @@ from latent_jax.systems.latentwire.assets import (
 from latent_jax.systems.latentwire.baselines import Compressed, Latents
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
 from latent_jax.systems.latentwire.losses import batch_terms
 from latent_jax.systems.latentwire.model import Compressor
@@ -280,6 +282,12 @@ class LatentWireSystem:
         """See `suite.final_evaluation`."""
         wire = self.wire(variables, frozen)
         return suite.final_evaluation(self, wire, progress, self._tuned)
+
+    def judge(self, run: Path) -> dict[str, float]:
+        """What a run's log says of annealing, if it was one; see `annealing.verdict`."""
+        log = Path(run) / "metrics.jsonl"
+        found = verdict(read_log(log)) if log.is_file() else None
+        return {} if found is None else found.numbers()
 
     def ask(self, variables, frozen, text: str, question: str) -> dict[str, Any]:
         """Compresses a text, rebuilds it, and answers from the latents alone."""
