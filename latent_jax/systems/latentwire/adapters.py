@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from latent_jax.ops.vq import straight_through
-from latent_jax.systems.latentwire.model_config import AdapterConfig
+from latent_jax.systems.latentwire.adapter_config import AdapterConfig
 
 
 def rms(x: Float[Array, "*b d"], mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:

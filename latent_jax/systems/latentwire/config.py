@@ -9,13 +9,12 @@ from latent_jax.backbones.config import BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
+from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
 from latent_jax.systems.latentwire.model_config import (
     MAIN,
-    AdapterConfig,
     EncoderConfig,
     ModelConfig,
     ReaderConfig,
-    WireConfig,
 )
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase

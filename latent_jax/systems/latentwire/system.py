@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax import backbones
-from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
@@ -35,6 +34,7 @@ from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
+from latent_jax.systems.latentwire.labels import LABELS, OF_MAIN, RULES
 from latent_jax.systems.latentwire.losses import batch_terms
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
@@ -44,26 +44,6 @@ from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
 from latent_jax.systems.latentwire.vectors import spelling
-
-_LABELS = (
-    (r"^lora/.*_a$", "lora_a"),
-    (r"^lora/.*_b$", "lora_b"),
-    (r"^pool/", "pool"),
-    (r"^bytes/", "bytes"),
-    (r"^refiner/", "refiner"),
-    (r"^adapter/", "adapter"),
-    (r"^gate$", "gate"),
-    (r"^(memory|private|tasks)$", "memory"),
-    (r"^prompt$", "prompt"),
-    (r"^factor$", "heads"),
-    (r"^(profile|centre|spread|spelling|level_scale)$", "frozen"),
-    (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
-    (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
-)
-# Loss terms that only the main reader has.
-OF_MAIN = (
-    "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
-)  # fmt: skip
 
 
 class LatentWireSystem:
@@ -77,14 +57,7 @@ class LatentWireSystem:
     config_class = LatentWireRun
     rng_names = ("corrupt",)
     jit_init = False  # may read weights and fits the bottleneck on data
-    logical_rules = (
-        *DECODER_RULES,
-        (r"lora/(o|down)_a$", ("layers", "heads", "rank")),
-        (r"lora/(q|k|v|gate|up)_a$", ("layers", "embed", "rank")),
-        (r"lora/(q|k|v|gate|up)_b$", ("layers", "rank", "heads")),
-        (r"lora/(o|down)_b$", ("layers", "rank", "embed")),
-        (r"pool/[kv]$", ("layers", None, "embed", "heads")),
-    )
+    logical_rules = RULES
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
         check_arms(config.eval.arms, config.eval.tuned, config.model.prompt_tokens)
@@ -187,7 +160,7 @@ class LatentWireSystem:
         reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
-        return trees.match_tree((*_LABELS, *own), params)
+        return trees.match_tree((*LABELS, *own), params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Compressed tokens in a batch."""

@@ -12,7 +12,7 @@ import pytest
 import latent_jax
 from latent_jax import run as runs
 from latent_jax.systems.latentwire.diagnose import read_log
-from latent_jax.systems.latentwire.system import _LABELS
+from latent_jax.systems.latentwire.labels import LABELS
 
 SMOKE = Path(runs.find_config("latentwire/smoke/base")).parent
 NAMES = sorted(p.stem for p in SMOKE.glob("*.yaml") if p.stem != "base")
@@ -30,7 +30,7 @@ def test_a_smoke_config_resolves_and_says_what_it_trains(name):
     assert config.name == f"smoke_{name}" and config.train.steps <= 4
     text = (SMOKE / f"{name}.yaml").read_text()
     assert text.startswith("# ") and len(text.splitlines()) <= 12
-    known = {label for _, label in _LABELS} | {f"reader_{r}" for r in config.model.readers}
+    known = {label for _, label in LABELS} | {f"reader_{r}" for r in config.model.readers}
     assert set(_trains(name)) <= known and bool(_trains(name)) == bool(config.train.steps)
 
 
