@@ -68,8 +68,9 @@ def embedding_error(
     width = int(c.ratio) // c.adapter.entries
     target, there = stood_for(text.astype(jnp.float32), mask, c.segment, slots, width)
     y, weight = prefix.embeds.astype(jnp.float32), (there & prefix.mask).astype(jnp.float32)
-    size = jnp.linalg.norm(y, axis=-1) * jnp.linalg.norm(target, axis=-1)
-    cosine = (y * target).sum(-1) / (size + 1e-6)
+    # Soft tokens of padding may be 0, where a norm has no gradient.
+    size = jnp.sqrt((jnp.square(y).sum(-1) + 1e-12) * (jnp.square(target).sum(-1) + 1e-12))
+    cosine = (y * target).sum(-1) / size
     error = jnp.square(y - target).mean(-1) / rms(table) ** 2
     lost = 1 - cosine + ERROR * error
     return Mean((lost * weight).sum(), weight.sum()), Mean((cosine * weight).sum(), weight.sum())

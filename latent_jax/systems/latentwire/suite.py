@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +165,13 @@ def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, 
 
 
 def wire_cost(wire: LatentWire) -> dict[str, Any]:
-    """Numbers per latent and per text token, next to the reader's own cache."""
-    return {
+    """Numbers (and bits, where they have levels) per latent and per text token, next to the
+    reader's own cache.
+    """
+    c, bits_each = wire.config, {}
+    if c.wire.levels:
+        bits_each["wire.bits_per_token"] = wire.width * math.log2(c.wire.levels) / c.ratio
+    return bits_each | {
         "wire.d_z": wire.width,
         "wire.floats_per_token": wire.width / wire.config.ratio,
         "wire.cache_floats_per_token": wire.backbone.config.kv_floats_per_token,

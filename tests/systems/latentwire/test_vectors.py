@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import adapters, bottleneck, regularise
+from latent_jax.systems.latentwire import adapters, bottleneck, regularise, suite
 from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.latents import Prefix, Wire
 from latent_jax.systems.latentwire.model import Compressor
@@ -138,6 +139,14 @@ def test_rounded_latents_have_as_many_values_as_levels(texts):
     assert {-1, 0, 1} <= set(np.round(steps).ravel().astype(int)) <= {-2, -1, 0, 1, 2}
 
 
+def test_levels_cost_their_logarithm():
+    levels = shape(ratio=4.0, wire={"d_z": 6, "levels": 8})
+    wire = types.SimpleNamespace(config=levels, width=6, backbone=byte_reader())
+    assert suite.wire_cost(wire)["wire.bits_per_token"] == 6 * 3 / 4
+    wire.config = shape(wire={"d_z": 6})
+    assert "wire.bits_per_token" not in suite.wire_cost(wire)
+
+
 def test_soft_tokens_that_are_the_span_means_have_no_error(texts):
     model = Compressor(shape(adapter={"entries": 2}, wire={"d_z": 4}), byte_reader().config)
     frozen = byte_reader().params
@@ -152,6 +161,11 @@ def test_soft_tokens_that_are_the_span_means_have_no_error(texts):
     away = prefix._replace(embeds=-target)
     _, cosine = regularise.embedding_error(model, away, text, texts[1], frozen["embed"])
     assert float(cosine.value) == pytest.approx(-1, abs=1e-3)
+    run = lambda y: regularise.embedding_error(  # noqa: E731
+        model, prefix._replace(embeds=y), text, texts[1], frozen["embed"]
+    )[0].sum
+    padded = jax.grad(run)(target * there[..., None] * 0.5)
+    assert jnp.isfinite(padded).all() and float(jnp.abs(padded[0]).max()) > 0
 
 
 def test_contrast_is_one_for_equal_texts_and_none_for_perpendicular_ones():
