@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 
 from latent_jax.report.names import TITLES
 from latent_jax.systems.latentwire.annealing import FLOOR, VERDICTS, verdict
+from latent_jax.systems.latentwire.system import LatentWireSystem
 
 
 def log(cosines, losses, weights):
@@ -60,3 +62,12 @@ def test_other_runs_have_no_verdict():
     assert verdict(others) is None
     assert verdict(log([0.9] * 20, [1.0] * 20, OFF + OFF)) is None
     assert verdict(rows[:4]) is None
+
+
+def test_results_hold_the_verdict_of_a_run_s_log(tmp_path):
+    judge = functools.partial(LatentWireSystem.judge, None)
+    assert judge(tmp_path) == {}
+    rows = log(WARM + [0.55] * 10, [5.0] * 20, OFF + ON)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = judge(tmp_path)
+    assert found["annealing.verdict"] == -2 and found["annealing.cosine"] == pytest.approx(0.55)
