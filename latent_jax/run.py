@@ -254,6 +254,8 @@ def finish(
 
             system.train_controls(fit, out / "controls", mesh)
         metrics, artefacts = system.evaluate(variables, placed(system.frozen), progress=progress)
+    if hasattr(system, "judge"):  # what its log says
+        metrics = dict(metrics) | system.judge(out)
     costs = _read(out / "throughput.json") | {"memory.peak_bytes": record.peak_bytes()}
     results = Results(record.flat_numbers(costs | dict(metrics)), out, artefacts, system)
     if record.primary():

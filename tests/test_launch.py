@@ -65,6 +65,9 @@ def test_slurm_has_a_process_per_gpu_or_per_node_and_an_array_of_seeds():
     assert "--gpu-bind" not in node.stdout
     third = start("slurm.sbatch", *arguments, SLURM_ARRAY_TASK_ID="3")
     assert third.stdout.rstrip().endswith("--out runs/x_seed3 --seed 3")
+    grid = ("--dry-run", "sweep", "CONFIG", "--grid", "seed=0,1")
+    cell = start("slurm.sbatch", *grid, SLURM_ARRAY_TASK_ID="1")
+    assert cell.stdout.rstrip().endswith("sweep CONFIG --grid seed=0\\,1 --cell 1")
     text = (LAUNCH / "slurm.sbatch").read_text()
     assert "#SBATCH --requeue" in text and "-eq 75" in text
 

@@ -17,6 +17,7 @@ def token_cross_entropy(
     hidden: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     chunk: int | None = None,
+    smoothing: float = 0.0,
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
     """Per-token cross-entropy (nats) and whether the greedy choice is right.
 
@@ -27,15 +28,16 @@ def token_cross_entropy(
     Args:
       chunk: rows whose logits exist at once, so that the ``b x t x vocabulary`` logits never do.
         None does all at once.
+      smoothing: share of every target that is spread evenly over the vocabulary.
     """
     b, t, d = hidden.shape
     n = b * t
     flat = hidden.reshape(n, d), targets.reshape(n)
     if chunk is None or chunk >= n:
-        nll, hit = _rows(body, frozen, *flat)
+        nll, hit = _rows(body, smoothing, frozen, *flat)
     else:
         h, y = (in_chunks(x, chunk) for x in flat)
-        nll, hit = jax.lax.map(lambda part: _rows(body, frozen, *part), (h, y))
+        nll, hit = jax.lax.map(lambda part: _rows(body, smoothing, frozen, *part), (h, y))
         nll, hit = (out_of_chunks(x, n) for x in (nll, hit))
     return nll.reshape(b, t), hit.reshape(b, t)
 
@@ -56,25 +58,27 @@ def out_of_chunks(x: Float[Array, "k c"], n: int) -> Float[Array, " n"]:
     return jnp.swapaxes(x, 0, 1).reshape(-1)[:n]
 
 
-def _plain(body, frozen, h, y):
+def _plain(body, smoothing, frozen, h, y):
     # Rows first: they are what a mesh splits.
     logits = body.apply({"params": frozen}, h[:, None], method="unembed")[:, 0]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    if smoothing:
+        nll = (1 - smoothing) * nll - smoothing * jax.nn.log_softmax(logits).mean(-1)
     return nll, jnp.argmax(logits, -1) == y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rows(body, frozen, h, y):
-    return _plain(body, frozen, h, y)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rows(body, smoothing, frozen, h, y):
+    return _plain(body, smoothing, frozen, h, y)
 
 
-def _forward(body, frozen, h, y) -> tuple[Any, Any]:
-    nll, pull, hit = jax.vjp(lambda h: _plain(body, frozen, h, y), h, has_aux=True)
+def _forward(body, smoothing, frozen, h, y) -> tuple[Any, Any]:
+    nll, pull, hit = jax.vjp(lambda h: _plain(body, smoothing, frozen, h, y), h, has_aux=True)
     # Rows do not touch each other: their own gradients are what a cotangent of ones pulls back.
     return (nll, hit), pull(jnp.ones_like(nll))[0]
 
 
-def _backward(body, gradient, cotangents) -> tuple[None, Any, None]:
+def _backward(body, smoothing, gradient, cotangents) -> tuple[None, Any, None]:
     return None, (cotangents[0][:, None] * gradient).astype(gradient.dtype), None
 
 

@@ -4,6 +4,7 @@ cost."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from latent_jax.backbones.architectures import param_shapes
+from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.config import FAMILIES, DecoderConfig, RopeScaling
+from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.tokenizer import ByteTokenizer
 from latent_jax.core.errors import BackboneError
 
 
@@ -97,3 +101,11 @@ def random_params(config: DecoderConfig, key: Array, dtype: Any = jnp.float32) -
             value = noise * leaf.shape[-2] ** -0.5
         filled.append(value.astype(dtype))
     return jax.tree_util.tree_unflatten(treedef, filled)
+
+
+@functools.cache
+def byte_reader() -> Backbone:
+    """A random reader of two layers whose tokens are bytes, made once."""
+    config = tiny_config(num_layers=2, vocab_size=262)
+    params = random_params(config, jax.random.key(0))
+    return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))

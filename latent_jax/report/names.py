@@ -13,6 +13,7 @@ TITLES = {
     "qa": "Question answering",
     "ae": "Reconstruction",
     "continuation": "Continuation",
+    "annealing": "Annealing (verdict 1: improved, 0: stable, -1: degraded, -2: collapsed)",
     "reconstruction": "Reconstruction",
     "bpb": "Bits per byte",
     "token_lm": "Bits per byte",

@@ -31,6 +31,7 @@ from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
+from latent_jax.systems.latentwire.model_config import as_first
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
 from latent_jax.systems.latentwire.scoring import context_width, decode
@@ -184,7 +185,7 @@ class LatentWire:
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
         shape = to_dict(dataclasses.replace(self.config, start=None, remat=False, readers={}))
-        shape = to_dict(parse(ModelConfig, shape))  # a ratio of 4 is one of 4.0
+        shape = as_first(to_dict(parse(ModelConfig, shape)))  # a ratio of 4 is one of 4.0
         # Readers are not the encoder's: one that is added later reads what was written before. Only
         # the layout of private latents is.
         del shape["readers"], shape["private"]

@@ -76,7 +76,7 @@ class Latents:
 
     def prefix(self, wire):
         """See `Compressed.prefix`."""
-        return self._run(wire, method="prefix")
+        return self._run(wire, frozen=self.frozen, method="prefix")
 
     def task(self, name, batch):
         """See `Compressed.task`."""

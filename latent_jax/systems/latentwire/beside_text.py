@@ -35,7 +35,10 @@ def beside_text(
     """
     if wire.config.encoder.slots == "heads":
         return {}  # they are the text's own, and stand for no span
-    prefix = wire.latents.prefix(z)
+    prefix, each = wire.latents.prefix(z), wire.config.adapter.entries
+    if each > 1:  # several soft tokens stand for a span
+        mean = prefix.embeds.reshape(len(ids), -1, each, prefix.embeds.shape[-1]).mean(2)
+        prefix = prefix._replace(embeds=mean, mask=prefix.mask[:, ::each])
     params, ratio = wire.backbone.params, wire.config.ratio
     spans_of = num_latents(ids.shape[1], ratio)  # private latents stand for no span
     real = np.asarray(prefix.mask)[:, :spans_of]

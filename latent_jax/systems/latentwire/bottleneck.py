@@ -12,6 +12,9 @@ import numpy as np
 from latent_jax.core.errors import CheckpointError, DataError
 from latent_jax.systems.latentwire.model import Compressor
 
+#: Standard deviations of a number at which its rounding (behind a tanh) is a third of the range.
+LEVELS_AT = 1.5
+
 
 def principal_map(x: np.ndarray, width: int) -> dict[str, np.ndarray]:
     """PCA of standardised rows as a pair of linear maps.
@@ -50,11 +53,16 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     """Starts ``down`` and ``up`` as principal directions of the encoder's output.
 
     Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise
-    the random start stays.
+    the random start stays. Of several soft tokens per latent each starts as all would.
+    ``wire.fit=vocabulary`` takes the directions of the LLM's input embeddings instead.
     """
     config = model.config
-    if (config.encoder.output == "kv") != (config.adapter.kind == "kv"):
+    foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
+    if foreign or config.wire.fit == "random":
         return dict(params)
+    if config.wire.fit == "vocabulary":
+        found = [np.asarray(reader["embed"], np.float32)]
+        return _started(config, params, principal_map(found[0], config.wire.d_z), found)
     rows = rows or 2 * config.wire.d_z
     run = jax.jit(lambda p, r, i, m: model.apply({"params": p}, r, i, m, method="encoder_output"))
     found, count = [], 0
@@ -70,7 +78,17 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
             break
     if count < 2:
         raise DataError("the training data holds fewer than 2 latents: no bottleneck can be fitted")
-    fitted = principal_map(np.concatenate(found), config.wire.d_z)
+    return _started(config, params, principal_map(np.concatenate(found), config.wire.d_z), found)
+
+
+def _started(config, params, fitted, found) -> dict[str, Any]:
+    """Parameters with the fitted maps, and the size of each number that is to be rounded."""
+    if config.wire.levels:
+        rows = (np.concatenate(found) - fitted["in_mean"]) * fitted["in_scale"]
+        fitted["level_scale"] = LEVELS_AT * (rows @ fitted["down"]).std(0) + 1e-6
+    if (n := config.adapter.entries) > 1:
+        for name in ("up", "out_mean", "out_scale"):
+            fitted[name] = np.tile(fitted[name], n)
     return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
 
 

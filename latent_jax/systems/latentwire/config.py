@@ -2,220 +2,34 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
-from latent_jax.backbones.config import PROJECTIONS, BackboneConfig
+from latent_jax.backbones.config import BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
+from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.model_config import (
+    MAIN,
+    EncoderConfig,
+    ModelConfig,
+    ReaderConfig,
+)
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
+__all__ = [
+    "MAIN", "PHASES", "TASKS", "TAUGHT", "AdapterConfig", "DataConfig", "EncoderConfig",
+    "EvalConfig", "LatentWireRun", "LossConfig", "ModelConfig", "ReaderConfig", "WireConfig",
+]  # fmt: skip
+
 TASKS = ("reconstruct", "continue", "answer", "recall")
 # Tasks that the reader can do from the text itself, and teach.
 TAUGHT = ("answer", "recall")
-#: The reader that is also the encoder's body.
-MAIN = "main"
 # What a phase's `data` may be: the mixture, or questions on raw texts (for the prompt).
 PHASES = ("main", "prompt")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """The frozen LLM's own layers, read at one slot per span of text."""
-
-    slots: Literal["memory", "pooled", "both", "heads"] = field(
-        default="memory",
-        help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
-        "linear combination of its span's keys and values; both: their (gated) sum; heads: the "
-        "text's own keys and values, of which every head keeps as many as it needs",
-    )
-    pool_start: Literal["mean", "stagger"] = field(
-        default="mean", help="pooled slots start as the mean of their span, or with each head of "
-        "each layer keeping one token of it as it is",
-    )  # fmt: skip
-    output: Literal["kv", "hidden"] = field(
-        default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
-    )
-    view: Literal["text", "span"] = field(
-        default="span",
-        help="what a memory slot sees: the whole text and the other slots, or only the tokens of "
-        "its own span (they have read what comes before them), which serves any text length alike",
-    )
-    lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
-    lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
-    lora_targets: tuple[str, ...] = field(
-        default=("q", "k", "v"), help=f"adapted projections, of {', '.join(PROJECTIONS)}"
-    )
-    lora_on: Literal["memory", "all"] = field(
-        default="memory",
-        help="memory: text runs through the untouched LLM and only slots are adapted (cheaper: no "
-        "backward pass over the text); all: text positions are adapted as well",
-    )
-    causal: bool = field(
-        default=True, help="text attends causally; false needs lora_on=all (the LLM is causal)"
-    )
-    span_mean: float = field(
-        default=1.0, ge=0, help="weight of the span's mean embedding in a slot's input"
-    )
-
-    def validate(self) -> None:
-        """Refuses projections that do not exist and adapted text that is not adapted."""
-        unknown = [t for t in self.lora_targets if t not in PROJECTIONS]
-        if unknown:
-            raise ConfigError(f"encoder.lora_targets: unknown {unknown}; allowed: {PROJECTIONS}")
-        if not self.causal and self.lora_on == "memory":
-            raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
-        if self.slots != "memory" and self.output != "kv":
-            raise ConfigError(
-                f"encoder.slots={self.slots} is made of keys and values: it needs encoder.output=kv"
-            )
-        if self.lora_on == "all" and self.slots != "memory":
-            raise ConfigError(
-                f"encoder.slots={self.slots} is made of the untouched LLM's cache: it needs "
-                "encoder.lora_on=memory"
-            )
-        if self.lora_on == "all" and self.view == "span":
-            raise ConfigError(
-                "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
-            )
-
-
-    @property
-    def remembers(self) -> bool:
-        """Whether slots run through the LLM."""
-        return self.slots in ("memory", "both")
-
-    @property
-    def pools(self) -> bool:
-        """Whether slots are sums over their span."""
-        return self.slots in ("pooled", "both")
-
-
-@dataclass(frozen=True)
-class WireConfig:
-    """What travels."""
-
-    d_z: int | None = field(
-        default=None, ge=1, help="width of a latent; none sends the encoder's output as it is"
-    )
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """How the reader receives it."""
-
-    kind: Literal["kv", "soft"] = field(
-        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
-    )
-
-
-@dataclass(frozen=True)
-class ReaderConfig:
-    """Another frozen LLM that reads the same wire through an adapter of its own."""
-
-    name: str = field(
-        help="smollm2, gemma3, tiny, tiny_qwen3, a directory, a .gguf or .bin file ($VARIABLES are "
-        "filled in), or a hub id"
-    )
-    kind: Literal["kv", "soft"] = field(
-        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
-    )
-    hidden: int = field(
-        default=0, ge=0, help="width of the adapter's residual layer; 0: it is linear"
-    )
-    entries: int = field(
-        default=1, ge=1, help="entries of its cache (or soft tokens) that it makes of one latent: "
-        "its own tokens are others, and a head that looks a token up wants one of its own",
-    )  # fmt: skip
-    private: int = field(
-        default=0, ge=0, help="latents per segment that only this reader is given"
-    )
-    tokens: float = field(
-        default=2.0, gt=0, help="room for its own tokens, per token of the encoder's"
-    )
-    prompt: PromptConfig | None = field(
-        default=None, help="how questions are put to it; none: as to the main reader"
-    )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Encoder, wire and adapter."""
-
-    ratio: float = field(default=4.0, ge=1, help="text tokens per latent")
-    segment: int = field(default=64, ge=1, help="longest text compressed at once, tokens")
-    encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
-    wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
-    adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
-    sink: bool = field(
-        default=True,
-        help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
-    )
-    prompt_tokens: int = field(
-        default=0, ge=0,
-        help="learned soft tokens between a text, or its latents, and a question about it; 0: the "
-        "one vector that names the task",
-    )  # fmt: skip
-    private: int = field(
-        default=0, ge=0, help="latents per segment that only the main reader is given"
-    )
-    readers: dict[str, ReaderConfig] = field(
-        default_factory=dict, help="further readers of the same wire, by a short name"
-    )
-    remat: bool = field(default=False, help="recompute activations in the backward pass")
-    start: str | None = field(
-        default=None,
-        help="packaged compressor, its directory, or a run whose weights to start from",
-    )
-
-    def validate(self) -> None:
-        """Refuses combinations that cannot be wired together."""
-        if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
-            raise ConfigError(
-                f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
-                f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
-                "kv, hidden with soft"
-            )
-        if self.ratio > self.segment:
-            raise ConfigError(
-                f"model.ratio={self.ratio} leaves less than one latent per "
-                f"model.segment={self.segment}"
-            )
-        for label in self.readers:
-            if label == MAIN or not re.fullmatch(r"[a-z][a-z0-9_]*", label):
-                raise ConfigError(
-                    f"model.readers: {label!r} is no short name: small letters, digits and _, and "
-                    f"not {MAIN}, which is the encoder's own"
-                )
-        if self.encoder.slots == "heads" and (self.wire.d_z or self.adapter.kind != "kv"):
-            raise ConfigError(
-                "encoder.slots=heads sends keys and values of single heads as they are: it needs "
-                "wire.d_z=none and adapter.kind=kv"
-            )
-        if self.encoder.slots == "heads" and self.readers:
-            raise ConfigError(
-                "encoder.slots=heads keeps entries of its own LLM's heads, which no adapter of "
-                "model.readers could read: use pooled, memory or both"
-            )
-        unable = not self.encoder.remembers or self.encoder.lora_on == "all"
-        if unable and (found := [n for n, p in self.private_slots.items() if p]):
-            raise ConfigError(
-                f"model: private latents ({', '.join(found)}) are memory slots over the whole "
-                "segment: they need encoder.slots=memory or both, with encoder.lora_on=memory"
-            )
-
-    def __hash__(self) -> int:
-        # A dict has none, and modules that hold this are static in what is compiled.
-        return hash((*self.readers.items(), *(v for k, v in vars(self).items() if k != "readers")))
-
-    @property
-    def private_slots(self) -> dict[str, int]:
-        """Private latents per segment of each reader, in the order in which they are sent."""
-        return {MAIN: self.private, **{name: r.private for name, r in self.readers.items()}}
 
 
 @dataclass(frozen=True)
@@ -304,6 +118,26 @@ class LossConfig:
     corrupt: float = field(
         default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
     )
+    embeddings: float | ScheduleConfig = field(
+        default=0.0, help="soft tokens to the mean embedding of what they stand for: 1 - cosine + "
+        "0.1 squared error over variance",
+    )  # fmt: skip
+    contrast: float | ScheduleConfig = field(
+        default=0.0, help="squared cosine between the mean latents of different texts"
+    )
+    magnitude: float | ScheduleConfig = field(
+        default=0.0, help="squared log of a soft token's size over that of embeddings"
+    )
+    first_entropy: float | ScheduleConfig = field(
+        default=0.0, help="how sure the first prediction is: log of the vocabulary's size less "
+        "entropy, nats; a bonus on staying undecided",
+    )  # fmt: skip
+    label_smoothing: float = field(
+        default=0.0, ge=0, lt=1, help="share of every target spread over the vocabulary"
+    )
+    keep: float = field(
+        default=1.0, gt=0, le=1, help="share of the latents that the reader is shown in training"
+    )
     chunk: int | None = field(
         default=None, ge=1, help="tokens whose logits exist at once; none: all"
     )
@@ -377,6 +211,27 @@ class LatentWireRun(RunBase):
             raise ConfigError(
                 f"losses.distil_*: give data.mix a share of {' or '.join(TAUGHT)}, in which the "
                 "reader on the text teaches"
+            )
+        if self.losses.distils and self.losses.label_smoothing:
+            raise ConfigError(
+                "losses.label_smoothing: a teacher's own predictions are spread already; set one "
+                "of losses.distil_* and label_smoothing to 0"
+            )
+        soft = [n for n in ("embeddings", "magnitude") if getattr(self.losses, n) != 0]
+        if soft and self.model.adapter.kind != "soft":
+            raise ConfigError(f"losses.{', '.join(soft)} are of soft tokens: adapter.kind=soft")
+        if self.losses.embeddings != 0 and self.model.private:
+            raise ConfigError("losses.embeddings: private latents stand for no span")
+        if self.losses.embeddings != 0 and self.model.ratio % self.model.adapter.entries != 0:
+            raise ConfigError(
+                f"losses.embeddings: model.ratio={self.model.ratio} is no multiple of "
+                f"adapter.entries={self.model.adapter.entries}: soft tokens stand for no tokens"
+            )
+        latents = self.losses.contrast != 0 or self.losses.keep < 1
+        if latents and self.model.encoder.slots == "heads":
+            raise ConfigError(
+                "losses.contrast, losses.keep: heads are trained on the whole cache, which has no "
+                "latents"
             )
         if unknown := sorted(set(self.data.read_by) - {MAIN, *self.model.readers}):
             raise ConfigError(

@@ -26,6 +26,7 @@ from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
 from latent_jax.systems.latentwire.readers import Reader
+from latent_jax.systems.latentwire.regularise import dropped, extra_terms, unit_means
 from latent_jax.systems.latentwire.transcribe import field, room
 
 
@@ -102,10 +103,7 @@ def cosine_between(model: Compressor, wire: Wire) -> Float[Array, ""]:
     Of all pairs, by the length of the sum of unit vectors: texts of other devices add to a sum, and
     are not sent around. One text alone gives 0.
     """
-    z = model.informative(wire)
-    weight = wire.mask[..., None].astype(jnp.float32)
-    mean = jnp.sum(z * weight, 1) / jnp.maximum(weight.sum(1), 1)
-    mean = mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
+    mean = unit_means(model, wire)
     pairs = jnp.sum(jnp.sum(mean, 0) ** 2) - jnp.sum(mean**2)
     return pairs / max(len(mean) * (len(mean) - 1), 1)
 
@@ -150,6 +148,8 @@ def batch_terms(
     if "raw" not in batch and not softened:
         wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
         aux["latent_cosine"] = cosine_between(model, wire)
+        if key is not None and config.losses.keep < 1:
+            wire = dropped(jax.random.fold_in(key, 1), wire, config.losses.keep)
     if "inputs" in batch:
         found = _main_terms(model, config, params, frozen["reader"], batch, key, wire)
         terms, aux = terms | found[0], aux | found[1]
@@ -176,7 +176,7 @@ def _main_terms(model, config, params, reader, batch, key, wire):
         raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
     )
     if wire is not None:
-        prefix = apply(wire, reader["embed"].dtype, method="prefix")
+        prefix = apply(wire, reader["embed"].dtype, reader, method="prefix")
     elif "raw" in batch:
         prefix = text()
     else:
@@ -188,13 +188,17 @@ def _main_terms(model, config, params, reader, batch, key, wire):
     if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
         terms["distil_states"] = unexplained(own.states, teacher.states, real)
+    more = extra_terms(model, losses, body, reader, batch, wire, prefix, hidden, supervised)
+    terms, aux = terms | more[0], aux | more[1]
     full = None if teacher is None else teacher.hidden
     if asked:  # few of the tokens are supervised: only those meet the vocabulary
         places = supervised, config.data.max_answer
         supervised, targets, hidden = _last(*places, supervised, targets, hidden)[1:]
         full = None if teacher is None else _last(*places, full)[1]
     if full is None:
-        nll, hit = token_cross_entropy(body, reader, hidden, targets, losses.chunk)
+        nll, hit = token_cross_entropy(
+            body, reader, hidden, targets, losses.chunk, losses.label_smoothing
+        )
     else:
         found = substitution(body, reader, full, hidden, targets, losses.chunk)
         nll, hit = found.nll, found.hit
@@ -220,7 +224,10 @@ def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
     if asked:
         width = room(reader.config, config.data.max_answer)
         supervised, targets, hidden = _last(supervised, width, supervised, targets, hidden)[1:]
-    nll, hit = token_cross_entropy(body, frozen, hidden, targets, config.losses.chunk)
+    losses = config.losses
+    nll, hit = token_cross_entropy(
+        body, frozen, hidden, targets, losses.chunk, losses.label_smoothing
+    )
     return _by_task(config, task, nll, hit, supervised)
 
 

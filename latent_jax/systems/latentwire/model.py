@@ -8,108 +8,36 @@ width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or int
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
-from latent_jax.ops import attention, rope
+from latent_jax.ops import attention
+from latent_jax.ops.fsq import fsq_bound
+from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire import heads
-from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
+from latent_jax.systems.latentwire.adapters import Adapter
+from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.latents import (
+    Prefix,
+    Wire,
+    flatten_kv,
+    own_slots,
+    split_segments,
+    unflatten_kv,
+)
 from latent_jax.systems.latentwire.pool import KVPool, num_latents, spans
+from latent_jax.systems.latentwire.vectors import LONGEST, ByteEncoder, Refiner, VectorPool
 
-
-class Wire(NamedTuple):
-    """Latents of a batch of texts; everything another process needs to read them.
-
-    ``z[i, j]`` stands at ``positions[i, j]`` of a text of ``length[i]`` tokens; keys are stored
-    before rotation, so a wire can be moved to another place in a longer context.
-    """
-
-    z: Float[Array, "b m z"]
-    mask: Bool[Array, "b m"]
-    positions: Int[Array, "b m"]
-    length: Int[Array, " b"]
-
-
-class Prefix(NamedTuple):
-    """What the reader gets: a deep prefix, or soft tokens to put before the prompt.
-
-    The latents stand where their text stood and the prompt continues at rotary position ``start``,
-    the end of the last segment: a token is then always as far from the latents that hold it,
-    however long its text (with the text's own end, what is learned at 16 tokens fails at 32).
-    ``sink``, if any, is the token that stands before them (`latent_jax.backbones.sink`).
-    """
-
-    kv: KV | None
-    embeds: Float[Array, "b m d"] | None
-    mask: Bool[Array, "b m"]
-    positions: Int[Array, "b m"]
-    start: Int[Array, " b"]
-    sink: Int[Array, ""] | None = None
-
-
-def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:
-    """What one reader is given of a wire: the latents that all share, and its private ones.
-
-    Every segment is laid out as ``[shared | private of each reader in turn]``.
-    """
-    layout = config.private_slots
-    if not any(layout.values()):
-        return wire
-    private, before = sum(layout.values()), 0
-    for name, own in layout.items():
-        if name == reader:
-            break
-        before += own
-    total = wire.z.shape[1]
-    n = max(1, total // (num_latents(config.segment, config.ratio) + private))
-    each = total // n
-    shared = each - private
-    kept = np.r_[:shared, shared + before : shared + before + own]
-    at = (np.arange(n)[:, None] * each + kept).reshape(-1)
-    return Wire(wire.z[:, at], wire.mask[:, at], wire.positions[:, at], wire.length)
-
-
-def split_segments(wire: Wire, segment: int, ratio: float, private: int = 0) -> Wire:
-    """One row per segment of each text, ``[b n …]``, at the positions it was compressed at.
-
-    Segments were compressed alone, so each is rebuilt alone.
-
-    Args:
-      private: latents of a segment beside those of its spans, of all readers together.
-    """
-    b, total, _ = wire.z.shape
-    n = max(1, total // (num_latents(segment, ratio) + private))
-    start = jnp.arange(n) * segment
-    return Wire(
-        wire.z.reshape(b * n, total // n, -1),
-        wire.mask.reshape(b * n, -1),
-        (wire.positions.reshape(b, n, -1) - start[:, None]).reshape(b * n, -1),
-        jnp.clip(wire.length[:, None] - start, 0, segment).reshape(-1),
-    )
-
-
-def flatten_kv(kv: KV, inv_freq, positions) -> Float[Array, "b m z"]:
-    """Post-RoPE keys and values → one vector per entry, keys un-rotated."""
-    k = rope.rotate_layers(kv.k, -positions, inv_freq)
-    z = jnp.stack([k, kv.v], axis=1)  # l 2 b m g d
-    z = jnp.moveaxis(z, (2, 3), (0, 1))
-    return z.reshape(*z.shape[:2], -1)
-
-
-def unflatten_kv(z, config: DecoderConfig, inv_freq, positions, mask) -> KV:
-    """Inverse of `flatten_kv` at (possibly other) positions."""
-    shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
-    z = jnp.moveaxis(z.reshape(*z.shape[:2], *shape), (0, 1), (2, 3))
-    return KV(rope.rotate_layers(z[:, 0], positions, inv_freq), z[:, 1], mask)
+__all__ = [
+    "Compressor", "Prefix", "Wire", "flatten_kv", "num_latents", "own_slots", "read",
+    "split_segments", "unflatten_kv",
+]  # fmt: skip
 
 
 class Compressor(nn.Module):
@@ -137,7 +65,17 @@ class Compressor(nn.Module):
             self.calibrated()
             each = r.num_layers, r.num_kv_heads
             self.factor = self.param("factor", nn.initializers.zeros, each)
-        if c.encoder.remembers and c.encoder.lora_rank:
+        if c.encoder.vectors:
+            self.pool = VectorPool(c.encoder.pooler, c.ratio, c.segment)
+        if c.encoder.slots == "bytes":
+            blank = jnp.full((r.vocab_size, LONGEST), -1.0)
+            self.spelling = self.param("spelling", lambda _: blank)  # `vectors.spelling`, measured
+            self.bytes = ByteEncoder(r.hidden_size, c.encoder.byte_layers)
+        if c.encoder.refiner:
+            self.refiner = Refiner(c.encoder.refiner)
+        if not c.adapter.plain:
+            self.adapter = Adapter(c.adapter)
+        if c.encoder.adapts:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
                 {t: shapes[t] for t in e.lora_targets}, r.num_layers, e.lora_rank, e.lora_alpha
@@ -153,7 +91,11 @@ class Compressor(nn.Module):
         width = r.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
         if c.wire.d_z is not None:
             self.down = self.param("down", nn.initializers.orthogonal(), (width, c.wire.d_z))
+            if c.wire.levels:
+                spread = nn.initializers.ones
+                self.level_scale = self.param("level_scale", spread, (c.wire.d_z,))
             out = r.kv_floats_per_token if c.adapter.kind == "kv" else r.hidden_size
+            out *= c.adapter.entries
             self.up = self.param("up", nn.initializers.orthogonal(), (c.wire.d_z, out))
             # Per-dimension centre and spread of the encoder's output and of what the reader
             # expects; keys are an order of magnitude larger than values, so neither PCA nor a
@@ -178,10 +120,17 @@ class Compressor(nn.Module):
             sink = None if self.sink is None else jnp.int32(self.sink)
             z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
             return z, valid, positions
+        if c.encoder.slots == "bytes":
+            codes = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)
+            return self.pool(self.bytes(codes, mask), mask), valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
+        if c.encoder.slots == "embedded":
+            return self.pool(text, mask), valid, positions
         sink = None
         if self.sink is not None:
             sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
+        if c.encoder.slots == "states":
+            return self.pool(self._states(frozen, text, mask, sink), mask), valid, positions
         if c.encoder.lora_on == "all" and c.encoder.slots == "memory":
             kv, hidden = self._adapted(frozen, text, mask, valid, positions, sink)
         else:
@@ -203,6 +152,13 @@ class Compressor(nn.Module):
         if c.encoder.output == "kv":
             return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
         return hidden, valid, positions
+
+    def _states(self, frozen, text, mask, sink) -> Float[Array, "b t d"]:
+        """The LLM's last states on texts, adapted or not."""
+        e = self.config.encoder
+        seen = None if e.causal else jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1]))
+        lora = self.lora() if e.adapts else None
+        return self.body.apply({"params": frozen}, text, None, mask, seen, sink, lora).hidden
 
     def _private(self, frozen, cache: KV, text, mask):
         """Slots of single readers, which see all of the segment, spread evenly over it."""
@@ -282,6 +238,10 @@ class Compressor(nn.Module):
         z, valid, positions = self._raw(frozen, cut(ids), cut(mask))
         if c.wire.d_z is not None:
             z = ((z - self.in_mean) * self.in_scale) @ self.down
+        if c.encoder.refiner:
+            z = self.refiner(z, valid, positions)
+        if c.wire.levels:
+            z = self._rounded(z)
         m = z.shape[1]
         offset = (jnp.arange(n) * (t // n))[None, :, None]
         positions = positions.reshape(b, n, m) + offset
@@ -292,13 +252,29 @@ class Compressor(nn.Module):
             mask.sum(-1),
         )
 
-    def prefix(self, wire: Wire, dtype=jnp.float32) -> Prefix:
-        """Wire → what the reader gets."""
+    def _rounded(self, z: Float[Array, "b m z"]) -> Float[Array, "b m z"]:
+        """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale."""
+        scale, levels = jax.lax.stop_gradient(self.level_scale), (self.config.wire.levels,)
+        x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], levels)[..., 0]
+        return straight_through(x, jnp.round(x)) / (levels[0] // 2) * scale
+
+    def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None) -> Prefix:
+        """Wire → what the reader gets.
+
+        Args:
+          wire: of `compress`.
+          dtype: of what the reader gets.
+          frozen: the LLM's parameters, for adapters that look at its vocabulary.
+        """
         c, r = self.config, self.reader
         wire = own_slots(wire, c)
         z = wire.z
         if c.wire.d_z is not None:
             z = (z @ self.up) * self.out_scale + self.out_mean
+        if c.adapter.entries > 1:
+            wire, z = self._expanded(wire, z)
+        if not c.adapter.plain:
+            z = self.adapter(wire.z, z, wire.mask, None if frozen is None else frozen["embed"])
         z = z.astype(dtype)
         sink = None if self.sink is None else jnp.int32(self.sink)
         if c.encoder.slots == "heads":
@@ -310,8 +286,20 @@ class Compressor(nn.Module):
             kv = unflatten_kv(z, r, inverse_frequencies(r), wire.positions, wire.mask)
         else:
             embeds = z
-        start = -(-wire.length // c.segment) * c.segment
+        start = wire.length
+        if c.follow == "segment":
+            start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
+
+    def _expanded(self, wire: Wire, z: Float[Array, "b m e"]) -> tuple[Wire, Array]:
+        """Several soft tokens of each latent, spread over its span."""
+        c, n = self.config, self.config.adapter.entries
+        aside = ((jnp.arange(n) + 0.5) / n - 0.5) * c.ratio
+        places = jnp.maximum(jnp.floor(wire.positions[..., None] + 0.5 + aside), 0)
+        each = lambda x: jnp.repeat(x, n, axis=1)  # noqa: E731
+        places = places.astype(jnp.int32).reshape(len(z), -1)
+        wide = Wire(each(wire.z), each(wire.mask), places, wire.length)
+        return wide, z.reshape(*wide.mask.shape, -1)
 
     def calibrated(self) -> None:
         """Parameters that texts replace (`heads.calibrate`)."""
@@ -363,7 +351,7 @@ class Compressor(nn.Module):
     def __call__(self, frozen, ids, mask) -> Prefix:
         """Touches every parameter; used for initialisation."""
         self.lead(jnp.zeros((ids.shape[0],), jnp.int32))
-        return self.prefix(self.compress(frozen, ids, mask))
+        return self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
 
 
 def read(

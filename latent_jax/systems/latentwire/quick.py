@@ -38,7 +38,8 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
         weight = mask / mask.sum()
 
         def score(wire):
-            prefix = apply(wire, reader["embed"].dtype, method="prefix")
+            table = {"frozen": reader} if name == MAIN else {}
+            prefix = apply(wire, reader["embed"].dtype, **table, method="prefix")
             hidden = forced(body, reader, prefix, lead, gold, mask).hidden
             nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
             return jnp.sum(nll * weight), jnp.sum(hit * weight)

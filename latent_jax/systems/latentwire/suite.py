@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_jax.systems.latentwire import bits, diagnose
+from latent_jax.systems.latentwire import annealing, bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
@@ -140,7 +141,8 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
         told = diagnose.predictions(said)
         for name in ("distinct", "distinct_words", "empty", "repetitive", "commonest_share"):
             numbers[f"answers.{name}"] = told[name]
-    return {**numbers, "findings": found or "nothing known is wrong"}
+    told = {} if (judged := annealing.verdict(log)) is None else {"annealing": judged.line()}
+    return {**numbers, **told, "findings": found or "nothing known is wrong"}
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:
@@ -163,8 +165,13 @@ def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, 
 
 
 def wire_cost(wire: LatentWire) -> dict[str, Any]:
-    """Numbers per latent and per text token, next to the reader's own cache."""
-    return {
+    """Numbers (and bits, where they have levels) per latent and per text token, next to the
+    reader's own cache.
+    """
+    c, bits_each = wire.config, {}
+    if c.wire.levels:
+        bits_each["wire.bits_per_token"] = wire.width * math.log2(c.wire.levels) / c.ratio
+    return bits_each | {
         "wire.d_z": wire.width,
         "wire.floats_per_token": wire.width / wire.config.ratio,
         "wire.cache_floats_per_token": wire.backbone.config.kv_floats_per_token,

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from latent_jax import backbones
-from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
+from latent_jax.systems.latentwire.adapters import fit_colour
+from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -31,7 +32,9 @@ from latent_jax.systems.latentwire.assets import (
 from latent_jax.systems.latentwire.baselines import Compressed, Latents
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
+from latent_jax.systems.latentwire.labels import LABELS, OF_MAIN, RULES
 from latent_jax.systems.latentwire.losses import batch_terms
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
@@ -40,18 +43,7 @@ from latent_jax.systems.latentwire.readers import open_reader
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
-
-_LABELS = (
-    (r"^lora/.*_a$", "lora_a"),
-    (r"^lora/.*_b$", "lora_b"),
-    (r"^pool/[kv]$", "pool"),
-    (r"^gate$", "gate"),
-    (r"^(memory|private|tasks)$", "memory"),
-    (r"^prompt$", "prompt"),
-    (r"^factor$", "heads"),
-    (r"^(profile|centre|spread)$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
-    (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
-)
+from latent_jax.systems.latentwire.vectors import spelling
 
 
 class LatentWireSystem:
@@ -65,14 +57,7 @@ class LatentWireSystem:
     config_class = LatentWireRun
     rng_names = ("corrupt",)
     jit_init = False  # may read weights and fits the bottleneck on data
-    logical_rules = (
-        *DECODER_RULES,
-        (r"lora/(o|down)_a$", ("layers", "heads", "rank")),
-        (r"lora/(q|k|v|gate|up)_a$", ("layers", "embed", "rank")),
-        (r"lora/(q|k|v|gate|up)_b$", ("layers", "rank", "heads")),
-        (r"lora/(o|down)_b$", ("layers", "rank", "embed")),
-        (r"pool/[kv]$", ("layers", None, "embed", "heads")),
-    )
+    logical_rules = RULES
 
     def __init__(self, config: LatentWireRun, backbone: backbones.Backbone | None = None):
         check_arms(config.eval.arms, config.eval.tuned, config.model.prompt_tokens)
@@ -104,8 +89,7 @@ class LatentWireSystem:
         }
         self.weights = {
             **common,
-            "distil_logits": losses.distil_logits,
-            "distil_states": losses.distil_states,
+            **{name: getattr(losses, name) for name in OF_MAIN},
             **{f"{k}.{label}": w for label in self.readers for k, w in common.items()},
         }
         self._held_out: np.ndarray | None = None
@@ -136,8 +120,13 @@ class LatentWireSystem:
                 self.body, reader, self.train_data("main", None), self.sink,
                 self.config.data.calibration,
             )._asdict()  # fmt: skip
+        if "spelling" in params and "spelling" not in start:
+            spelt = spelling(self.backbone.tokenizer, self.backbone.config.vocab_size)
+            params["spelling"] = jnp.asarray(spelt, jnp.float32)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
+        if model.adapter.calibration == "colour" and "adapter" not in start:
+            params = fit_colour(self.model, params, reader, self.train_data("main", None))
         if self.readers:
             encoder = Latents(self.model, params, reader)
             adapters = reader_start.fresh(self.readers, rngs["params"])
@@ -166,11 +155,12 @@ class LatentWireSystem:
         return recipe.batch_specs(self.config, phase)
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``gate``, ``memory``, ``prompt``, ``heads`` and
-        ``bottleneck``, and ``reader_<name>`` of each further reader; input statistics are frozen.
+        """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
+        ``memory``, ``prompt``, ``heads`` and ``bottleneck``, and ``reader_<name>`` of each further
+        reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
-        return trees.match_tree((*_LABELS, *own), params)
+        return trees.match_tree((*LABELS, *own), params)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Compressed tokens in a batch."""
@@ -265,6 +255,12 @@ class LatentWireSystem:
         """See `suite.final_evaluation`."""
         wire = self.wire(variables, frozen)
         return suite.final_evaluation(self, wire, progress, self._tuned)
+
+    def judge(self, run: Path) -> dict[str, float]:
+        """What a run's log says of annealing, if it was one; see `annealing.verdict`."""
+        log = Path(run) / "metrics.jsonl"
+        found = verdict(read_log(log)) if log.is_file() else None
+        return {} if found is None else found.numbers()
 
     def ask(self, variables, frozen, text: str, question: str) -> dict[str, Any]:
         """Compresses a text, rebuilds it, and answers from the latents alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -96,6 +98,6 @@ class Selected(Compressor):
         positions = jnp.broadcast_to(positions, kept.mask.shape)
         return flatten_kv(kept, inverse_frequencies(self.reader), positions), kept.mask, positions
 
-    def prefix(self, wire: Wire, dtype=jnp.float32) -> Prefix:
+    def prefix(self, wire: Wire, dtype=jnp.float32, frozen: Any = None) -> Prefix:
         """As a trained compressor's, but the prompt continues where the text ends."""
-        return super().prefix(wire, dtype)._replace(start=wire.length)
+        return super().prefix(wire, dtype, frozen)._replace(start=wire.length)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
-from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.backbones import ByteTokenizer
+from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines, evaluate
@@ -22,13 +22,6 @@ from latent_jax.systems.latentwire.reconstruct import rebuild
 from latent_jax.systems.latentwire.scoring import batch_widths, score_answers
 
 SEGMENT = 16
-
-
-@functools.cache
-def reader():
-    config = tiny_config(num_layers=2, vocab_size=262)
-    params = random_params(config, jax.random.key(0))
-    return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))
 
 
 @functools.cache

@@ -9,10 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones.backbone import Backbone
-from latent_jax.backbones.decoder import Decoder
-from latent_jax.backbones.testing import random_params, tiny_config
-from latent_jax.backbones.tokenizer import ByteTokenizer
+from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire import baselines, heads
@@ -29,13 +26,6 @@ from latent_jax.systems.latentwire.cost import cost
 from latent_jax.systems.latentwire.model import Compressor, num_latents
 
 TEXTS = ["abcdefghijklmnopqr", "xyz12345"]
-
-
-@functools.cache
-def reader():
-    config = tiny_config(num_layers=2, vocab_size=262)
-    params = random_params(config, jax.random.key(0))
-    return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))
 
 
 @functools.cache

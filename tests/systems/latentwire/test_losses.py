@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
-from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import losses
@@ -38,11 +37,7 @@ def config(**changes):
 
 @pytest.fixture(scope="module")
 def system():
-    reader = tiny_config(num_layers=2, vocab_size=262)
-    params = random_params(reader, jax.random.key(0))
-    return LatentWireSystem(
-        config(), Backbone("tiny", reader, params, ByteTokenizer(), "0" * 64, Decoder(reader))
-    )
+    return LatentWireSystem(config(), byte_reader())
 
 
 @pytest.fixture(scope="module")

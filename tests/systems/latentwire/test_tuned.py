@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones import Backbone, ByteTokenizer, Decoder
-from latent_jax.backbones.testing import random_params, tiny_config
+from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import baselines, tuned
@@ -22,9 +21,7 @@ from latent_jax.systems.latentwire.scoring import score_answers
 
 @pytest.fixture(scope="module")
 def reader():
-    config = tiny_config(num_layers=2, vocab_size=262)
-    params = random_params(config, jax.random.key(0))
-    return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))
+    return byte_reader()
 
 
 @pytest.fixture(scope="module")

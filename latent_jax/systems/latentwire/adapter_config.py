@@ -1,0 +1,84 @@
+"""What travels, and what the main reader makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """What travels."""
+
+    d_z: int | None = field(
+        default=None, ge=1, help="width of a latent; none sends the encoder's output as it is"
+    )
+    fit: Literal["data", "vocabulary", "random"] = field(
+        default="data",
+        help="where the map to d_z and back starts: principal directions of the encoder's output "
+        "on training texts, of the LLM's input embeddings, or random ones",
+    )
+    levels: int = field(
+        default=0, ge=0, help="finite scalar quantisation: values of each number of a latent, 3 or "
+        "more; 0: real numbers",
+    )  # fmt: skip
+
+    def validate(self) -> None:
+        """Refuses quantised latents that have no width of their own."""
+        if self.levels and (self.levels < 3 or self.d_z is None):
+            raise ConfigError(
+                f"wire.levels={self.levels}: use 3 or more (0: none), with wire.d_z"
+            )
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How the reader receives it.
+
+    All but ``kind`` starts as the identity, and acts on what the reader gets: of soft tokens first
+    ``residual``, then ``calibration``, then ``transform``.
+    """
+
+    kind: Literal["kv", "soft"] = field(
+        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
+    )
+    entries: int = field(
+        default=1, ge=1, help="soft tokens that are made of one latent (pool, then expand)"
+    )
+    residual: Literal["none", "affine", "film", "mlp"] = field(
+        default="none",
+        help="what is learned on top of the linear map: a factor and a shift per dimension, the "
+        "same from the latent, or a two-layer residual",
+    )
+    hidden: int = field(default=64, ge=1, help="width of the two-layer residual")
+    calibration: Literal["none", "embed_rms", "token_rms", "distribution", "colour"] = field(
+        default="none",
+        help="size of soft tokens, from the vocabulary's statistics: one factor for a text, one "
+        "for each token (a probe), every dimension's mean and spread over a text, or a learned "
+        "factor and shift per dimension that start at those of the training texts",
+    )
+    transform: Literal["none", "nearest", "anchor", "codebook"] = field(
+        default="none",
+        help="soft tokens drawn to the vocabulary: mean of the nearest embeddings, the nearest "
+        "one with a share of what is missing, or a mixture of learned codes",
+    )
+    neighbours: int = field(default=4, ge=1, help="embeddings that are nearest")
+    offset: float = field(default=0.5, ge=0, le=1, help="share of what is missing (anchor)")
+    codes: int = field(default=64, ge=2, help="learned codes (codebook)")
+
+    def validate(self) -> None:
+        """Refuses for a deep prefix what only soft tokens have."""
+        soft = {
+            "calibration": self.calibration != "none", "transform": self.transform != "none",
+            "entries": self.entries > 1,
+        }  # fmt: skip
+        if self.kind != "soft" and (wrong := [name for name, on in soft.items() if on]):
+            raise ConfigError(f"adapter.{', '.join(wrong)}: only adapter.kind=soft has soft tokens")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the reader gets what the linear map makes."""
+        return {self.residual, self.calibration, self.transform} == {"none"}

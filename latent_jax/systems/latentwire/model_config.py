@@ -1,0 +1,282 @@
+"""The shape of a compressor: its encoder, its readers, and how they go together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from latent_jax.backbones.config import PROJECTIONS
+from latent_jax.core.config import field
+from latent_jax.core.errors import ConfigError
+from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.prompts import PromptConfig
+
+#: The reader that is also the encoder's body.
+MAIN = "main"
+#: Slots that sum up one vector per token.
+VECTORS = ("states", "embedded", "bytes")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen LLM's own layers, read at one slot per span of text."""
+
+    slots: Literal["memory", "pooled", "both", "heads", "states", "embedded", "bytes"] = field(
+        default="memory",
+        help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
+        "linear combination of its span's keys and values; both: their (gated) sum; heads: the "
+        "text's own keys and values, of which every head keeps as many as it needs; states, "
+        "embedded, bytes: the LLM's last states, its input embeddings, or what a small transformer "
+        "makes of the text's UTF-8 bytes, summed up by pooler",
+    )
+    pooler: Literal["mean", "attention", "queries", "hierarchical", "convolution"] = field(
+        default="mean",
+        help="vectors of tokens to slots, each at first the mean of its span: mean (nothing is "
+        "trained); attention: within the span; queries: one per slot, over the whole segment, "
+        "gated; hierarchical: by the prime factors of the ratio; convolution: beyond the span",
+    )
+    byte_layers: int = field(default=2, ge=1, help="layers of the transformer over bytes")
+    refiner: int = field(
+        default=0, ge=0, help="transformer layers over the latents of a segment; 0: none"
+    )
+    pool_start: Literal["mean", "stagger"] = field(
+        default="mean", help="pooled slots start as the mean of their span, or with each head of "
+        "each layer keeping one token of it as it is",
+    )  # fmt: skip
+    output: Literal["kv", "hidden"] = field(
+        default="kv", help="what a slot leaves: per-layer keys and values, or its last hidden state"
+    )
+    view: Literal["text", "span"] = field(
+        default="span",
+        help="what a memory slot sees: the whole text and the other slots, or only the tokens of "
+        "its own span (they have read what comes before them), which serves any text length alike",
+    )
+    lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
+    lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
+    lora_targets: tuple[str, ...] = field(
+        default=("q", "k", "v"), help=f"adapted projections, of {', '.join(PROJECTIONS)}"
+    )
+    lora_on: Literal["memory", "all"] = field(
+        default="memory",
+        help="memory: text runs through the untouched LLM and only slots are adapted (cheaper: no "
+        "backward pass over the text); all: text positions are adapted as well",
+    )
+    causal: bool = field(
+        default=True, help="text attends causally; false needs lora_on=all (the LLM is causal)"
+    )
+    span_mean: float = field(
+        default=1.0, ge=0, help="weight of the span's mean embedding in a slot's input"
+    )
+
+    def validate(self) -> None:
+        """Refuses projections that do not exist and adapted text that is not adapted."""
+        unknown = [t for t in self.lora_targets if t not in PROJECTIONS]
+        if unknown:
+            raise ConfigError(f"encoder.lora_targets: unknown {unknown}; allowed: {PROJECTIONS}")
+        if not self.causal and self.lora_on == "memory":
+            raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
+        if self.vectors and self.output != "hidden":
+            raise ConfigError(
+                f"encoder.slots={self.slots} makes vectors, not keys and values: it needs "
+                "encoder.output=hidden"
+            )
+        if self.slots not in ("memory", *VECTORS) and self.output != "kv":
+            raise ConfigError(
+                f"encoder.slots={self.slots} is made of keys and values: it needs encoder.output=kv"
+            )
+        if self.lora_on == "all" and self.slots not in ("memory", "states"):
+            raise ConfigError(
+                f"encoder.slots={self.slots} is made of the untouched LLM: it needs "
+                "encoder.lora_on=memory"
+            )
+        if self.lora_on == "all" and self.view == "span" and self.slots == "memory":
+            raise ConfigError(
+                "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
+        if self.pooler != "mean" and not self.vectors:
+            raise ConfigError(
+                f"encoder.pooler={self.pooler} is of encoder.slots={', '.join(VECTORS)}; pooled "
+                "and both sum up keys and values, see encoder.pool_start"
+            )
+
+    @property
+    def remembers(self) -> bool:
+        """Whether slots run through the LLM."""
+        return self.slots in ("memory", "both")
+
+    @property
+    def vectors(self) -> bool:
+        """Whether slots sum up one vector per token."""
+        return self.slots in VECTORS
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the LLM's layers have trained deltas."""
+        ran = self.remembers or (self.slots == "states" and self.lora_on == "all")
+        return ran and self.lora_rank > 0
+
+    @property
+    def pools(self) -> bool:
+        """Whether slots are sums over their span."""
+        return self.slots in ("pooled", "both")
+
+
+@dataclass(frozen=True)
+class ReaderConfig:
+    """Another frozen LLM that reads the same wire through an adapter of its own."""
+
+    name: str = field(
+        help="smollm2, gemma3, tiny, tiny_qwen3, a directory, a .gguf or .bin file ($VARIABLES are "
+        "filled in), or a hub id"
+    )
+    kind: Literal["kv", "soft"] = field(
+        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
+    )
+    hidden: int = field(
+        default=0, ge=0, help="width of the adapter's residual layer; 0: it is linear"
+    )
+    entries: int = field(
+        default=1, ge=1, help="entries of its cache (or soft tokens) that it makes of one latent: "
+        "its own tokens are others, and a head that looks a token up wants one of its own",
+    )  # fmt: skip
+    private: int = field(
+        default=0, ge=0, help="latents per segment that only this reader is given"
+    )
+    tokens: float = field(
+        default=2.0, gt=0, help="room for its own tokens, per token of the encoder's"
+    )
+    prompt: PromptConfig | None = field(
+        default=None, help="how questions are put to it; none: as to the main reader"
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, wire and adapter."""
+
+    ratio: float = field(default=4.0, ge=1, help="text tokens per latent")
+    segment: int = field(default=64, ge=1, help="longest text compressed at once, tokens")
+    encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
+    wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
+    sink: bool = field(
+        default=True,
+        help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
+    )
+    prompt_tokens: int = field(
+        default=0, ge=0,
+        help="learned soft tokens between a text, or its latents, and a question about it; 0: the "
+        "one vector that names the task",
+    )  # fmt: skip
+    private: int = field(
+        default=0, ge=0, help="latents per segment that only the main reader is given"
+    )
+    readers: dict[str, ReaderConfig] = field(
+        default_factory=dict, help="further readers of the same wire, by a short name"
+    )
+    follow: Literal["segment", "text"] = field(
+        default="segment",
+        help="where a prompt's positions begin: after the last segment, so that a token is always "
+        "as far from the latent that holds it, or after the text",
+    )
+    remat: bool = field(default=False, help="recompute activations in the backward pass")
+    start: str | None = field(
+        default=None,
+        help="packaged compressor, its directory, or a run whose weights to start from",
+    )
+
+    def validate(self) -> None:
+        """Refuses combinations that cannot be wired together."""
+        if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
+            raise ConfigError(
+                f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
+                f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
+                "kv, hidden with soft"
+            )
+        if self.ratio > self.segment:
+            raise ConfigError(
+                f"model.ratio={self.ratio} leaves less than one latent per "
+                f"model.segment={self.segment}"
+            )
+        for label in self.readers:
+            if label == MAIN or not re.fullmatch(r"[a-z][a-z0-9_]*", label):
+                raise ConfigError(
+                    f"model.readers: {label!r} is no short name: small letters, digits and _, and "
+                    f"not {MAIN}, which is the encoder's own"
+                )
+        if self.encoder.slots == "heads" and (self.wire.d_z or self.adapter.kind != "kv"):
+            raise ConfigError(
+                "encoder.slots=heads sends keys and values of single heads as they are: it needs "
+                "wire.d_z=none and adapter.kind=kv"
+            )
+        if self.encoder.slots == "heads" and self.readers:
+            raise ConfigError(
+                "encoder.slots=heads keeps entries of its own LLM's heads, which no adapter of "
+                "model.readers could read: use pooled, memory or both"
+            )
+        if self.encoder.refiner and self.wire.d_z is None and self.encoder.output == "kv":
+            raise ConfigError(
+                "encoder.refiner works on latents of a width of their own: set wire.d_z, or "
+                "encoder.output=hidden"
+            )
+        if self.encoder.refiner and (self.wire.d_z or 2) % 2:
+            raise ConfigError(f"encoder.refiner needs an even wire.d_z, not {self.wire.d_z}")
+        if self.adapter.entries > 1 and self.wire.d_z is None:
+            raise ConfigError("adapter.entries > 1 needs a map of its own: set wire.d_z")
+        if self.wire.fit == "vocabulary" and not (
+            self.wire.d_z and self.encoder.output == "hidden" and self.adapter.kind == "soft"
+        ):
+            raise ConfigError(
+                "wire.fit=vocabulary needs wire.d_z, and vectors on both sides: "
+                "encoder.output=hidden and adapter.kind=soft"
+            )
+        if self.encoder.slots == "heads" and not self.adapter.plain:
+            raise ConfigError(
+                "encoder.slots=heads is read as it is: adapter.residual must be none"
+            )
+        whole = self.ratio == int(self.ratio)
+        if self.encoder.pooler == "hierarchical" and not whole:
+            raise ConfigError(
+                f"encoder.pooler=hierarchical divides the ratio: {self.ratio} is no whole number"
+            )
+        unable = not self.encoder.remembers or self.encoder.lora_on == "all"
+        if unable and (found := [n for n, p in self.private_slots.items() if p]):
+            raise ConfigError(
+                f"model: private latents ({', '.join(found)}) are memory slots over the whole "
+                "segment: they need encoder.slots=memory or both, with encoder.lora_on=memory"
+            )
+
+    def __hash__(self) -> int:
+        # A dict has none, and modules that hold this are static in what is compiled.
+        return hash((*self.readers.items(), *(v for k, v in vars(self).items() if k != "readers")))
+
+    @property
+    def private_slots(self) -> dict[str, int]:
+        """Private latents per segment of each reader, in the order in which they are sent."""
+        return {MAIN: self.private, **{name: r.private for name, r in self.readers.items()}}
+
+
+# What compressors could not be told when the first of their wires were written.
+_LATER = {
+    "encoder": ("pooler", "byte_layers", "refiner"), "wire": ("fit", "levels"),
+    "adapter": (
+        "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
+        "codes",
+    ),
+}  # fmt: skip
+
+
+def as_first(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """A `ModelConfig` as a mapping, without later settings where they are as they always were: the
+    wires of a compressor that has none of them stay readable.
+    """
+    own, found = asdict(ModelConfig()), dict(shape)
+    for part, names in _LATER.items():
+        found[part] = {
+            k: v for k, v in shape[part].items() if k not in names or v != own[part][k]
+        }
+    if found["follow"] == own["follow"]:
+        del found["follow"]
+    return found
