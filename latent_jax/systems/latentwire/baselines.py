@@ -154,9 +154,16 @@ def scramble(wire: Any, rows: Int[Array, " b"], key: Array) -> Any:
     return wire._replace(z=jnp.take_along_axis(wire.z, source[..., None], axis=1))
 
 
-@jax.jit
 def encode(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
-    """The wire of right-padded texts."""
+    """The wire of right-padded texts, made once where the compressor keeps what it has made
+    (`bits.Rounded`).
+    """
+    own = getattr(latents, "encode", None)
+    return _encode(latents, ids, mask) if own is None else own(ids, mask)
+
+
+@jax.jit
+def _encode(latents, ids, mask):
     return latents.compress(ids, mask)
 
 

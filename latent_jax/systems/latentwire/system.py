@@ -197,6 +197,8 @@ class LatentWireSystem:
             )  # fmt: skip
         if self.config.eval.segments:
             self.eval_data()
+        if self.config.eval.continuations:
+            self.windows()
         stream = recipe.train_stream(
             self.config, self.backbone.tokenizer, self.builder, phase, self.readers
         )
@@ -220,6 +222,14 @@ class LatentWireSystem:
                 self.config, self.backbone.tokenizer, "validation", limit
             )
         return self._held_out
+
+    def windows(self) -> tuple[np.ndarray, int]:
+        """Held-out texts with the tokens that follow each, and how many tokens are the text."""
+        e, d = self.config.eval, self.config.data
+        found = recipe.text_segments(
+            self.config, self.backbone.tokenizer, "validation", e.continuations, d.continuation
+        )
+        return found, found.shape[1] - d.continuation
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's
