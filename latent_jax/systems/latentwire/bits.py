@@ -76,6 +76,10 @@ class Rounded:
         """See `Compressed.task`."""
         return self.inner.task(name, batch)
 
+    def instructed(self, given, name):
+        """See `Compressed.instructed`."""
+        return self.inner.instructed(given, name)
+
 
 def mean_latent(
     latents: Compressed, batches: Iterable[tuple[Int[Array, "b t"], Bool[Array, "b t"]]]

@@ -118,6 +118,7 @@ def evaluate_ae(
             )  # fmt: skip
             asking = "latent" if arm in of_text else arm  # both have the compressor's embedding
             lead = task_embedding(latents, asking, task, len(at))
+            given = baselines.instructed(latents, given, task)
             asked = Asked(given, *empty, lead)
             guess, _ = decode(reader, asked, longest, ())
             forced = score_answers(reader.decoder, reader.params, asked, *gold)
@@ -147,7 +148,8 @@ def rebuildable(arms: Sequence[str]) -> list[str]:
     """Those of some arms in which the reader is shown text, or a part of it, and a learned prompt
     that can ask for that text.
     """
-    text = {*baselines.TEXT_ARMS, *baselines.FROZEN_ARMS} - {"kv_question"}
+    none = {"kv_question", "embedding_replay", "embedding_replay_anchor"}
+    text = {*baselines.TEXT_ARMS, *baselines.FROZEN_ARMS} - none
     return [a for a in arms if a.endswith(PROMPTED) and base_arm(a) in text]
 
 
@@ -174,6 +176,7 @@ def rebuild(
         "latent", reader.decoder, reader.params, latents, parts,
         np.arange(rows, dtype=np.int32), jax.random.key(0),
     )  # fmt: skip
+    given = baselines.instructed(latents, given, task)
     lead = task_embedding(latents, "latent", task, rows)
     length = np.asarray(wire.length)
     # A text that fills no segment has fewer places than one.

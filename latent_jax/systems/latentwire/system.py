@@ -17,7 +17,7 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
+from latent_jax.systems.latentwire import asking, bottleneck, heads, reader_start, recipe, suite
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
@@ -46,7 +46,7 @@ _LABELS = (
     (r"^lora/.*_b$", "lora_b"),
     (r"^pool/[kv]$", "pool"),
     (r"^gate$", "gate"),
-    (r"^(memory|private|tasks)$", "memory"),
+    (r"^(memory|private|tasks|asking)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
     (r"^(profile|centre|spread)$|^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
@@ -136,6 +136,9 @@ class LatentWireSystem:
                 self.body, reader, self.train_data("main", None), self.sink,
                 self.config.data.calibration,
             )._asdict()  # fmt: skip
+        if model.rebuild_entries and "asking" not in start:
+            texts = next(self.train_data("main", None))
+            params |= asking.start(self.model, params, reader, self.backbone.tokenizer, texts)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         if self.readers:
