@@ -188,11 +188,12 @@ class LatentWire:
         shape = as_first(to_dict(parse(ModelConfig, shape)))  # a ratio of 4 is one of 4.0
         # Readers are not the encoder's: one that is added later reads what was written before. Only
         # the layout of private latents is.
-        del shape["readers"], shape["private"]
+        del shape["readers"], shape["private"], shape["rebuild_entries"]
         if any(self.config.private_slots.values()):
             shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
         digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        flat = trees.flatten({k: v for k, v in self.params.items() if k != "readers"})
+        reading = ("readers", "asking")
+        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reading})
         if self.centre is not None:
             flat["centre"] = self.centre
         for name, leaf in sorted(flat.items()):
@@ -382,6 +383,7 @@ class LatentWire:
             reader, latents = self.by.backbone, self.by.latents(latents)
         given = _given(reader.decoder, latents, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
+        given = baselines.instructed(latents, given, task if task in self.tasks else None)
         return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)
 
 

@@ -61,6 +61,9 @@ class Compressed(Protocol):
     def task(self, name: str, batch: int) -> Float[Array, "b n d"] | None:
         """Learned embeddings between the latents and the prompt, if any."""
 
+    def instructed(self, given: Given, name: str) -> Given:
+        """With the learned keys and values, if any, that a task has in front of those."""
+
 
 @flax.struct.dataclass
 class Latents:
@@ -83,8 +86,21 @@ class Latents:
         number = jnp.full((batch,), TASKS.index(name), jnp.int32)
         return self._run(number, asked=name == "answer", method="lead")
 
+    def instructed(self, given, name):
+        """See `Compressed.instructed`."""
+        if name != "reconstruct":
+            return given
+        number = jnp.full(given.start.shape, TASKS.index(name), jnp.int32)
+        return self._run(given, number, method="instructed")
+
     def _run(self, *args, method, **options):
         return self.module.apply({"params": self.params}, *args, method=method, **options)
+
+
+@functools.partial(jax.jit, static_argnames=("name",))
+def instructed(latents: Compressed, given: Given, name: str | None) -> Given:
+    """What the reader is given, behind it what a task has learned; None is no task."""
+    return given if name is None else latents.instructed(given, name)
 
 
 def budget(mask: Bool[Array, "b t"], ratio: float) -> Int[Array, " b"]:
@@ -154,9 +170,16 @@ def scramble(wire: Any, rows: Int[Array, " b"], key: Array) -> Any:
     return wire._replace(z=jnp.take_along_axis(wire.z, source[..., None], axis=1))
 
 
-@jax.jit
 def encode(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
-    """The wire of right-padded texts."""
+    """The wire of right-padded texts, made once where the compressor keeps what it has made
+    (`bits.Rounded`).
+    """
+    own = getattr(latents, "encode", None)
+    return _encode(latents, ids, mask) if own is None else own(ids, mask)
+
+
+@jax.jit
+def _encode(latents, ids, mask):
     return latents.compress(ids, mask)
 
 

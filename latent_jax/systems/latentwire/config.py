@@ -155,6 +155,10 @@ class EvalConfig:
     segments: int = field(default=200, ge=0, help="held-out segments rebuilt greedily; 0: none")
     length: int | None = field(default=None, ge=1, help="their length; none: data.length")
     text: str | None = field(default=None, help="held-out text source; none: data.text")
+    continuations: int = field(
+        default=0, ge=0, help="held-out texts whose next data.continuation tokens are scored; 0: "
+        "none",
+    )  # fmt: skip
     questions: int = field(default=0, ge=0, help="held-out questions; 0: none")
     arms: tuple[str, ...] = field(
         default=("latent", "full_text", "no_context", "token_budget_head", "shuffled", "zero"),

@@ -55,6 +55,7 @@ def cram(
     def loss(delta):
         moved = wire._replace(z=wire.z + delta * scale)
         given = prefix_to_given(decoder, params, latents.prefix(moved))
+        given = latents.instructed(given, "reconstruct")
         hidden = answer_hidden(decoder, params, Asked(given, *none, lead), ids, mask)
         nll, _ = token_cross_entropy(decoder, params, hidden, ids)
         return jnp.sum(nll * mask) / b

@@ -13,7 +13,7 @@ LABELS = (
     (r"^refiner/", "refiner"),
     (r"^adapter/", "adapter"),
     (r"^gate$", "gate"),
-    (r"^(memory|private|tasks)$", "memory"),
+    (r"^(memory|private|tasks|asking)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
     (r"^(profile|centre|spread|spelling|level_scale)$", "frozen"),

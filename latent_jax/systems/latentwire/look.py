@@ -63,6 +63,7 @@ def rebuilt(
     asking = [] if trained else reader.tokenizer.encode(AGAIN)
     prompt = pad_rows([asking] * len(ids), len(asking), wire.builder.pad_id)
     lead = latents.task("reconstruct", len(ids)) if trained else None
+    given = baselines.instructed(latents, given, "reconstruct" if trained else None)
     nats, best = _forced(reader.decoder, reader.params, Asked(given, *prompt, lead), ids, mask)
     return [
         Rebuilt(_pieces(wire, row[:n]), np.asarray(cost[:n]), _pieces(wire, guess[:n]))

@@ -144,7 +144,9 @@ def batch_terms(
     """
     apply = functools.partial(model.apply, {"params": params})
     terms, aux, wire = {}, {}, None
-    softened = model.config.encoder.slots == "heads"
+    # Which entries are kept has no gradient; the heads' factors learn from what the reader teaches.
+    # Other tasks learn to read the entries that are kept.
+    softened = model.config.encoder.slots == "heads" and bool({"asked", "recalled"} & set(batch))
     if "raw" not in batch and not softened:
         wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
         aux["latent_cosine"] = cosine_between(model, wire)
@@ -182,6 +184,8 @@ def _main_terms(model, config, params, reader, batch, key, wire):
     else:
         texts = batch["context"], batch["context_mask"]
         prefix = apply(reader, *texts, method="softened")
+    if not asked:
+        prefix = apply(prefix, task, method="instructed")
     aux, terms = {}, {}
     own = forced(body, reader, prefix, lead, inputs, real)
     hidden, teacher = own.hidden, None

@@ -17,7 +17,7 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
-from latent_jax.ops import attention
+from latent_jax.ops import attention, rope
 from latent_jax.ops.fsq import fsq_bound
 from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire import heads
@@ -65,6 +65,9 @@ class Compressor(nn.Module):
             self.calibrated()
             each = r.num_layers, r.num_kv_heads
             self.factor = self.param("factor", nn.initializers.zeros, each)
+            if n := c.rebuild_entries:
+                shape = (r.num_layers, n, r.num_kv_heads, 2 * r.head_dim)
+                self.asking = self.param("asking", nn.initializers.normal(0.02), shape)
         if c.encoder.vectors:
             self.pool = VectorPool(c.encoder.pooler, c.ratio, c.segment)
         if c.encoder.slots == "bytes":
@@ -343,6 +346,25 @@ class Compressor(nn.Module):
             return jnp.broadcast_to(self.prompt, (len(task), *self.prompt.shape))
         return self.tasks[task][:, None]
 
+    def instructed(self, prefix, task: Int[Array, " b"]):
+        """A prefix, or anything else with ``kv`` and ``start``, behind which rows of the task
+        ``reconstruct`` have learned keys and values that ask for the text (prefix tuning, Li &
+        Liang 2021): a vector in front of the frozen layers says too little to make them copy.
+        """
+        if not self.config.rebuild_entries:
+            return prefix
+        known = jax.lax.stop_gradient(self.measured)
+        rows = self.asking * known.spread[:, None] + known.centre[:, None]
+        b, n = len(task), rows.shape[1]
+        k, v = jnp.split(jnp.broadcast_to(rows[:, None], (len(rows), b, *rows.shape[1:])), 2, -1)
+        where = prefix.start[:, None] + jnp.arange(n)
+        k = rope.rotate_layers(k, where, jnp.asarray(inverse_frequencies(self.reader)))
+        asked = task == TASKS.index("reconstruct")
+        kv = KV(k, v, jnp.broadcast_to(asked[:, None], (b, n)))
+        if prefix.kv is not None:
+            kv = KV(k.astype(prefix.kv.k.dtype), v.astype(prefix.kv.v.dtype), kv.mask)
+        return prefix._replace(kv=behind(prefix.kv, kv), start=prefix.start + n * asked)
+
     def encoder_output(self, frozen, ids, mask):
         """Raw encoder output and slot mask, for fitting the bottleneck."""
         raw, valid, _ = self._raw(frozen, ids, mask)
@@ -350,8 +372,10 @@ class Compressor(nn.Module):
 
     def __call__(self, frozen, ids, mask) -> Prefix:
         """Touches every parameter; used for initialisation."""
-        self.lead(jnp.zeros((ids.shape[0],), jnp.int32))
-        return self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
+        task = jnp.zeros((ids.shape[0],), jnp.int32)
+        self.lead(task)
+        prefix = self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
+        return self.instructed(prefix, task)
 
 
 def read(

@@ -170,6 +170,10 @@ class ModelConfig:
         help="learned soft tokens between a text, or its latents, and a question about it; 0: the "
         "one vector that names the task",
     )  # fmt: skip
+    rebuild_entries: int = field(
+        default=0, ge=0, help="learned keys and values, in every layer, between a text's latents "
+        "and its reconstruction (encoder.slots=heads); 0: the one vector that names the task",
+    )  # fmt: skip
     private: int = field(
         default=0, ge=0, help="latents per segment that only the main reader is given"
     )
@@ -210,6 +214,11 @@ class ModelConfig:
             raise ConfigError(
                 "encoder.slots=heads sends keys and values of single heads as they are: it needs "
                 "wire.d_z=none and adapter.kind=kv"
+            )
+        if self.rebuild_entries and self.encoder.slots != "heads":
+            raise ConfigError(
+                "model.rebuild_entries are learned in units of what encoder.slots=heads measures: "
+                f"with encoder.slots={self.encoder.slots}, set it to 0"
             )
         if self.encoder.slots == "heads" and self.readers:
             raise ConfigError(

@@ -40,6 +40,8 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
         def score(wire):
             table = {"frozen": reader} if name == MAIN else {}
             prefix = apply(wire, reader["embed"].dtype, **table, method="prefix")
+            if name == MAIN:
+                prefix = apply(prefix, task, method="instructed")
             hidden = forced(body, reader, prefix, lead, gold, mask).hidden
             nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
             return jnp.sum(nll * weight), jnp.sum(hit * weight)

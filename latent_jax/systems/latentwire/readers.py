@@ -157,6 +157,10 @@ class ReaderLatents:
             {"params": self.params}, number, asked=name == "answer", method="lead"
         )
 
+    def instructed(self, given, name):
+        """See `Compressed.instructed`: a further reader has none."""
+        return given
+
 
 def latent_width(config: ModelConfig, encoder: DecoderConfig) -> int:
     """Numbers per latent (``d_z``)."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -25,6 +26,7 @@ from latent_jax.systems.latentwire.scoring import (
     score_answers,
     task_embedding,
 )
+from latent_jax.systems.latentwire.tally import PROMPTED, base_arm
 
 
 def evaluate_ae(
@@ -41,6 +43,8 @@ def evaluate_ae(
     name: str = "ae",
     cramming_steps: int = 200,
     said: Sequence[Sequence[int]] | None = None,
+    ratio: float = 4.0,
+    sink: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Rebuilds held-out texts from their latents, greedily, beside controls that cannot know them.
@@ -49,7 +53,9 @@ def evaluate_ae(
       reader: the frozen LLM.
       latents: the trained compressor.
       segments: (the encoder's) tokens of the texts, all of one length.
-      arms: of `baselines.LATENT_ARMS`.
+      arms: of `baselines.LATENT_ARMS`, and with ``_prompted`` of those that stand for a text
+        untrained: the same learned embedding asks the reader to repeat it, so that of
+        ``full_text_prompted`` shows what the reader can repeat at all.
       batch_size: rows at once.
       segment: the compressor's segment; longer texts are padded to a multiple of it.
       seed: of the random arms and the intervals.
@@ -58,6 +64,8 @@ def evaluate_ae(
       name: prefix of the metrics.
       cramming_steps: of the arm ``cramming``.
       said: the same texts in the reader's own tokens, if those are others than the encoder's.
+      ratio: tokens per slot of the budgeted arms.
+      sink: token that arms of text get first.
       progress: called after every arm of every batch.
 
     Returns:
@@ -68,13 +76,19 @@ def evaluate_ae(
 
     Raises:
       DataError: fewer than two texts.
+      ConfigError: an arm that nothing can be rebuilt from.
     """
     segments = np.asarray(segments, np.int32)
     n, length = segments.shape
     if n < 2:
         raise DataError(f"reconstruction needs at least 2 held-out texts, got {n}")
-    if set(arms) - set(baselines.LATENT_ARMS):
-        raise ConfigError(f"reconstruction arms are {', '.join(baselines.LATENT_ARMS)}; got {arms}")
+    of_text = [a for a in rebuildable(arms) if said is None]
+    if set(arms) - {*baselines.LATENT_ARMS, *of_text}:
+        raise ConfigError(
+            f"reconstruction arms are {', '.join(baselines.LATENT_ARMS)} and, of the encoder's own "
+            f"LLM, those of text with {PROMPTED}; got {arms}"
+        )
+    first = None if sink is None else jnp.int32(sink)
     width = length if length <= segment else -(-length // segment) * segment
     empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
     scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
@@ -90,18 +104,21 @@ def evaluate_ae(
         shown = (ids, mask) if said is None else gold
         wire = baselines.encode(latents, ids, mask)
         for arm in arms:
-            sent = wire
+            base = base_arm(arm)
+            sent = None if arm in of_text else wire
             if arm == "shuffled":
-                sent = _neighbours(latents, wire, segments, at, real, width)
+                sent = neighbours(latents, wire, segments, at, real, width)
             elif arm == "cramming":
                 sent = cram(
                     reader.decoder, reader.params, latents, wire, *shown, cramming_steps
                 )
             given = baselines.build(
-                arm, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
-                latents=latents, wire=sent, key=jax.random.key(seed),
+                base, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
+                latents=latents, wire=sent, key=jax.random.key(seed), ratio=ratio, sink=first,
             )  # fmt: skip
-            lead = task_embedding(latents, arm, task, len(at))
+            asking = "latent" if arm in of_text else arm  # both have the compressor's embedding
+            lead = task_embedding(latents, asking, task, len(at))
+            given = baselines.instructed(latents, given, task)
             asked = Asked(given, *empty, lead)
             guess, _ = decode(reader, asked, longest, ())
             forced = score_answers(reader.decoder, reader.params, asked, *gold)
@@ -127,6 +144,15 @@ def evaluate_ae(
     return out, _ae_samples(reader.tokenizer, told, rebuilt, scores, min(samples, n))
 
 
+def rebuildable(arms: Sequence[str]) -> list[str]:
+    """Those of some arms in which the reader is shown text, or a part of it, and a learned prompt
+    that can ask for that text.
+    """
+    none = {"kv_question", "embedding_replay", "embedding_replay_anchor"}
+    text = {*baselines.TEXT_ARMS, *baselines.FROZEN_ARMS} - none
+    return [a for a in arms if a.endswith(PROMPTED) and base_arm(a) in text]
+
+
 def rebuild(
     reader: Backbone,
     latents: Compressed,
@@ -150,6 +176,7 @@ def rebuild(
         "latent", reader.decoder, reader.params, latents, parts,
         np.arange(rows, dtype=np.int32), jax.random.key(0),
     )  # fmt: skip
+    given = baselines.instructed(latents, given, task)
     lead = task_embedding(latents, "latent", task, rows)
     length = np.asarray(wire.length)
     # A text that fills no segment has fewer places than one.
@@ -158,7 +185,7 @@ def rebuild(
     return ids.reshape(b, n * each), np.arange(n * each) < length[:, None]
 
 
-def _neighbours(
+def neighbours(
     latents: Compressed, wire: Any, segments: np.ndarray, at: np.ndarray, real: int, width: int
 ) -> Any:
     """Every real row's neighbour's wire, of the same batch where that has another text."""

@@ -14,8 +14,10 @@ import optax
 from latent_jax.systems.latentwire import annealing, bits, diagnose
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
+from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.reconstruct import rebuildable
 from latent_jax.systems.latentwire.several import evaluate_readers
 from latent_jax.systems.latentwire.symptoms import said_from_latents
 
@@ -43,11 +45,19 @@ def final_evaluation(
         found, rows = evaluate_ae(
             wire.backbone, wire.latents, system.eval_data()[: e.segments],
             batch_size=e.batch_size, segment=model.segment, seed=config.seed, progress=progress,
-            arms=("latent", *(("cramming",) if "cramming" in e.arms else ()), "shuffled", "zero"),
-            cramming_steps=e.cramming_steps,
+            arms=("latent", *(("cramming",) if "cramming" in e.arms else ()), "shuffled", "zero",
+                  *rebuildable(e.arms)),
+            cramming_steps=e.cramming_steps, ratio=model.ratio, sink=wire.sink,
         )  # fmt: skip
         metrics |= found
         samples += rows
+    if e.continuations:
+        metrics |= evaluate_continuation(
+            wire.backbone, wire.latents, *system.windows(), continuable(e.arms),
+            ratio=model.ratio, batch_size=e.batch_size, segment=model.segment, seed=config.seed,
+            task="continue" if "continue" in wire.tasks else None, sink=wire.sink,
+            progress=progress,
+        )  # fmt: skip
     demonstration, answered = None, []
     if e.questions:
         examples = system.held_out_questions()
@@ -70,42 +80,62 @@ def final_evaluation(
         samples += rows
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
     if e.wire_bits:
-        metrics |= quality_against_bits(system, wire, progress)
+        exact = dict(metrics), [row["f1"]["latent"] for row in answered if "latent" in row["f1"]]
+        metrics |= quality_against_bits(system, wire, exact, progress)
     return metrics, {"samples": samples, "demonstration": demonstration}
 
 
 def quality_against_bits(
-    system: Any, wire: LatentWire, progress: Any = None
+    system: Any,
+    wire: LatentWire,
+    exact: tuple[dict[str, Any], list[float]] = ({}, []),
+    progress: Any = None,
 ) -> dict[str, Any]:
-    """The latent arm once per number format of ``eval.wire_bits``, on the same texts."""
+    """The latent arm once per number format of ``eval.wire_bits``, on the same texts.
+
+    Args:
+      system: the `LatentWireSystem`.
+      wire: the trained compressor.
+      exact: metrics of the latents as they are and F1 of every question, where they are known:
+        what is not is measured.
+      progress: called as progress(what, done, total).
+    """
     config, e = system.config, system.config.eval
     centre = system.centre(wire.latents) if wire.centre is None else wire.centre
-    shared = {"batch_size": e.batch_size, "segment": config.model.segment, "seed": config.seed}
-    scores, ratio = {}, config.model.ratio
+    centre = None if centre is None else jnp.asarray(centre)
+    rebuilds = bool(e.segments) and "reconstruct" in wire.tasks
+    known = (len(exact[1]) > 0) == bool(e.questions) and ("ae.nll" in exact[0]) == rebuilds
+    scores, ratio = {"fp32": exact} if known else {}, config.model.ratio
+    memory = bits.Memory()
     for form in dict.fromkeys(("fp32", *e.wire_bits)):
-        sent = bits.Rounded(wire.latents, None if centre is None else jnp.asarray(centre), form)
-        found: dict[str, Any] = {}
-        f1: list[float] = []
-        if e.segments and "reconstruct" in wire.tasks:
-            found, _ = evaluate_ae(
-                wire.backbone, sent, system.eval_data()[: e.segments], arms=("latent",), samples=0,
-                progress=progress, **shared,
-            )  # fmt: skip
-        if e.questions:
-            answers, rows = evaluate_qa(
-                wire.backbone, sent, system.held_out_questions(), ("latent",),
-                builder=system.builder, ratio=ratio, max_context=config.data.max_context,
-                max_new_tokens=e.max_new_tokens, sink=wire.sink, score=False, progress=progress,
-                task="answer" if "answer" in wire.tasks else None, **shared,
-            )  # fmt: skip
-            found |= answers
-            f1 = [row["f1"]["latent"] for row in rows]
-        scores[form] = (found, f1)
+        if form not in scores:
+            sent = bits.Rounded(wire.latents, centre, form, memory)
+            scores[form] = _scored(system, wire, sent, rebuilds, progress)
     exact = scores["fp32"]
-    if "fp32" not in e.wire_bits:
-        scores = {form: scores[form] for form in e.wire_bits}
     measured = exact[0].get("squad.ratio", exact[0].get("ratio", ratio))
+    scores = {form: scores[form] for form in e.wire_bits}
     return bits.report(wire.width, measured, scores, exact[1], config.seed)
+
+
+def _scored(system, wire, sent, rebuilds, progress) -> tuple[dict[str, Any], list[float]]:
+    """Metrics of latents as they were sent, and F1 of every question."""
+    config, e = system.config, system.config.eval
+    shared = {"batch_size": e.batch_size, "segment": config.model.segment, "seed": config.seed}
+    found: dict[str, Any] = {}
+    if rebuilds:
+        found, _ = evaluate_ae(
+            wire.backbone, sent, system.eval_data()[: e.segments], arms=("latent",), samples=0,
+            progress=progress, **shared,
+        )  # fmt: skip
+    if not e.questions:
+        return found, []
+    answers, rows = evaluate_qa(
+        wire.backbone, sent, system.held_out_questions(), ("latent",),
+        builder=system.builder, ratio=config.model.ratio, max_context=config.data.max_context,
+        max_new_tokens=e.max_new_tokens, sink=wire.sink, score=False, progress=progress,
+        task="answer" if "answer" in wire.tasks else None, **shared,
+    )  # fmt: skip
+    return found | answers, [row["f1"]["latent"] for row in rows]
 
 
 def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, float]:

@@ -16,7 +16,7 @@ from latent_jax import backbones
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import bottleneck, heads, reader_start, recipe, suite
+from latent_jax.systems.latentwire import asking, bottleneck, heads, reader_start, recipe, suite
 from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
@@ -123,6 +123,9 @@ class LatentWireSystem:
         if "spelling" in params and "spelling" not in start:
             spelt = spelling(self.backbone.tokenizer, self.backbone.config.vocab_size)
             params["spelling"] = jnp.asarray(spelt, jnp.float32)
+        if model.rebuild_entries and "asking" not in start:
+            texts = next(self.train_data("main", None))
+            params |= asking.start(self.model, params, reader, self.backbone.tokenizer, texts)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
         if model.adapter.calibration == "colour" and "adapter" not in start:
@@ -187,6 +190,8 @@ class LatentWireSystem:
             )  # fmt: skip
         if self.config.eval.segments:
             self.eval_data()
+        if self.config.eval.continuations:
+            self.windows()
         stream = recipe.train_stream(
             self.config, self.backbone.tokenizer, self.builder, phase, self.readers
         )
@@ -210,6 +215,14 @@ class LatentWireSystem:
                 self.config, self.backbone.tokenizer, "validation", limit
             )
         return self._held_out
+
+    def windows(self) -> tuple[np.ndarray, int]:
+        """Held-out texts with the tokens that follow each, and how many tokens are the text."""
+        e, d = self.config.eval, self.config.data
+        found = recipe.text_segments(
+            self.config, self.backbone.tokenizer, "validation", e.continuations, d.continuation
+        )
+        return found, found.shape[1] - d.continuation
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Teacher-forced reconstruction of held-out segments, with own and with a neighbour's

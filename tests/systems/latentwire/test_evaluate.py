@@ -15,6 +15,7 @@ from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines, evaluate
 from latent_jax.systems.latentwire.baselines import Latents
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import Row
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
@@ -177,6 +178,64 @@ def test_reconstruction_metrics_and_samples():
     )
     for key in one:
         np.testing.assert_allclose(one[key], out[key], rtol=1e-4, atol=1e-4, err_msg=key)
+
+
+def test_text_arms_are_asked_for_the_text_as_latents_are():
+    segments = np.random.default_rng(2).integers(97, 122, (3, SEGMENT)).astype(np.int32)
+    arms = ("latent", "full_text_prompted", "kv_stride_prompted", "no_context_prompted")
+    settings = {"segment": SEGMENT, "batch_size": 3, "samples": 0}
+    out, _ = evaluate.evaluate_ae(reader(), latents(), segments, arms=arms, sink=2, **settings)
+    assert len({out["ae.nll"], *(out[f"ae.nll.{arm}"] for arm in arms[1:])}) == 4
+    # By hand: the cache of sink and text, the learned embedding, the text once more.
+    body, frozen = reader().decoder, reader().params
+    apply = functools.partial(body.apply, {"params": frozen})
+    text = np.concatenate([np.full((3, 1), 2), segments], axis=1)
+    x = apply(text, method="embed")
+    again = jax.numpy.concatenate([x, latents().task("reconstruct", 3), x[:, 1:-1]], axis=1)
+    logits = apply(apply(again).hidden[:, -SEGMENT:], method="unembed")
+    logp = jax.nn.log_softmax(logits)
+    nll = -np.take_along_axis(np.asarray(logp), segments[..., None], axis=2).mean()
+    np.testing.assert_allclose(out["ae.nll.full_text_prompted"], nll, rtol=1e-3)
+    with pytest.raises(ConfigError, match="with _prompted"):
+        evaluate.evaluate_ae(reader(), latents(), segments, arms=("full_text",), **settings)
+
+
+def test_what_follows_a_text_is_scored_from_every_arm():
+    windows = np.random.default_rng(3).integers(97, 122, (5, SEGMENT + 6)).astype(np.int32)
+    arms = ("latent", "full_text", "no_context", "kv_stride", "shuffled", "token_budget_tail")
+    settings = {"ratio": 4.0, "segment": SEGMENT, "sink": 2}
+    out = evaluate_continuation(
+        reader(), latents(), windows, SEGMENT, arms, batch_size=4, **settings
+    )
+    again = evaluate_continuation(
+        reader(), latents(), windows, SEGMENT, arms[:2], batch_size=5, **settings
+    )
+    for key in again:
+        np.testing.assert_allclose(out[key], again[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    assert len({round(out[f"continue.nll.{arm}"], 6) for arm in arms}) == len(arms)
+    gap = out["continue.nll.latent"] - out["continue.nll.full_text"]
+    assert out["continue.nll_gap.latent"] == pytest.approx(gap)
+    low, high = out["continue.nll_gap.latent.ci95"]
+    assert low <= gap <= high
+    assert out["continue.tokens"] == 5 and out["continue.length"] == SEGMENT
+    # By hand: the text goes on as it is; its first token is given.
+    apply = functools.partial(reader().decoder.apply, {"params": reader().params})
+    text = np.concatenate([np.full((5, 1), 2), windows], axis=1)
+    states = apply(apply(text, method="embed")).hidden[:, -6:-1]
+    logp = np.asarray(jax.nn.log_softmax(apply(states, method="unembed")))
+    nll = -np.take_along_axis(logp, windows[:, -5:, None], axis=2).mean()
+    np.testing.assert_allclose(out["continue.nll.full_text"], nll, rtol=1e-3)
+
+
+def test_continuations_that_cannot_be_scored_are_refused():
+    windows = np.ones((3, 9), np.int32)
+    score = functools.partial(evaluate_continuation, reader(), latents(), ratio=4.0)
+    with pytest.raises(DataError, match="2 tokens after"):
+        score(windows, 8, ("full_text",))
+    with pytest.raises(ConfigError, match="no arm cramming, full_text_prompted"):
+        score(windows, 4, ("latent", "cramming", "full_text_prompted"))
+    known = continuable(["latent", "rebuilt", "full_text_prompted", "full_text", "kv_question"])
+    assert known == ["latent", "full_text"]
 
 
 def test_longer_texts_are_compressed_in_segments():

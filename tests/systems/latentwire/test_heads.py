@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,20 +11,27 @@ import numpy as np
 import pytest
 
 from latent_jax.backbones.testing import byte_reader as reader
+from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.attention import MASKED
-from latent_jax.systems.latentwire import baselines, heads
+from latent_jax.systems.latentwire import asking, baselines, heads
 from latent_jax.systems.latentwire.api import LatentWire, _given
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.config import (
+    TASKS,
     AdapterConfig,
     EncoderConfig,
+    LatentWireRun,
     ModelConfig,
     ReaderConfig,
     WireConfig,
 )
 from latent_jax.systems.latentwire.cost import cost
+from latent_jax.systems.latentwire.given import Asked, prefix_to_given
+from latent_jax.systems.latentwire.losses import raw_text
 from latent_jax.systems.latentwire.model import Compressor, num_latents
+from latent_jax.systems.latentwire.scoring import score_answers
+from latent_jax.systems.latentwire.system import LatentWireSystem
 
 TEXTS = ["abcdefghijklmnopqr", "xyz12345"]
 
@@ -120,6 +128,8 @@ HEADS = EncoderConfig(slots="heads")
 def test_what_it_cannot_be_is_refused(options, line):
     with pytest.raises(ConfigError, match=line):
         ModelConfig(encoder=HEADS, **options).validate()
+    with pytest.raises(ConfigError, match="set it to 0"):
+        ModelConfig(rebuild_entries=4).validate()
     with pytest.raises(ConfigError, match="made of keys and values"):
         EncoderConfig(slots="heads", output="hidden").validate()
 
@@ -172,3 +182,95 @@ def test_a_trained_factor_becomes_part_of_the_profile():
     ].sum()
     assert heads.folded({"lora": 1}) == {"lora": 1}
 
+
+
+def asked_model(entries=5):
+    config = ModelConfig(ratio=3, segment=16, encoder=HEADS, rebuild_entries=entries)
+    return Compressor(config, reader().config, wire().sink)
+
+
+def asked_params(model):
+    ids, mask = map(jnp.asarray, wire()._padded(TEXTS))
+    params = model.init(jax.random.key(3), reader().params, ids, mask)["params"]
+    return {**params, **wire().params}
+
+
+def test_what_asks_for_a_text_begins_as_words_behind_it():
+    model, tokenizer = asked_model(len(asking.WORDS)), reader().tokenizer
+    ids, mask = map(jnp.asarray, wire()._padded([TEXTS[1]]))
+    params = asked_params(model)
+    batch = {"context": ids, "context_mask": mask}
+    params |= asking.start(model, params, reader().params, tokenizer, batch)
+    latents = baselines.Latents(model, params, reader().params)
+    text = raw_text(reader().decoder, reader().params, ids, mask, model.sink)
+    given = prefix_to_given(reader().decoder, reader().params, text)
+    told = baselines.instructed(latents, given, "reconstruct")
+    words = tokenizer.encode(asking.WORDS)
+    np.testing.assert_array_equal(told.start, given.start + len(words))
+    np.testing.assert_allclose(hidden(told), hidden(given, (*words, 5, 6, 7))[:, -3:], atol=1e-4)
+    sink = reader().params["embed"][model.sink]
+    np.testing.assert_allclose(latents.task("reconstruct", 1)[0, 0], sink)
+    assert baselines.instructed(latents, given, "answer").kv.k.shape == given.kv.k.shape
+    assert baselines.instructed(latents, given, None).kv.k.shape == given.kv.k.shape
+
+
+def test_only_rows_that_are_to_be_rebuilt_are_asked_to():
+    model = asked_model()
+    params = asked_params(model)
+    ids, mask = map(jnp.asarray, wire()._padded(TEXTS))
+    apply = functools.partial(model.apply, {"params": params})
+    prefix = apply(apply(reader().params, ids, mask, method="compress"), method="prefix")
+    task = jnp.array([TASKS.index("reconstruct"), TASKS.index("continue")])
+    told = apply(prefix, task, method="instructed")
+    np.testing.assert_array_equal(told.start - prefix.start, [5, 0])
+    plain, asked = (
+        hidden(prefix_to_given(reader().decoder, reader().params, p)) for p in (prefix, told)
+    )
+    np.testing.assert_allclose(plain[1], asked[1], atol=1e-5)
+    assert float(jnp.abs(plain[0] - asked[0]).max()) > 1e-3
+
+
+def test_rebuilding_is_learned_from_the_entries_that_are_kept():
+    """The prompt has the gradient; what is kept, and how questions are asked, stay as they are."""
+    run = parse(LatentWireRun, {
+        "system": "latentwire",
+        "model": {"segment": 16, "ratio": 3, "rebuild_entries": 4, "prompt_tokens": 2,
+                  "encoder": {"slots": "heads"}},
+        "data": {"text": "pydoc", "qa": "lookup", "length": 16, "max_context": 16, "segments": 40,
+                 "mix": {"reconstruct": 1}},
+        "eval": {"segments": 2, "quick_segments": 2, "continuations": 2},
+        "train": {"steps": 2, "batch_size": 2},
+    })  # fmt: skip
+    system = LatentWireSystem(run, reader())
+    batch = jax.tree.map(jnp.asarray, next(system.train_data("main", None)))
+    params = system.init({"params": jax.random.key(1)}, batch)["params"]
+
+    def loss(params):
+        found, _, _ = system.loss_terms({"params": params}, system.frozen, batch, {}, False)
+        return found["reconstruct"].sum / found["reconstruct"].count
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    size = {k: float(jnp.abs(g).sum()) for k, g in gradient.items()}
+    assert size.pop("asking") > 0 and size.pop("tasks") > 0
+    assert set(size.values()) == {0.0}
+    labels = system.param_labels(params)
+    assert labels["asking"] == "memory" and labels["profile"] == "frozen"
+    # By hand: the wire as it is sent, and the reader behind it.
+    latents = baselines.Latents(system.model, params, reader().params)
+    made = baselines.encode(latents, batch["context"], batch["context_mask"])
+    given = baselines.latent_given(
+        "latent", reader().decoder, reader().params, latents, made, np.arange(2, dtype=np.int32),
+        jax.random.key(0),
+    )  # fmt: skip
+    given = baselines.instructed(latents, given, "reconstruct")
+    none = jnp.zeros((2, 0), jnp.int32), jnp.zeros((2, 0), bool)
+    asked = Asked(given, *none, latents.task("reconstruct", 2))
+    forced = score_answers(
+        reader().decoder, reader().params, asked, batch["inputs"], batch["inputs_mask"]
+    )
+    np.testing.assert_allclose(value, forced["nll"].sum() / forced["count"].sum(), rtol=1e-4)
+    held = system.wire({"params": params}, system.frozen)
+    other = dataclasses.replace(held, params={**held.params, "asking": 0 * params["asking"]})
+    assert held.origin == other.origin  # wires do not depend on how they are read
+    windows, length = system.windows()
+    assert windows.shape == (2, 16 + 32) and length == 16

@@ -7,6 +7,7 @@ import functools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +22,12 @@ from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.backbones.tokenizer import ByteTokenizer
 from latent_jax.core.errors import CheckpointError, ConfigError, DataError, WireError
 from latent_jax.ops.wire import FORMATS, round_trip, sizes
+from latent_jax.systems.latentwire import baselines, suite
 from latent_jax.systems.latentwire import wire as files
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import CENTRE, save_centre, save_compressor
 from latent_jax.systems.latentwire.baselines import encode
-from latent_jax.systems.latentwire.bits import Rounded, report
+from latent_jax.systems.latentwire.bits import Memory, Rounded, report
 from latent_jax.systems.latentwire.config import EncoderConfig, EvalConfig, ModelConfig
 from latent_jax.systems.latentwire.model import Compressor, num_latents
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
@@ -224,6 +226,47 @@ def test_the_evaluation_rounds_as_the_wire_does():
         rounded = Rounded(wire.latents, jnp.asarray(wire.centre), form)
         seen = encode(rounded, jnp.asarray(ids), jnp.asarray(mask))
         np.testing.assert_allclose(real(seen), real(wire.unpack(z.pack(form))), atol=1e-6)
+
+
+def test_texts_are_encoded_once_for_all_formats(monkeypatch):
+    wire, made, real_encode = compressor(), [], baselines._encode
+    ids, mask = wire._padded(TEXTS)
+
+    def counted(*args):
+        made.append(len(args))
+        return real_encode(*args)
+
+    monkeypatch.setattr(baselines, "_encode", counted)
+    memory = Memory()
+    for form in ("fp32", "int4", "int8"):
+        for _ in range(2):
+            seen = encode(Rounded(wire.latents, None, form, memory), ids, mask)
+        want = round_trip(jnp.asarray(encode(wire.latents, ids, mask).z), form)
+        np.testing.assert_allclose(seen.z, want, atol=1e-6)
+    assert len(made) == 1 + 3  # and the three that were wanted
+    other = encode(Rounded(wire.latents, None, "fp32", memory), ids[:, ::-1].copy(), mask)
+    assert len(made) == 5 and not np.allclose(other.z, memory.encode(wire.latents, ids, mask).z)
+
+
+def test_what_is_known_is_not_evaluated_again(monkeypatch):
+    """The latents as they are have been scored before the formats are."""
+    scored = []
+
+    def score(system, wire, sent, rebuilds, progress):
+        scored.append(sent.form)
+        return {"squad.f1.latent": 0.5, "squad.ratio": 4.0}, [0.5, 0.5]
+
+    monkeypatch.setattr(suite, "_scored", score)
+    run = types.SimpleNamespace(
+        model=CONFIG, seed=0, eval=EvalConfig(segments=0, questions=2, wire_bits=("fp32", "int4"))
+    )
+    system = types.SimpleNamespace(config=run, centre=lambda latents: None)
+    exact = {"squad.f1.latent": 0.75, "squad.ratio": 4.0}, [1.0, 0.5]
+    out = suite.quality_against_bits(system, compressor(), exact)
+    assert scored == ["int4"] and out["wire.fp32.f1"] == 0.75
+    assert out["wire.fp32.f1_loss"] == 0 and out["wire.int4.f1_loss"] == 0.25
+    again = suite.quality_against_bits(system, compressor())
+    assert scored == ["int4", "fp32", "int4"] and again["wire.int4.f1_loss"] == 0
 
 
 def test_scores_against_bits():
