@@ -42,7 +42,7 @@ def evaluate_continuation(
     segment: int = 64,
     seed: int = 0,
     task: str | None = None,
-    name: str = "continue",
+    name: str = "continuation",
     sink: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:

@@ -212,19 +212,19 @@ def test_what_follows_a_text_is_scored_from_every_arm():
     )
     for key in again:
         np.testing.assert_allclose(out[key], again[key], rtol=1e-4, atol=1e-5, err_msg=key)
-    assert len({round(out[f"continue.nll.{arm}"], 6) for arm in arms}) == len(arms)
-    gap = out["continue.nll.latent"] - out["continue.nll.full_text"]
-    assert out["continue.nll_gap.latent"] == pytest.approx(gap)
-    low, high = out["continue.nll_gap.latent.ci95"]
+    assert len({round(out[f"continuation.nll.{arm}"], 6) for arm in arms}) == len(arms)
+    gap = out["continuation.nll.latent"] - out["continuation.nll.full_text"]
+    assert out["continuation.nll_gap.latent"] == pytest.approx(gap)
+    low, high = out["continuation.nll_gap.latent.ci95"]
     assert low <= gap <= high
-    assert out["continue.tokens"] == 5 and out["continue.length"] == SEGMENT
+    assert out["continuation.tokens"] == 5 and out["continuation.length"] == SEGMENT
     # By hand: the text goes on as it is; its first token is given.
     apply = functools.partial(reader().decoder.apply, {"params": reader().params})
     text = np.concatenate([np.full((5, 1), 2), windows], axis=1)
     states = apply(apply(text, method="embed")).hidden[:, -6:-1]
     logp = np.asarray(jax.nn.log_softmax(apply(states, method="unembed")))
     nll = -np.take_along_axis(logp, windows[:, -5:, None], axis=2).mean()
-    np.testing.assert_allclose(out["continue.nll.full_text"], nll, rtol=1e-3)
+    np.testing.assert_allclose(out["continuation.nll.full_text"], nll, rtol=1e-3)
 
 
 def test_continuations_that_cannot_be_scored_are_refused():
