@@ -34,8 +34,11 @@ class RuntimeConfig:
     policy: str = field(default="bm25", help=f"what scores the nodes: {', '.join(POLICIES)}")
     iterations: int = field(default=64, ge=1, help="focus iterations until a question is read")
     focus: FocusConfig = field(
-        # Between one question and the next nothing has to rest.
-        default_factory=lambda: FocusConfig(residency=1, cooldown=0, hysteresis=0.0),
+        # Between one question and the next nothing has to rest, and four actions cannot pay for a
+        # node of an upper level: of slots 4 and 16 it takes 112 entries, and a raw block gives 28.
+        default_factory=lambda: FocusConfig(
+            residency=1, cooldown=0, hysteresis=0.0, max_actions=64
+        ),
         help="how eagerly the focus moves",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 
 import jax
@@ -14,6 +15,7 @@ from latent_jax.systems.megacontext import policies
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
 from latent_jax.systems.megacontext.config import POLICIES
+from latent_jax.systems.megacontext.focus import RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
 
 LAYOUT = Layout(block=4, branching=3, slots=(1, 2), protected=1)
@@ -146,3 +148,18 @@ def test_attention_is_compared_by_the_entries_that_an_action_is_about():
     loud = jnp.ones(level.shape).at[int(np.flatnonzero(level == 1)[0])].set(9.0)
     found = np.asarray(score(tiling, {"attention": loud}, None))
     assert found.argmax() == np.flatnonzero(level == 1)[0]
+
+
+def test_a_focus_that_settles_can_pay_for_an_upper_node():
+    """Opening one takes 112 entries here, and a raw block gives 28: with the expand itself five
+    actions, more than a step of a growing history may take.
+    """
+    layout = Layout(block=32, branching=32, slots=(4, 16), protected=1)
+    tiling = tl.start(layout, 64, 512)
+    level, count = np.asarray(tiling.level), int(tiling.count)
+    scores = jnp.where(jnp.asarray(level) == 2, 1.0, -1.0)
+    config = RuntimeConfig().focus
+    for focus, opened in ((config, True), (dataclasses.replace(config, max_actions=4), False)):
+        after, _ = refocus(layout, focus, 512, tiling, scores)
+        assert (2 not in np.asarray(after.level)[: int(after.count)]) == opened
+    assert 2 in level[:count]
