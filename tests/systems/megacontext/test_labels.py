@@ -22,7 +22,7 @@ from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.runtime import RuntimeConfig, nll_at_h, policy_table
-from latent_jax.systems.megacontext.sight import lens_net, sight, sight_width
+from latent_jax.systems.megacontext.sight import Look, lens_net, sight_width
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
 MODEL = ModelConfig(layout=LAYOUT, gist=GistConfig(reads=2, window=4), lens=LensConfig(width=8))
@@ -227,7 +227,7 @@ def test_a_stretch_is_a_history_of_its_own(memory):
 def test_a_lens_is_compared_with_the_oracle(memory, base):
     r, config = base.config, MODEL.lens
     records = memory.tree.gists(1, 0, 2)
-    seen = sight(records, r, config)
+    seen = Look(r, config)(records, 1)
     assert seen.shape == (2, sight_width(r, config))
     first = records.reshape(2, 2, r.num_layers, 2, -1)[:, :, 0, 1].astype(np.float32).mean(1)
     scale = np.sqrt((first**2).mean(-1, keepdims=True))
