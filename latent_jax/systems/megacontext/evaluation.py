@@ -85,9 +85,7 @@ class Evaluation:
 
     def _stream(self, variables, frozen, progress) -> dict[str, Any]:
         """A held-out text read while it grows."""
-        e, c = self.config.eval, self.config
-        tokens = e.stream * c.model.layout.block
-        ids = recipe.histories(c, self.backbone.tokenizer, "validation", tokens, 1)[0]
+        e, c, ids = self.config.eval, self.config, self.growing()
         movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -96,6 +94,12 @@ class Evaluation:
             return stream.read(
                 memory, ids, movers, e.budgets[0], e.stream // 2, c.seed, progress
             )[0]
+
+    def growing(self) -> np.ndarray:
+        """The text that is read while it grows."""
+        c = self.config
+        tokens = c.eval.stream * c.model.layout.block
+        return recipe.histories(c, self.backbone.tokenizer, "validation", tokens, 1)[0]
 
     def long_histories(self) -> np.ndarray:
         """The texts on which policies are compared, each with its last horizon."""

@@ -249,6 +249,8 @@ class MegaContextSystem(Evaluation, StoreHooks):
         self.eval_data()
         if self.config.eval.budgets:
             self.long_histories()
+        if self.config.eval.stream:
+            self.growing()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
         else:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import pytest
 from typer.testing import CliRunner
 
 from latent_jax import cli
 from latent_jax import run as runs
+from latent_jax.systems.megacontext.gist import GistNet, Gists
 
 
 @pytest.fixture(scope="package")
@@ -29,3 +32,16 @@ def trained(tmp_path_factory):
     assert first.exit_code == 0, first.output
     assert "gists made" in first.output
     return run, store, str(texts)
+
+
+@pytest.fixture(scope="session")
+def untrained():
+    """Makes parameters of a GistNet that has not been trained, for a reader and a model."""
+
+    def make(reader, model):
+        c = reader.config
+        shape = (c.num_layers, 1, model.layout.block, c.num_kv_heads, c.head_dim)
+        some = Gists(jnp.zeros(shape), jnp.zeros(shape))
+        return GistNet(model, c).init(jax.random.key(0), some, method="touch")["params"]
+
+    return make

@@ -16,7 +16,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
-from latent_jax.systems.megacontext.gist import GistNet, Gists
+from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.reading import encode, place
@@ -57,15 +57,11 @@ MODEL = ModelConfig(layout=Layout(block=8, branching=4, slots=(2,), protected=1)
 
 
 @pytest.fixture(scope="module")
-def memory(tmp_path_factory):
+def memory(untrained, tmp_path_factory):
     reader = backbones.load("tiny")
-    c = reader.config
-    shape = (c.num_layers, 1, 8, c.num_kv_heads, c.head_dim)
-    some = Gists(jnp.zeros(shape), jnp.zeros(shape))
-    params = GistNet(MODEL, c).init(jax.random.key(0), some, method="touch")["params"]
-    ids = np.random.default_rng(0).integers(10, c.vocab_size, 20 * 8)
+    ids = np.random.default_rng(0).integers(10, reader.config.vocab_size, 20 * 8)
     path = tmp_path_factory.mktemp("attention") / "store"
-    with Memory.open(path, reader, MODEL, params, "v", writable=True) as memory:
+    with Memory.open(path, reader, MODEL, untrained(reader, MODEL), "v", writable=True) as memory:
         memory.tree.append(ids)
         memory.build()
         yield memory

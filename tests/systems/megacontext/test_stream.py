@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from latent_jax import backbones
-from latent_jax.core.errors import ConfigError
+from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.run import resolve
 from latent_jax.systems.megacontext import stream
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
-from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.system import MegaContextSystem
 
 MODEL = ModelConfig(
     layout=Layout(block=8, branching=4, slots=(2, 4), protected=1), gist=GistConfig(window=4)
@@ -23,15 +21,11 @@ MODEL = ModelConfig(
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory):
+def read(untrained, tmp_path_factory):
     reader = backbones.load("tiny")
-    c = reader.config
-    shape = (c.num_layers, 1, 8, c.num_kv_heads, c.head_dim)
-    some = Gists(jnp.zeros(shape), jnp.zeros(shape))
-    params = GistNet(MODEL, c).init(jax.random.key(0), some, method="touch")["params"]
-    ids = np.random.default_rng(0).integers(10, c.vocab_size, 30 * 8)
+    ids = np.random.default_rng(0).integers(10, reader.config.vocab_size, 30 * 8)
     path = tmp_path_factory.mktemp("stream") / "store"
-    with Memory.open(path, reader, MODEL, params, "v", writable=True) as memory:
+    with Memory.open(path, reader, MODEL, untrained(reader, MODEL), "v", writable=True) as memory:
         yield (*stream.read(memory, ids, ("recency", "bm25", "random"), 64, 12), memory, ids)
 
 
@@ -74,3 +68,14 @@ def test_a_stream_needs_a_context_that_holds_it():
         resolve("megacontext/tiny", {"eval.stream": 16})
     with pytest.raises(ConfigError, match=r"eval\.stream=4000"):
         resolve("megacontext/tiny", {"eval.stream": 4000, "eval.budgets": [64], "eval.long": 8})
+
+
+def test_a_text_that_is_too_short_is_said_before_training(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("The mill burned down. " * 300)
+    config = resolve("megacontext/tiny", {
+        "eval.stream": 400, "eval.budgets": [512], "eval.text": str(text), "eval.rows": 2,
+        "eval.upper_rows": 0, "eval.quick_rows": 2, "eval.long": 8,
+    })  # fmt: skip
+    with pytest.raises(DataError, match="3200 tokens are needed"):
+        MegaContextSystem(config).train_data("main", None)
