@@ -154,6 +154,9 @@ POLICIES = (
 )  # fmt: skip
 # Those that look at what the context holds, and so need its gists.
 LOOKING = ("attention", "lens", MEASURED)
+# Those that look for something: for a question they start from the coarsest tiling and open one
+# node after another, where the others start from the newest text sharp.
+SEARCHING = ("random", "bm25", "attention", "lens")
 # Facts hidden in a history; see `tasks`.
 TASKS = ("passkey", "key_value", "straddling")
 # What else a long history is read through.

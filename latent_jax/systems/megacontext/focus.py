@@ -5,6 +5,9 @@ Needs the tree and no language model, unless the policy is a lens with a prompt 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +20,8 @@ from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import policies, telemetry
 from latent_jax.systems.megacontext import tiling as tl
-from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import MEASURED, POLICIES
+from latent_jax.systems.megacontext.allocator import FocusConfig, Trace, refocus
+from latent_jax.systems.megacontext.config import MEASURED, POLICIES, SEARCHING
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.lens import LensNet
 from latent_jax.systems.megacontext.sight import Node, Sight
@@ -96,11 +99,12 @@ class Focus:
         return len(self.tree) // self.layout.block
 
     def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
-        """BM25 of the first blocks with a query, padded to a power of two."""
+        """BM25 of the first blocks, in pairs, with a query; padded to a power of two."""
         size = self.layout.block
         ids = self.tree.tokens(0, blocks * size).reshape(blocks, size)
         room = 1 << max(blocks - 1, 1).bit_length()
-        return np.pad(policies.bm25(ids, query), (0, room - blocks))
+        found = policies.across(functools.partial(policies.bm25, query=query), ids)
+        return np.pad(found, (0, room - blocks))
 
     def settle(
         self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0,
@@ -128,19 +132,42 @@ class Focus:
                 f"{self.tree.path}: the history of {len(self.tree)} tokens has no whole block of "
                 f"{self.layout.block}: ingest text first"
             )
-        tiling = tl.start(self.layout, blocks, c.budget)
         features = self._features(query, blocks, newer)
-        traces, tilings, key = [], [], jax.random.key(seed)
-        for i in range(iterations or c.iterations):
+        moves: list[tuple[Trace, Tiling]] = []
+        most, key = iterations or c.iterations, jax.random.key(seed)
+
+        def policy(tiling: Tiling, i: int) -> Float[np.ndarray, " n"]:
             here = features | self._seen(tiling, query, blocks)
-            scores = self._score(tiling, here, jax.random.fold_in(key, i))
-            tiling, trace = refocus(self.layout, c.focus, c.budget, tiling, scores)
-            traces.append(trace)
-            tilings.append(tiling)
+            return self._score(tiling, here, jax.random.fold_in(key, i))
+
+        tiling = tl.start(self.layout, blocks, c.budget, coarse=c.policy in SEARCHING)
+        if c.policy in SEARCHING:
+            single = dataclasses.replace(c.focus, max_actions=1)
+            tiling = self._run(tiling, policy, single, most, moves)
+            # What is left of the budget goes to the newest text.
+            tiling = self._run(tiling, self._newest, single, c.budget, moves)
+        else:
+            tiling = self._run(tiling, policy, c.focus, most, moves)
+        self.history = telemetry.gather(*zip(*moves, strict=True))
+        return tiling
+
+    def _run(
+        self, tiling: Tiling, score: Callable[[Tiling, int], Float[np.ndarray, " n"]],
+        focus: FocusConfig, most: int, moves: list[tuple[Trace, Tiling]],
+    ) -> Tiling:  # fmt: skip
+        """Iterates until nothing changes any more, and keeps what was done."""
+        for i in range(most):
+            tiling, trace = refocus(
+                self.layout, focus, self.config.budget, tiling, score(tiling, i)
+            )
+            moves.append((trace, tiling))
             if not int(trace.count):
                 break
-        self.history = telemetry.gather(traces, tilings)
         return tiling
+
+    def _newest(self, tiling: Tiling, _: int) -> Float[np.ndarray, " n"]:
+        """Expands and never collapses, the newest node first."""
+        return 1.0 + jnp.arange(tiling.level.shape[0], dtype=jnp.float32)
 
     def scores(
         self, tiling: Tiling, query: Int[np.ndarray, " q"], blocks: int, key: jax.Array

@@ -189,7 +189,7 @@ def bm25(
     Blocks are of one length, so its length normalisation is 1.
 
     Args:
-      ids: tokens by block.
+      ids: tokens by block; `across` makes them overlap.
       query: tokens, e.g. those of the protected tail.
       k1: saturation of repeated tokens.
     """
@@ -203,6 +203,25 @@ def bm25(
     holding = (counts > 0).sum(0)
     rarity = np.log1p((len(ids) - holding + 0.5) / (holding + 0.5))
     return (counts * (k1 + 1) / (counts + k1) @ rarity).astype(np.float32)
+
+
+def across(
+    score: Callable[[Int[np.ndarray, "k u"]], Float[np.ndarray, " k"]],
+    ids: Int[np.ndarray, "m t"],
+) -> Float[np.ndarray, " m"]:
+    """Scores blocks in pairs: a fact may lie across two, and only one of them have its words.
+
+    Args:
+      score: of texts of two blocks.
+      ids: tokens by block.
+
+    Returns:
+      The better of the two pairs that each block is in.
+    """
+    if len(ids) < 2:
+        return score(ids)
+    pairs = score(np.concatenate([ids[:-1], ids[1:]], axis=1))
+    return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
 
 
 def make(

@@ -228,7 +228,9 @@ def check(
     )
 
 
-def start(layout: Layout, history: int, budget: int, capacity: int | None = None) -> Tiling:
+def start(
+    layout: Layout, history: int, budget: int, capacity: int | None = None, coarse: bool = False
+) -> Tiling:
     """A tiling for a history of any length: the protected tail raw, the far past as coarse as it
     gets, and what is left of the budget spent on detail from the tail backwards.
 
@@ -240,6 +242,7 @@ def start(layout: Layout, history: int, budget: int, capacity: int | None = None
       history: blocks.
       budget: entries of the working context, W.
       capacity: length of the arrays; `Layout.capacity` by default.
+      coarse: spend nothing of what is left.
 
     Raises:
       ConfigError: W is smaller than the protected tail, or than the coarsest tiling, or the arrays
@@ -264,7 +267,9 @@ def start(layout: Layout, history: int, budget: int, capacity: int | None = None
             f"arrays of {capacity} nodes are too short for a context of {budget} entries, which "
             f"needs {layout.capacity(budget)}"
         )
-    nodes = _refined(layout, coarsest(layout, history), budget - least)
+    nodes = coarsest(layout, history)
+    if not coarse:
+        nodes = _refined(layout, nodes, budget - least)
     count = len(nodes)
     level, index = np.full(capacity, -1, np.int32), np.zeros(capacity, np.int32)
     if nodes:

@@ -72,14 +72,14 @@ def test_a_runtime_focuses_by_it_with_the_tail_or_with_a_question(memory):
     tail, question = memory.tree.tokens(152, 160), np.arange(20, 33, dtype=np.int32)
     nodes = runtime.nodes(runtime.settle(tail))[0]
     assert {level for level, _ in nodes} == {0, 1}
-    first = start(MODEL.layout, 20, 70)
+    first = start(MODEL.layout, 20, 70, coarse=True)
     mass, asked = (
         runtime._seen(first, query, 20)["attention"] for query in (tail, question)
     )
     count = int(first.count) - 1
     assert (mass[:count] > 0).all() and not mass[count:].any()
     assert np.abs(mass - asked).max() > 1e-3 * mass.max()
-    assert {(0, i) for i in np.argsort(-mass)[:2]} <= set(nodes) | {(0, 19)}
+    assert (0, int(mass.argmax())) in nodes
 
 
 def test_it_needs_a_language_model(memory):

@@ -98,6 +98,20 @@ def test_bm25_by_hand():
     assert policies.bm25(ids[:0], np.array([1])).shape == (0,)
 
 
+def test_blocks_are_scored_in_pairs_for_what_lies_across_two():
+    ids = np.array([[1, 2], [3, 4], [5, 6], [7, 8]])
+    seen = []
+
+    def score(pairs):
+        seen.append(pairs.tolist())
+        return (pairs == 5).sum(1) * (pairs == 4).sum(1)
+
+    assert policies.across(score, ids).tolist() == [0, 1, 1, 0]
+    assert seen == [[[1, 2, 3, 4], [3, 4, 5, 6], [5, 6, 7, 8]]]
+    assert policies.across(lambda x: x.sum(1), ids[:1]).tolist() == [3]
+    assert policies.across(lambda x: x.sum(1), ids[:0]).shape == (0,)
+
+
 def test_bm25_brings_back_what_the_tail_speaks_of():
     overlap = jnp.zeros(20).at[1].set(3.0).at[15].set(99.0)  # beyond the history: not read
     policy = policies.bm25_to_tail(LAYOUT)

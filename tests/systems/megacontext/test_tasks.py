@@ -61,11 +61,15 @@ def test_levels_are_added_until_the_history_fits():
     assert tasks.roomy(one, 60_000, 1024).slots == (2, 2, 2, 2)
 
 
-def test_the_allocator_finds_by_words_and_not_by_chance(tokenizer, filler):
-    """Ten thousand tokens through 256 entries; no language model anywhere."""
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_search_finds_by_words_and_not_by_chance(kind, tokenizer, filler):
+    """A hundred thousand tokens, four levels, 256 entries; no language model anywhere."""
+    policies = ["bm25", "random", "recency"]
+    length = 102_400
     found = tasks.reach(
-        tokenizer, 1024, LAYOUT, TEXT, filler, ["key_value"], ["bm25", "random"], 256, [10_240], 4
+        tokenizer, 1024, LAYOUT, TEXT, filler, [kind], policies, 256, [length], 4
     )
-    assert found["reach.key_value.t10240.bm25"] >= 0.5
-    assert found["reach.key_value.t10240.random"] <= 0.25
-    assert len(found["reach.key_value.t10240.bm25.ci95"]) == 2
+    assert found[f"reach.{kind}.t{length}.bm25"] == 1
+    assert found[f"reach.{kind}.t{length}.random"] <= 0.25
+    assert found[f"reach.{kind}.t{length}.recency"] <= 0.25
+    assert len(found[f"reach.{kind}.t{length}.bm25.ci95"]) == 2
