@@ -15,6 +15,7 @@ import numpy as np
 
 from latent_jax.core.errors import DataError
 from latent_jax.data.lookup import KEYS, WORDS
+from latent_jax.data.paraphrases import PARAPHRASES
 
 _NAMES = tuple(
     "Ada Boris Clara Dmitri Elena Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Pavel "
@@ -92,6 +93,32 @@ def key_value(filler: str, length: int, depth: float, seed: int = 0, pairs: int 
     text, spans = _place(_cut(filler, length, rng), list(zip(places, facts, strict=True)))
     question = f"\nWhat is the code of {KEYS[keys[0]]}? The code of {KEYS[keys[0]]} is"
     return Episode("key_value", text, question, f" {codes[0]}", _spaced(codes[1:]), spans[:1])
+
+
+def paraphrased(
+    filler: str, length: int, depth: float, seed: int = 0, distractors: int = 9
+) -> Episode:
+    """A fact that is asked for in other words (`paraphrases.PARAPHRASES`): no word search finds it.
+
+    Args:
+      filler: text around it.
+      length: characters of the text, about.
+      depth: place of the fact.
+      seed: counts through the facts, draws the number and where the filler begins.
+      distractors: how many other numbers.
+
+    Raises:
+      DataError: as `passkey`.
+    """
+    rng = np.random.default_rng([seed, 5])
+    numbers = _distinct(rng, 10_000, 100_000, distractors + 1)
+    said, asked, begun = PARAPHRASES[seed % len(PARAPHRASES)]
+    fact = said.format(n=numbers[0])
+    text, needles = _place(_cut(filler, length, rng), [(depth, fact)])
+    question = f"\n{asked} {begun}"
+    return Episode(
+        "paraphrased", text, question, f" {numbers[0]}", _spaced(numbers[1:]), needles
+    )
 
 
 def two_hop(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
 from latent_jax.core.errors import DataError
 from latent_jax.data import needles
+from latent_jax.data.paraphrases import PARAPHRASES
 
 PROSE = " ".join(
     f"The {a} walked to the {b} and sat down for a while." for a, b in itertools.product(
@@ -25,6 +27,7 @@ def words(text: str) -> int:
 BUILDERS = {
     "passkey": lambda seed: needles.passkey(PROSE, 5000, 0.4, seed),
     "key_value": lambda seed: needles.key_value(PROSE, 5000, 0.4, seed),
+    "paraphrased": lambda seed: needles.paraphrased(PROSE, 5000, 0.4, seed),
     "two_hop": lambda seed: needles.two_hop(PROSE, 5000, (0.2, 0.8), seed),
     "straddling": lambda seed: needles.straddling(PROSE, 5000, 0.4, words, 32, seed),
     "topic_switch": lambda seed: needles.topic_switch([PROSE, CODE], 5000, 1, seed),
@@ -48,6 +51,16 @@ def test_what_every_episode_is(kind):
     assert one.answer not in one.distractors and len(set(one.distractors)) == len(one.distractors)
     assert all(len(wrong) == len(one.answer) for wrong in one.distractors)
     assert list(one.needles) == sorted(one.needles)
+
+
+def test_a_paraphrase_shares_no_content_word():
+    plain = set("a an the in of for with from at by on to is are was were he she it his her they we that this these those there do did does can one has have until any not no or and".split())  # fmt: skip  # noqa: E501
+    for said, asked, begun in PARAPHRASES:
+        fact, question = (
+            set(re.findall(r"[a-z]+", part.replace("{n}", "").lower())) - plain
+            for part in (said, f"{asked} {begun}")
+        )
+        assert len(fact) >= 3 and len(question) >= 3 and not fact & question
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.5, 0.9, 1.0])

@@ -158,7 +158,7 @@ LOOKING = ("attention", "lens", MEASURED)
 # node after another, where the others start from the newest text sharp.
 SEARCHING = ("random", "bm25", "attention", "lens")
 # Facts hidden in a history; see `tasks`.
-TASKS = ("passkey", "key_value", "straddling")
+TASKS = ("passkey", "key_value", "straddling", "paraphrased")
 # What else a long history is read through.
 ENDS = ("full", "windowed", "dropped")
 

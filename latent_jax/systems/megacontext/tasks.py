@@ -55,7 +55,7 @@ def episodes(
     """Episodes of one kind whose facts lie at evenly spread depths.
 
     Args:
-      kind: passkey, key_value or straddling.
+      kind: one of `config.TASKS`.
       text: filler around the facts.
       filler: tokens of the rest; repeated if they are too few.
       tokenizer: of the base.
@@ -100,9 +100,7 @@ def _built(kind: str, text: str, tokenizer: Any, block: int, seed: int) -> needl
         return needles.straddling(
             text, _PART, 0.5, lambda s: len(tokenizer.encode(s)), block, seed
         )
-    return {"passkey": needles.passkey, "key_value": needles.key_value}[kind](
-        text, _PART, 0.5, seed
-    )
+    return getattr(needles, kind)(text, _PART, 0.5, seed)
 
 
 def opened(layout: Layout, blocks: int, needle: Sequence[int], level: int) -> list[Node]:
