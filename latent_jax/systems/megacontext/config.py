@@ -29,6 +29,11 @@ class GistConfig:
     window: int = field(
         default=8, ge=1, help="blocks that the base encodes together; no gist depends on others"
     )
+    lead: int = field(
+        default=0, ge=0,
+        help="blocks before a window that the base reads with it: without them the first blocks of "
+        "a window know nothing of what came before",
+    )  # fmt: skip
     place: Literal["centre", "start"] = field(
         default="centre", help="rotary position of a slot within its stretch of the span"
     )

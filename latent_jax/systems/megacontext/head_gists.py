@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones import head_budgets, head_entries
 from latent_jax.backbones.attention_probe import queries
@@ -31,6 +31,7 @@ from latent_jax.ops.subsets import refitted, removal_order, ridged
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.gist import head_places
 from latent_jax.systems.megacontext.head_merge import merged
+from latent_jax.systems.megacontext.reading import windows
 from latent_jax.systems.megacontext.records import record_width
 
 
@@ -46,10 +47,10 @@ class Spread(NamedTuple):
 
 
 class _Twice(NamedTuple):
-    """Windows read once, and keys and queries of the second reading of their blocks."""
+    """Rows read once, and keys and queries of the second reading of their windows' blocks."""
 
-    k: Float[Array, "l r t g d"]
-    v: Float[Array, "l r t g d"]
+    k: Float[Array, "l r w g d"]
+    v: Float[Array, "l r w g d"]
     own: Float[Array, "l r t g d"]
     q: Float[Array, "l r t h d"]
 
@@ -66,7 +67,7 @@ class HeadGists:
     def __init__(self, config: ModelConfig, decoder: Decoder, sink: int):
         self.config, self.decoder, self.sink = config, decoder, sink
         base: DecoderConfig = decoder.config
-        self.base, self.block = base, config.layout.block
+        self.base, self.block, self.lead = base, config.layout.block, config.gist.lead
         self.width = record_width(base)
         waves = jnp.asarray(inverse_frequencies(base))
         self.waves = jnp.broadcast_to(waves, (base.num_layers, waves.shape[-1]))
@@ -113,12 +114,18 @@ class HeadGists:
 
     def make(self, params: Any, base: Any, ids: Int[Array, "b t"]) -> Float[Array, "n s w"]:
         """Records of the gists of whole blocks; windows begin at the rows' first tokens."""
-        rows = self._windows(ids)
+        length = self.config.gist.window * self.block
+        packed = self.of_rows(params, base, windows(ids, length, self.lead * self.block))
+        packed = packed.reshape(ids.shape[0], -1, *packed.shape[1:])
+        packed = packed[:, : ids.shape[1] // self.block]
+        return packed.reshape(-1, *packed.shape[2:])
+
+    def of_rows(
+        self, params: Any, base: Any, rows: Int[Array, "r w"]
+    ) -> Float[Array, "n s w"]:
+        """The same of rows that begin with the blocks that lead to a window (`reading.windows`)."""
         entries, order, _ = self.entries(params, base, rows)
-        n, of_each = ids.shape[1] // self.block, rows.shape[0] // ids.shape[0]
-        packed = self._packed(params, entries, order, 1)
-        packed = packed.reshape(ids.shape[0], of_each * self.config.gist.window, *packed.shape[1:])
-        return packed[:, :n].reshape(-1, *packed.shape[2:])
+        return self._packed(params, entries, order, 1)
 
     def merge(
         self, params: Any, below: Float[Array, "n branch s w"], level: int
@@ -191,24 +198,22 @@ class HeadGists:
         by_layer = self.waves, *found, _asking(params), self.counts(params, level)
         return jax.lax.map(layer, by_layer)
 
-    def _windows(self, ids: Int[Array, "b t"]) -> Int[Array, "r w"]:
-        length = self.config.gist.window * self.block
-        return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % length))).reshape(-1, length)
-
     def entries(self, params, base, rows):
         """All entries of windows as they would be kept, ``[l, n, block, g, 2d + 1]``, the order in
-        which they are packed, and what leaving each rank out costs, ``[l, n, g, block]``.
+        which they are packed, and what leaving each rank out costs, ``[l, n, g, block]``; ``rows``
+        are as of `reading.windows`.
         """
-        size, options = self.block, self.config.gist
+        size, options, lead = self.block, self.config.gist, self.lead * self.block
 
         def layer(x):
             waves, seen, sink, p, count = x
             # Rotated as from the block's first token.
-            at = jnp.broadcast_to(jnp.arange(rows.shape[1]) // size * size, rows.shape)
-            keys = self._cut(rope.rotate(seen.k, -at, waves))
-            values = self._cut(seen.v)
+            at = jnp.arange(lead, rows.shape[1]) // size * size
+            at = jnp.broadcast_to(at, (len(rows), at.size))
+            keys = self._cut(rope.rotate(seen.k[:, lead:], -at, waves))
+            values = self._cut(seen.v[:, lead:])
             pairs = self._others(waves, keys, p["query"], p["normaliser"])
-            pairs = pairs + options.again * self._again(seen, sink)
+            pairs = pairs + options.again * self._again(seen, sink, rows >= 0)
             gram = ridged(pairs, options.ridge)
             wanted = jnp.einsum("ngid,gde,ngje->ngij", values, p["metric"], values)
             rank, cost = removal_order(gram, wanted + p["mass"][:, None, None])
@@ -230,17 +235,20 @@ class HeadGists:
 
     def _read_twice(self, base, rows):
         """Windows as they are read, and every block once more, right behind its own end."""
-        (r, t), size = rows.shape, self.block
-        sink = sink_kv(self.decoder, base, jnp.int32(self.sink), r)
-        x = self.decoder.apply({"params": base}, rows, method="embed")
-        kv = self.decoder.apply({"params": base}, x, prefix=sink).kv
-        block, where = jnp.arange(t) // size, jnp.broadcast_to(jnp.arange(t), rows.shape)
-        seen = jnp.pad(block[:, None] >= block, ((0, 0), (1, 0)), constant_values=True)
-        prefix = behind(sink, kv)._replace(mask=jnp.broadcast_to(seen, (r, t, t + 1)))
-        among = (block[:, None] == block) & (where[0][:, None] >= where[0])
+        (r, t), size, lead = rows.shape, self.block, self.lead * self.block
+        sink, real = sink_kv(self.decoder, base, jnp.int32(self.sink), r), rows >= 0
+        x = self.decoder.apply({"params": base}, jnp.maximum(rows, 0), method="embed")
+        where = jnp.broadcast_to(jnp.arange(t), rows.shape)
+        kv = self.decoder.apply({"params": base}, x, where, real, prefix=sink).kv
+        block, at = jnp.arange(t) // size, where[:, lead:]
+        later = block[lead:, None]
+        seen = (later >= block) & real[:, None]
+        seen = jnp.pad(seen, ((0, 0), (0, 0), (1, 0)), constant_values=True)
+        prefix = behind(sink, kv)._replace(mask=seen)
+        among = (later == block[lead:]) & (at[0][:, None] >= at[0])
         q, own = queries(
-            self.decoder, base, x, where + size, kv.mask, where, prefix,
-            jnp.broadcast_to(among, (r, t, t)),
+            self.decoder, base, x[:, lead:], at + size, real[:, lead:], at - lead, prefix,
+            jnp.broadcast_to(among, (r, t - lead, t - lead)),
         )  # fmt: skip
         return _Twice(kv.k, kv.v, own.k, q), sink.k[:, 0, 0]
 
@@ -251,11 +259,14 @@ class HeadGists:
         shape = (r.num_kv_heads, r.num_heads // r.num_kv_heads, r.head_dim)
         return (q.astype(jnp.float32) * scale).reshape(*q.shape[:-2], *shape)
 
-    def _again(self, seen: _Twice, sink: Float[Array, "g d"]) -> Float[Array, "n g s s"]:
+    def _again(
+        self, seen: _Twice, sink: Float[Array, "g d"], real: Bool[Array, "r w"]
+    ) -> Float[Array, "n g s s"]:
         """Products of the attention that a block's entries get from its own second reading."""
-        q, size = self.scaled(seen.q), self.block
+        q, size, lead = self.scaled(seen.q), self.block, self.lead * self.block
         r, t, heads, each, _ = q.shape
-        block = jnp.arange(t) // size
+        block = jnp.arange(real.shape[1]) // size
+        earlier = (block[lead:, None] >= block) & real[:, None, None, None]
 
         def cut(x):  # r t ... -> r n s ...
             return x.reshape(r, -1, size, *x.shape[2:])
@@ -264,12 +275,12 @@ class HeadGists:
             return jax.nn.logsumexp(jnp.where(visible, logits, MASKED), axis=-1)
 
         every = jnp.einsum("rtgxd,rsgd->rgxts", q, seen.k)
-        before = total(every, block[:, None] >= block)
+        before = total(every, earlier)
         first = jnp.einsum("rtgxd,gd->rgxt", q, sink)
         within = jnp.einsum("rntgxd,rnsgd->rgxnts", cut(q), cut(seen.own))
         same = total(within, jnp.tril(jnp.ones((size, size), bool))).reshape(first.shape)
         norm = jnp.logaddexp(jnp.logaddexp(before, first), same)
-        logits = jnp.einsum("rntgxd,rnsgd->rngxts", cut(q), cut(seen.k))
+        logits = jnp.einsum("rntgxd,rnsgd->rngxts", cut(q), cut(seen.k[:, lead:]))
         norm = norm.reshape(r, heads, each, -1, size).transpose(0, 3, 1, 2, 4)
         p = jnp.exp(logits - norm[..., None])
         pairs = jnp.einsum("rngxti,rngxtj->rngij", p, p) / (each * size)

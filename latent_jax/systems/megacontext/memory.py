@@ -30,7 +30,7 @@ from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
-from latent_jax.systems.megacontext.reading import encode, place, read_on
+from latent_jax.systems.megacontext.reading import encode_rows, place, read_on
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
 from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
@@ -169,17 +169,14 @@ class Memory:
         """
         return self.backbone.config.max_position * 7 // 8
 
-    def _encode_window(self, base: Any, ids: Int[Array, "1 t"]) -> Gists:
-        layout = self.model.layout
-        raw, _ = encode(
-            self.decoder, base, self.sink, ids, layout.block, ids.shape[1] // layout.block
-        )
-        return raw
+    def _encode_window(self, base: Any, row: Int[Array, "1 t"]) -> Gists:
+        block, lead = self.model.layout.block, self.model.gist.lead
+        return encode_rows(self.decoder, base, self.sink, row, block, lead)[0]
 
     def _gists(self, base: Any, params: Any, below: Any, level: int) -> Float[Array, "n s w"]:
         layout = self.model.layout
         if self.heads is not None and level == 1:
-            return self.heads.make(params, base, below.reshape(1, -1))
+            return self.heads.of_rows(params, base, below.reshape(1, -1))
         if self.heads is not None:
             return self.heads.merge(params, below, level)
         if level == 1:
@@ -209,9 +206,9 @@ class Memory:
             return np.concatenate(made)
 
         found = build(
-            self.tree, make, batch=self.model.gist.window, neighbours=True, top=layout.levels,
-            progress=progress,
-        )
+            self.tree, make, batch=self.model.gist.window, neighbours=True,
+            lead=self.model.gist.lead, top=layout.levels, progress=progress,
+        )  # fmt: skip
         return found.nodes
 
     def prompt_gists(
@@ -228,10 +225,17 @@ class Memory:
         size, stop = self.model.layout.block, len(self.tree) if stop is None else stop
         count = min(-(-len(asked) // size), TAIL_GISTS, (stop + len(asked)) // size)
         before = max(count * size - len(asked), 0)
+        rows = np.zeros(((lead := self.model.gist.lead) + TAIL_GISTS, size), np.int32)
+        rows[:lead] = self._leading(stop - before)
         ids = np.concatenate([self.tree.tokens(stop - before, stop), asked])
-        rows = np.zeros((TAIL_GISTS, size), np.int32)
-        rows[:count] = ids[len(ids) - count * size :].reshape(count, size)
+        rows[lead : lead + count] = ids[len(ids) - count * size :].reshape(count, size)
         return np.asarray(self._make(self.base, self.params, rows, 1))[:count]
+
+    def _leading(self, stop: int) -> Int[np.ndarray, "lead block"]:
+        """Tokens of the blocks that lead to a place; -1 before the history begins."""
+        size, lead = self.model.layout.block, self.model.gist.lead
+        found = self.tree.tokens(max(stop - lead * size, 0), stop)
+        return np.pad(found, (lead * size - len(found), 0), constant_values=-1).reshape(lead, size)
 
     def raw(self, block: int) -> Gists:
         """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
@@ -242,8 +246,10 @@ class Memory:
         start = number * window * size
         stop = min(start + window * size, len(self.tree))
         if (number, stop) not in self._kept:
-            row = np.zeros((1, window * size), np.int32)
-            row[0, : stop - start] = self.tree.tokens(start, stop)
+            before = self._leading(start).reshape(-1)
+            row = np.zeros((1, len(before) + window * size), np.int32)
+            row[0, : len(before)] = before
+            row[0, len(before) : len(before) + stop - start] = self.tree.tokens(start, stop)
             self._kept[number, stop] = jax.tree.map(np.asarray, self._encode(self.base, row))
             while len(self._kept) > self._windows:
                 self._kept.popitem(last=False)

@@ -1,9 +1,9 @@
 """The frozen base encoding a history, and reading on behind entries of mixed detail.
 
 Raw blocks and gists are the same thing to the base: keys and values that it attends to, held
-before rotation and placed when they are used. A window of a few blocks is encoded by itself
-behind the sink, so that an entry depends on nothing outside its window: streamed and bulk builds
-agree, and exchanging an entry of the working context changes no other.
+before rotation and placed when they are used. A window of a few blocks is encoded behind the sink
+and the blocks that lead to it, so that an entry depends on nothing but a stretch of text before
+it: streamed and bulk builds agree, and exchanging an entry of the working context changes no other.
 """
 
 from __future__ import annotations
@@ -37,33 +37,61 @@ def encode(
     ids: Int[Array, "b t"],
     block: int,
     window: int,
+    lead: int = 0,
 ) -> tuple[Gists, DecoderOutput]:
     """Raw entries of whole blocks.
 
     Args:
       ids: histories of whole blocks.
       window: blocks that see one another (causally).
+      lead: blocks before a window that it sees, too.
 
     Returns:
       Entries ``[l, b * blocks, block, g, d]`` in the order of the history, and the base's own
-      output over the windows, as rows of ``window`` blocks.
+      output over the windows, as rows of ``lead + window`` blocks.
     """
     b, t = ids.shape
-    length = window * block
-    rows = jnp.pad(ids, ((0, 0), (0, -t % length))).reshape(-1, length)
-    x = decoder.apply({"params": params}, rows, method="embed")
-    # Padding stands after everything real, where causal attention does not look.
-    first = sink_kv(decoder, params, jnp.int32(sink), rows.shape[0])
-    out = decoder.apply({"params": params}, x, prefix=first)
-    where = jnp.broadcast_to(jnp.arange(length), rows.shape)
-    flat = unrotated(decoder, out.kv, where, block)
+    rows = windows(ids, window * block, lead * block)
+    found, out = encode_rows(decoder, params, sink, rows, block, lead)
     keep = jax.tree.map(
         lambda v: v.reshape(v.shape[0], b, -1, *v.shape[2:])[:, :, : t // block].reshape(
             v.shape[0], -1, *v.shape[2:]
         ),
-        flat,
+        found,
     )
     return keep, out
+
+
+def windows(ids: Int[Array, "b t"], length: int, lead: int) -> Int[Array, "b*n w"]:
+    """Windows of ``length`` tokens, each with the ``lead`` tokens before it; -1 where a text has
+    not begun yet, 0 where it is over.
+    """
+    ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % length)))
+    n = ids.shape[1] // length
+    ids = jnp.pad(ids, ((0, 0), (lead, 0)), constant_values=-1)
+    at = jnp.arange(n)[:, None] * length + jnp.arange(lead + length)
+    return ids[:, at].reshape(-1, lead + length)
+
+
+def encode_rows(
+    decoder: Decoder, params: Any, sink: int, rows: Int[Array, "r w"], block: int, lead: int = 0
+) -> tuple[Gists, DecoderOutput]:
+    """Raw entries of `windows`, ``[l, r * n, block, g, d]``, without the blocks that lead to them,
+    and the base's output over the rows.
+    """
+    x = decoder.apply({"params": params}, jnp.maximum(rows, 0), method="embed")
+    # What fills a row up at its end stands where causal attention does not look.
+    first = sink_kv(decoder, params, jnp.int32(sink), rows.shape[0])
+    where = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    out = decoder.apply({"params": params}, x, where, rows >= 0, prefix=first)
+    found = unrotated(decoder, out.kv, where, block)
+    if not lead:
+        return found, out
+    shape = (rows.shape[0], rows.shape[1] // block)
+    later = (
+        x.reshape(x.shape[0], *shape, *x.shape[2:])[:, :, lead:] for x in found
+    )
+    return Gists(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in later)), out
 
 
 def place(

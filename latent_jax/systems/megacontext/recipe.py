@@ -39,7 +39,8 @@ def calibration(config: MegaRun, tokenizer: Any, level: int = 1) -> Int[np.ndarr
       DataError: fewer than two.
     """
     gist, layout = config.model.gist, config.model.layout
-    window = tokens = gist.window * layout.block
+    window = gist.window * layout.block
+    tokens = window + gist.lead * layout.block
     limit = gist.calibration
     if level > 1:
         tokens = layout.block * int(layout.widths[level])

@@ -69,8 +69,9 @@ class Recovery:
     def _raw(self, base: Any, ids: Int[Array, "b t"]) -> Gists:
         """Raw entries of the history, which most arms begin with."""
         model = self.config.model
-        block, window = model.layout.block, model.gist.window
-        return encode(self.decoder, base, self.sink, ids[:, : self.past], block, window)[0]
+        block, gist = model.layout.block, model.gist
+        ids = ids[:, : self.past]
+        return encode(self.decoder, base, self.sink, ids, block, gist.window, gist.lead)[0]
 
     def _losses(
         self, params: Any, base: Any, raw: Gists, made: Any, ids: Int[Array, "b t"], arm: str

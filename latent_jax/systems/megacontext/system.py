@@ -151,9 +151,10 @@ class MegaContextSystem(Evaluation, StoreHooks):
     def _behind_all(self, gist, base, ids, key, chunk):
         """Every chunk of a row reads on behind the gists of what came before it."""
         c = self.config
-        layout, window = c.model.layout, c.model.gist.window
+        layout, window, lead = c.model.layout, c.model.gist.window, c.model.gist.lead
         (b, t), n = ids.shape, ids.shape[1] // layout.block
-        own, out = encode(self.decoder, base, self.sink, ids, layout.block, window)
+        lead = lead if n > window else 0  # nothing leads to the only window
+        own, out = encode(self.decoder, base, self.sink, ids, layout.block, window, lead)
         full = out.hidden
         where = jnp.broadcast_to(jnp.arange(t), ids.shape)
         if n == window:
@@ -190,8 +191,9 @@ class MegaContextSystem(Evaluation, StoreHooks):
         where = jnp.broadcast_to(jnp.arange(t), ids.shape)
         full = read_on(self.decoder, base, self.sink, None, ids, where)
         raw, _ = encode(
-            self.decoder, base, self.sink, ids[:, :past], layout.block, c.model.gist.window
-        )
+            self.decoder, base, self.sink, ids[:, :past], layout.block, c.model.gist.window,
+            c.model.gist.lead,
+        )  # fmt: skip
         below = build(self.gists, gist, raw, level - 1)
         full, below = jax.lax.stop_gradient((full, below))
         found = self.gists.apply(

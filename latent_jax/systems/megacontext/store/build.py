@@ -37,6 +37,7 @@ def build(
     *,
     batch: int = 32,
     neighbours: bool = False,
+    lead: int = 0,
     top: int | None = None,
     limit: int | None = None,
     under: tuple[int, int, int] | None = None,
@@ -58,6 +59,8 @@ def build(
       batch: rows of one call. 1 wastes nothing when streaming, more is faster in bulk.
       neighbours: a batch of level 1 also holds the tokens of the blocks before those to be made,
         from the batch's first row on, so that a block can be encoded behind them.
+      lead: rows of tokens in front of a batch of level 1, the blocks before its first one; -1 where
+        there are none, or damaged ones.
       top: highest level to make; all that the history has by default.
       limit: make at most this many, to spread the work after a change of version.
       under: ``(level, first, count)``: only these nodes and what lies below them.
@@ -73,7 +76,7 @@ def build(
         raise StoreError(f"{tree.path}: gists need a version; call set_version first")
     highest = tree.levels if under is None else under[0]
     top = highest if top is None else min(top, highest)
-    work = _Work(tree, gist_fn, batch, neighbours, top, under, limit)
+    work = _Work(tree, gist_fn, batch, neighbours, lead, top, under, limit)
     level, mended = 1, set()
     while level <= work.top:
         try:
@@ -98,12 +101,13 @@ class _Work:
         gist_fn: GistFn,
         batch: int,
         neighbours: bool,
+        lead: int,
         top: int,
         under: tuple[int, int, int] | None,
         limit: int | None,
     ):
         self.tree, self.gist_fn, self.batch = tree, gist_fn, batch
-        self.neighbours = neighbours
+        self.neighbours, self.lead = neighbours, lead
         self.top, self.under, self.limit = top, under, limit
         self.made: dict[int, int] = {}
         self.calls = 0
@@ -125,6 +129,8 @@ class _Work:
             filled = np.intersect1d(filled, group).tolist()
             if not filled:
                 continue
+            if level == 1 and self.lead:
+                children = np.concatenate([self._leading(int(group[0])), children])
             gists = np.asarray(self.gist_fn(level, children))
             self.calls += 1
             if len(gists) != self.batch:
@@ -154,6 +160,19 @@ class _Work:
         ]
         ready = [np.all(states == State.CURRENT, axis=1) for states in ready]
         return nodes[np.concatenate(ready)] if ready else nodes
+
+    def _leading(self, block: int) -> Int[np.ndarray, "lead block"]:
+        first = block // self.batch * self.batch
+        rows = np.full((self.lead, self.tree.spec.block), -1, np.int32)
+        before = np.arange(max(first - self.lead, 0), first)
+        if len(before):
+            size = self.tree.spec.block
+            try:
+                ids = self.tree.tokens(before[0] * size, first * size)
+                rows[-len(before) :] = ids.reshape(-1, size)
+            except DamagedTokens:
+                pass  # as if the history began here
+        return rows
 
     def _children(self, level: int, nodes: np.ndarray) -> tuple[np.ndarray, list[int]]:
         """The batch, and which nodes are in it; node ``i`` lies in row ``i % batch``."""
