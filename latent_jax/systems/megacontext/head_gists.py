@@ -31,7 +31,7 @@ from latent_jax.ops.subsets import refitted, removal_order, ridged
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.gist import head_places
 from latent_jax.systems.megacontext.head_merge import merged
-from latent_jax.systems.megacontext.reading import windows
+from latent_jax.systems.megacontext.reading import row_positions, windows
 from latent_jax.systems.megacontext.records import record_width
 
 
@@ -205,11 +205,11 @@ class HeadGists:
         """
         size, options, lead = self.block, self.config.gist, self.lead * self.block
 
+        # Text begins where a block does, so this is the place of each block's first token.
+        at = row_positions(rows)[:, lead:] // size * size
+
         def layer(x):
             waves, seen, sink, p, count = x
-            # Rotated as from the block's first token.
-            at = jnp.arange(lead, rows.shape[1]) // size * size
-            at = jnp.broadcast_to(at, (len(rows), at.size))
             keys = self._cut(rope.rotate(seen.k[:, lead:], -at, waves))
             values = self._cut(seen.v[:, lead:])
             pairs = self._others(waves, keys, p["query"], p["normaliser"])
@@ -238,16 +238,17 @@ class HeadGists:
         (r, t), size, lead = rows.shape, self.block, self.lead * self.block
         sink, real = sink_kv(self.decoder, base, jnp.int32(self.sink), r), rows >= 0
         x = self.decoder.apply({"params": base}, jnp.maximum(rows, 0), method="embed")
-        where = jnp.broadcast_to(jnp.arange(t), rows.shape)
+        where = row_positions(rows)
         kv = self.decoder.apply({"params": base}, x, where, real, prefix=sink).kv
-        block, at = jnp.arange(t) // size, where[:, lead:]
+        block, order = jnp.arange(t) // size, jnp.arange(t - lead)
         later = block[lead:, None]
         seen = (later >= block) & real[:, None]
         seen = jnp.pad(seen, ((0, 0), (0, 0), (1, 0)), constant_values=True)
         prefix = behind(sink, kv)._replace(mask=seen)
-        among = (later == block[lead:]) & (at[0][:, None] >= at[0])
+        among = (later == block[lead:]) & (order[:, None] >= order)
         q, own = queries(
-            self.decoder, base, x[:, lead:], at + size, real[:, lead:], at - lead, prefix,
+            self.decoder, base, x[:, lead:], where[:, lead:] + size, real[:, lead:],
+            jnp.broadcast_to(order, (r, t - lead)), prefix,
             jnp.broadcast_to(among, (r, t - lead, t - lead)),
         )  # fmt: skip
         return _Twice(kv.k, kv.v, own.k, q), sink.k[:, 0, 0]

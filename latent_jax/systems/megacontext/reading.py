@@ -73,6 +73,11 @@ def windows(ids: Int[Array, "b t"], length: int, lead: int) -> Int[Array, "b*n w
     return ids[:, at].reshape(-1, lead + length)
 
 
+def row_positions(rows: Int[Array, "r w"]) -> Int[Array, "r w"]:
+    """Rotary positions in rows of `windows`: 0 is where the text begins, right behind the sink."""
+    return jnp.arange(rows.shape[1]) - (rows < 0).sum(1, keepdims=True)
+
+
 def encode_rows(
     decoder: Decoder, params: Any, sink: int, rows: Int[Array, "r w"], block: int, lead: int = 0
 ) -> tuple[Gists, DecoderOutput]:
@@ -82,7 +87,7 @@ def encode_rows(
     x = decoder.apply({"params": params}, jnp.maximum(rows, 0), method="embed")
     # What fills a row up at its end stands where causal attention does not look.
     first = sink_kv(decoder, params, jnp.int32(sink), rows.shape[0])
-    where = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape)
+    where = row_positions(rows)
     out = decoder.apply({"params": params}, x, where, rows >= 0, prefix=first)
     found = unrotated(decoder, out.kv, where, block)
     if not lead:

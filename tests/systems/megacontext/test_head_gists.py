@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,6 +133,37 @@ def test_a_row_that_is_no_whole_window_is_cut(make, ids):
     )
 
 
+def test_text_before_a_window_makes_it_what_the_whole_text_makes_it(base, ids):
+    """A lead of everything: keys and values are those of one long window; and of half of it, they
+    do not know what came before that.
+    """
+    whole, _ = encode(DECODER, base, SINK, ids, 8, 8)
+    short, _ = encode(DECODER, base, SINK, ids, 8, 2)
+    led, _ = encode(DECODER, base, SINK, ids, 8, 2, lead=6)
+    assert all(a.shape == b.shape for a, b in zip(whole, led, strict=True))
+    np.testing.assert_allclose(led.k, whole.k, atol=2e-4)
+    np.testing.assert_allclose(led.v, whole.v, atol=2e-4)
+    assert np.abs(np.asarray(short.v - whole.v)).max() > 1e-2
+    other = ids.at[:, :8].set(5)
+    one, two = (encode(DECODER, base, SINK, x, 8, 2, lead=2)[0].v for x in (ids, other))
+    one, two = (np.asarray(x).reshape(x.shape[0], 2, 8, -1) for x in (one, two))
+    assert np.abs(one[:, :, :4] - two[:, :, :4]).max() > 1e-2
+    np.testing.assert_array_equal(one[:, :, 4:], two[:, :, 4:])
+
+
+def test_gists_of_windows_with_a_lead_are_those_of_the_whole_text(base, params, ids):
+    """With room for all: the text's own entries, made knowing what came before."""
+    led = dataclasses.replace(MODEL.gist, window=2, lead=6)
+    gists = with_room_for_all(dataclasses.replace(MODEL, gist=led))
+    found = gists.spread(params, gists.make(params, base, ids))
+    whole, _ = encode(DECODER, base, SINK, ids, 8, 8)
+    inside = jnp.broadcast_to(jnp.arange(8), (whole.k.shape[1], 8))
+    np.testing.assert_allclose(
+        found.k, rope.rotate_layers(whole.k, inside, gists.waves), atol=2e-4
+    )
+    np.testing.assert_allclose(found.v, whole.v, atol=2e-4)
+
+
 @pytest.fixture(scope="module")
 def reader():
     return backbones.load("tiny")
@@ -142,15 +175,21 @@ def kept(reader):
     return calibrate(HeadGists(MODEL, reader.decoder, 0), reader.params, lambda level: rows)
 
 
-def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path):
+@pytest.mark.parametrize("lead", [0, 3])
+def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path, lead):
+    model = dataclasses.replace(MODEL, gist=dataclasses.replace(MODEL.gist, lead=lead))
     ids = np.random.default_rng(0).integers(10, reader.config.vocab_size, 21 * 8 + 3)
     version = digest(kept)
-    with Memory.open(tmp_path / "whole", reader, MODEL, kept, version, writable=True) as memory:
+    with Memory.open(tmp_path / "whole", reader, model, kept, version, writable=True) as memory:
         memory.tree.append(ids)
         assert memory.build() == {1: 21}
         records = memory.tree.gists(1, 0, 21)
         made = memory.heads.make(kept, reader.params, jnp.asarray(ids[None, :168]))
         np.testing.assert_allclose(records, made, rtol=2e-3, atol=2e-3)
+
+        raw, _ = encode(reader.decoder, reader.params, memory.sink, ids[None, :168], 8, 4, lead)
+        for block in (0, 3, 9, 20):  # the last one in a window that is not whole
+            np.testing.assert_allclose(memory.raw(block).v[:, 0], raw.v[:, block], atol=1e-4)
 
         entries = memory.gather([(1, 0), (0, 1), (1, 2)], 168)
         assert entries.positions.tolist() == [0] * 8 + list(range(8, 16)) + [16] * 8
@@ -167,7 +206,7 @@ def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path):
         assert runtime.answer("The mill burned down in", 4).nodes == nodes
         losses = memory.losses([memory.gather(nodes, start)] * 2, ids[160:], 160, 4, 80)
         assert losses[0] == losses[1] and np.isfinite(losses).all()
-    with Memory.open(tmp_path / "stream", reader, MODEL, kept, version, writable=True) as memory:
+    with Memory.open(tmp_path / "stream", reader, model, kept, version, writable=True) as memory:
         for start in range(0, len(ids), 20):
             memory.tree.append(ids[start : start + 20])
             memory.build()
