@@ -22,6 +22,7 @@ import numpy as np
 
 from latent_jax.bench import timing
 from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext.allocator import refocus
 from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
@@ -109,10 +110,14 @@ def _model(options: Options, path: Path) -> dict[str, float]:
         found["ingest.bytes_per_token"] = sum(memory.tree.sizes().values()) / len(ids)
         for policy in ("lens", "bm25", "recency"):
             runtime = Runtime(memory, RuntimeConfig(options.budget, policy))
-            query = ids[-options.block :]
-            spent = _median(
-                lambda r=runtime, q=query: r.settle(q, iterations=1).level, options.pairs
-            )
+            query, blocks = ids[-options.block :], len(ids) // options.block
+            here = runtime.settle(query)
+
+            def step(runtime=runtime, here=here, query=query, blocks=blocks):
+                scores = runtime.scores(here, query, blocks, key)
+                return refocus(layout, runtime.config.focus, options.budget, here, scores)[0].level
+
+            spent = _median(step, options.pairs)
             found[f"focus.{policy}.milliseconds_per_iteration"] = 1e3 * spent
         found |= _refocus(memory, options)
         found |= _decode(memory, options, found["focus.lens.milliseconds_per_iteration"])
