@@ -112,7 +112,10 @@ class Focus:
     ) -> Tiling:  # fmt: skip
         """Focuses on a history of ``blocks`` for a query, until nothing changes any more.
 
-        The actions are kept in ``history`` for telemetry.
+        A policy that looks for something (`config.SEARCHING`) starts from the coarsest tiling and
+        opens the best node, one after another, so that the way to one place is paid for before
+        the next is begun; what is left of W goes to the newest text. The others start from the
+        newest text sharp and exchange nodes. The actions are kept in ``history`` for telemetry.
 
         Args:
           query: tokens that ``bm25`` looks for.
