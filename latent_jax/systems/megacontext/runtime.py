@@ -17,11 +17,10 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.config import ENDS, MEASURED
+from latent_jax.systems.megacontext.contexts import Entries
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
-from latent_jax.systems.megacontext.gist import Gists
-from latent_jax.systems.megacontext.memory import Entries, Memory, Node
+from latent_jax.systems.megacontext.memory import Memory, Node
 from latent_jax.systems.megacontext.oracle import Oracle
-from latent_jax.systems.megacontext.reading import place
 
 # Prompts are padded to multiples of this, so that few lengths are compiled.
 _PROMPT = 64
@@ -120,12 +119,7 @@ class Runtime(Focus):
 
     def placed(self, entries: Entries) -> KV:
         """Entries as a prefix of W places (more where heads differ; see `Memory.places`)."""
-        count = len(entries.positions)
-        places = self.memory.places(self.config.budget, count)
-        full, mask = entries.padded(places), np.arange(places)[None] < count
-        found = Gists(full.k[:, None], full.v[:, None])
-        bias = None if full.bias is None else full.bias[:, None]
-        return place(self.memory.decoder, found, full.positions[None], mask, bias)
+        return self.memory.prefix(entries, self.config.budget)
 
 
 def nll_at_h(

@@ -154,7 +154,7 @@ def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path):
 
         entries = memory.gather([(1, 0), (0, 1), (1, 2)], 168)
         assert entries.positions.tolist() == [0] * 8 + list(range(8, 16)) + [16] * 8
-        hidden = entries.bias < -1e29
+        hidden = entries.held["bias"] < -1e29
         assert not hidden[:, 8:16].any()
         assert hidden[:, :8].sum() == hidden[:, 16:].sum()
         assert (~hidden[:, :8]).sum() == memory.heads.room(1)
