@@ -14,7 +14,6 @@ from latent_jax.backbones.sink import sink_kv
 from latent_jax.backbones.streams import streams
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext import recipe
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.contexts import as_prefix, joined, pass_through
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
@@ -301,15 +300,13 @@ def test_training_lowers_the_divergence_at_both_levels(tmp_path):
         low, high = results[f"{name}.ci95"]
         assert low <= results[name] <= high
     system = results.system
-    rows = jnp.asarray(system.eval_data())
+    rows = jnp.asarray(system.eval_data())[:, :64]  # as long as either phase's
     fresh, trained = system.init({"params": jax.random.key(0)}, {}), load_variables(results.out)[0]
-    upper = recipe.histories(system.config, system.backbone.tokenizer, "validation", 160, 16)
 
     @jax.jit
     def lost(variables, batch):
         terms = system.loss_terms(variables, system.frozen, batch, {}, False)[0]
         return [terms[name].value for name in terms if name != "next_token"][0]
 
-    for batch in ({"ids": rows[:, :64], "near": True}, {"ids": jnp.asarray(upper), "upper": True}):
-        print(lost(trained, batch), lost(fresh, batch))
-        assert lost(trained, batch) < 0.97 * lost(fresh, batch)
+    for batch in ({"ids": rows, "near": True}, {"ids": rows, "upper": True}):
+        assert lost(trained, batch) < 0.95 * lost(fresh, batch)
