@@ -13,13 +13,18 @@ from jaxtyping import Float, Int
 from latent_jax.backbones import Backbone
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
-from latent_jax.core.errors import StoreError
+from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.sink import behind, sink_kv
+from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
 from latent_jax.systems.megacontext.gist import entry_offsets
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
+
+# Prompts are padded to multiples of this, so that few lengths are compiled.
+_PROMPT = 64
 
 
 class Behind:
@@ -66,6 +71,41 @@ class Behind:
         """
         held, at, mask = stacked([entries], self.places(capacity, len(entries.positions)))
         return self._prefix(self.base, held, at, mask)
+
+    def continued(
+        self, entries: Entries | None, live: Int[np.ndarray, " t"], start: int, capacity: int,
+        max_new_tokens: int,
+    ) -> str:  # fmt: skip
+        """What the base says, greedily, after tokens that follow a context.
+
+        Args:
+          entries: the context; none: nothing but the tokens.
+          live: tokens.
+          start: position of the first of them in the history.
+          capacity: entries of the compiled shape.
+          max_new_tokens: at most so many.
+
+        Raises:
+          ConfigError: more than the base has positions for.
+        """
+        most = self.backbone.config.max_position
+        if capacity + len(live) + max_new_tokens > most:
+            raise ConfigError(
+                f"W={capacity}, {len(live)} tokens behind it and {max_new_tokens} new ones do not "
+                f"fit the base's {most} positions"
+            )
+        first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
+        if entries is not None:
+            first = behind(first, self.prefix(entries, capacity))
+        tokenizer, room = self.backbone.tokenizer, -len(live) % _PROMPT
+        row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
+        out = generate_ids(
+            self.decoder, self.base, self.backbone.embed(row), mask,
+            max_new_tokens=max_new_tokens, prefix=first,
+            start=int(self.positions(np.asarray([start]), start)[0]),
+            stop_ids=tokenizer.stop_ids,
+        )  # fmt: skip
+        return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)

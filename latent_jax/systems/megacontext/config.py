@@ -213,6 +213,14 @@ class EvalConfig:
     )
     task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
     task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
+    documents: str | None = field(
+        default=None,
+        help="questions on long documents: .jsonl of LongBench or InfiniteBench, or a folder of it",
+    )
+    document_rows: int = field(default=16, ge=1, help="most of those questions, in their order")
+    document_tokens: int | None = field(
+        default=None, ge=64, help="tokens of a document; longer ones lose their middle; none: all"
+    )
     reach: tuple[int, ...] = field(
         default=(), ge=1,
         help="tokens of histories in which the allocator alone looks for the facts; (): none",
@@ -288,6 +296,8 @@ class MegaRun(RunBase):
                 f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
                 f"a multiple of {step} (nodes of the top level, windows of the encoder)"
             )
+        if e.documents and not e.budgets:
+            raise ConfigError("eval.documents: give eval.budgets, the size of the working context")
         if e.stream and not e.budgets:
             raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
         if e.stream:

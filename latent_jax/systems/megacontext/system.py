@@ -187,6 +187,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             self.long_histories()
         if self.config.eval.stream:
             self.growing()
+        if self.config.eval.documents:
+            self.questions()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
         else:
