@@ -147,7 +147,8 @@ def calibrate(
     lost = np.minimum(np.concatenate([part[1] for part in parts]), _MOST)
     x, lost = x - x.mean(0), lost - lost.mean()
     gram = x.T @ x
-    gram[np.diag_indices_from(gram)] *= 1 + _RIDGE
+    at = np.diag_indices_from(gram)
+    gram[at] += _RIDGE * gram[at] + 1e-6 * gram[at].mean()  # some features may never change
     probe = np.linalg.solve(gram, x.T @ lost)
     probe /= max(np.std(x @ probe), 1e-6)
     for level in params.values():
