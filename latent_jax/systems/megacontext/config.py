@@ -31,9 +31,9 @@ class GistConfig:
         default=2, ge=1, help="embeddings: layers of the base whose streams a slot reads"
     )
     content: float = field(
-        default=2.0, ge=0,
-        help="embeddings: how much a slot prefers words that the base did not expect at first, in "
-        "logits",
+        default=8.0, ge=0,
+        help="embeddings: how much the first read of a slot prefers words that the base did not "
+        "expect at first, in logits",
     )  # fmt: skip
     window: int = field(
         default=8, ge=1, help="blocks that the base encodes together; no gist depends on others"

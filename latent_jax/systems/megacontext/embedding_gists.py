@@ -121,11 +121,11 @@ class EmbeddingGists:
 def calibrate(
     gists: EmbeddingGists, base: Any, rows: Int[np.ndarray, "n t"], key: jax.Array
 ) -> dict[str, Any]:
-    """Fresh parameters whose slots have the size of embeddings and look at unexpected words.
+    """Fresh parameters whose slots are words that the base did not expect, at their size.
 
-    A ridge regression from what a slot sees of a word to what the base lost on it (nats) gives the
-    first queries of level 1: means in which rare words count more are an old and good summary
-    (Arora et al. 2017, "A simple but tough-to-beat baseline for sentence embeddings").
+    A ridge regression from what a slot sees of a word to what the base lost on it (nats) is the
+    query of the first read of level 1, which is the one that a slot starts as. It is sharp: a
+    frozen base reads a list of words, but the mean of a few words makes it lose its thread.
 
     Args:
       rows: training texts of whole windows.
@@ -154,6 +154,11 @@ def calibrate(
     for level in params.values():
         level["size"] = jnp.full_like(level["size"], np.mean([part[2] for part in parts]))
     look = content * np.sqrt(width) * probe.reshape(-1, width)
-    first = params["level_1"]
-    first["look"] = jnp.broadcast_to(jnp.asarray(look, jnp.float32), first["look"].shape)
+    first, options, layout = params["level_1"], gists.config.gist, gists.config.layout
+    slots, reads = layout.slots[0], options.reads
+    first["look"] = first["look"].at[::reads].set(jnp.asarray(look, jnp.float32))
+    own = shares(slots, layout.block) == np.arange(slots)[:, None]
+    # As sharp between stretches as between words.
+    outside = -options.focus * (1 + content)
+    first["prefer"] = first["prefer"].at[::reads].set(jnp.where(own, 0.0, outside))
     return params

@@ -2,8 +2,8 @@
 
 A slot reads its sources several times: their input embeddings, and what the base makes of them in
 a few layers, where an encoder that starts from the language model finds what it has understood.
-What was read is mapped linearly and given the size of an embedding. It starts as a mean of the
-embeddings of its stretch in which words count more the less the base expected them.
+What was read is mapped linearly and given the size of an embedding. It starts as one word of its
+stretch, the one that the base expected least: a frozen base takes means of words very badly.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class SlotEmbeddings(nn.Module):
             noise = 0.5 * jax.random.normal(key, shape, dtype)  # or reads would stay equal
             return noise + jnp.repeat(jnp.where(own, 0.0, -self.focus), m, axis=0)
 
-        def mean_of_embeddings(key, shape, dtype=jnp.float32):
-            return jnp.zeros(shape, dtype).at[:, :, 0].set(jnp.eye(d, dtype=dtype) / m)
+        def first_read(key, shape, dtype=jnp.float32):  # its embeddings as they are
+            return jnp.zeros(shape, dtype).at[:, 0, 0].set(jnp.eye(d, dtype=dtype))
 
         look = self.param("look", nn.initializers.zeros, (s * m, kinds, d))
         prefer = self.param("prefer", prefer, (s * m, self.sources))
@@ -77,7 +77,7 @@ class SlotEmbeddings(nn.Module):
         weight = jax.nn.softmax(score + prefer, axis=-1)
         read = jnp.einsum("nqi,nikd->nqkd", weight, seen)
         read = read.reshape(-1, s, m, kinds, d)
-        maps = self.param("maps", mean_of_embeddings, (s, m, kinds, d, d))
+        maps = self.param("maps", first_read, (s, m, kinds, d, d))
         size = self.param("size", nn.initializers.ones, (s,))
         return size[:, None] * unit(jnp.einsum("nsmkd,smkde->nse", read, maps))
 

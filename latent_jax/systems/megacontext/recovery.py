@@ -35,6 +35,10 @@ from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 
+# Arms that are made of raw entries, whatever the gists are.
+_RAW = {"windowed", "mean_pool", "kv_stride", "recency"}
+
+
 class Recovery:
     """Measures one level of a GistNet on one frozen base.
 
@@ -77,7 +81,7 @@ class Recovery:
         return encode(self.decoder, base, self.sink, ids[:, : self.past], block, window)[0]
 
     def _losses(
-        self, params: Any, base: Any, raw: Gists, made: Any, ids: Int[Array, "b t"], arm: str
+        self, params: Any, base: Any, raw: Gists | None, made: Any, ids: Int[Array, "b t"], arm: str
     ) -> Float[Array, " b"]:
         """Mean loss over the horizon of each row, nats per token."""
         c = self.config
@@ -99,7 +103,7 @@ class Recovery:
         return nll.mean(-1)
 
     def _entries(
-        self, params: Any, raw: Gists, made: Any, b: int, arm: str
+        self, params: Any, raw: Gists | None, made: Any, b: int, arm: str
     ) -> KV | None:
         """What stands for the history."""
         if arm == "dropped":
@@ -172,11 +176,13 @@ class Recovery:
                 f"eval.text: {len(rows)} history of {self.length} tokens; recovery needs two, for "
                 "one is read with the gists of another"
             )
+        embeddings = isinstance(self.gists, EmbeddingGists)
+        raw_arms = _RAW - {"mean_pool"} if embeddings else _RAW
         size, found = min(self.config.eval.batch_size, len(rows)), {arm: [] for arm in arms}
         starts = range(0, len(rows), size)
         for number, start in enumerate(starts):
             ids = rows[np.arange(start, start + size) % len(rows)]
-            raw = self._encode(base, ids)
+            raw = self._encode(base, ids) if self._make is None or raw_arms & set(arms) else None
             made = None
             if self._make is not None and {"gist", "shuffled"} & set(arms):
                 made = self._make(params["gist"], base, ids[:, : self.past])
