@@ -7,6 +7,7 @@ Each of `train`, `evaluate` and `report` also works alone on the directory of an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 from latent_jax.core import config as configs
 from latent_jax.core import files
 from latent_jax.core.errors import ConfigError, RunError
+from latent_jax.core.parts import Parts
 from latent_jax.core.yamlio import suggest
 from latent_jax.report import record, write_report
 from latent_jax.report.directory import prepared
@@ -253,7 +255,10 @@ def finish(
             from latent_jax.train.loop import fit
 
             system.train_controls(fit, out / "controls", mesh)
-        metrics, artefacts = system.evaluate(variables, placed(system.frozen), progress=progress)
+        options: dict[str, Any] = {"progress": progress}
+        if getattr(system, "evaluates_in_parts", False):
+            options["parts"] = _parts(out, config, variables)
+        metrics, artefacts = system.evaluate(variables, placed(system.frozen), **options)
     if hasattr(system, "judge"):  # what its log says
         metrics = dict(metrics) | system.judge(out)
     costs = _read(out / "throughput.json") | {"memory.peak_bytes": record.peak_bytes()}
@@ -266,7 +271,22 @@ def finish(
         files.write_json(out / "results.json", dict(results))
         record.history(out, "eval", config, began, record.headline(results), checkpoint)
         write_report(out)
+        if "parts" in options:
+            options["parts"].done()
     return results
+
+
+def _parts(out: Path, config: Any, variables: Any) -> Parts:
+    """Finished parts of an evaluation that was stopped: of these weights, settings and sources."""
+    import jax
+    import numpy as np
+
+    if jax.process_count() > 1:  # all must measure the same parts
+        return Parts(None, "")
+    digest = hashlib.sha256(f"{configs.config_hash(config)} {record.source_digest()}".encode())
+    for leaf in jax.tree.leaves(variables):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return Parts(out / "evaluation.parts.json", digest.hexdigest()[:16])
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def _describe(tree, out: Console) -> None:
     grid.add_row("base model", spec.base or "not named")
     grid.add_row("block", f"{spec.block} tokens, {spec.branch} children above")
     slots = ", ".join(map(str, spec.slots))
-    grid.add_row("gist", f"{slots} slots of {spec.width} numbers, {spec.dtype}")
+    noun = "slot" if slots == "1" else "slots"
+    grid.add_row("gist", f"{slots} {noun} of {spec.width} numbers, {spec.dtype}")
     grid.add_row("gist version", tree.version or "none yet")
     total = sum(sizes.values())
     each = f", {total / len(tree):.2f} per token" if len(tree) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from latent_jax.data.long_documents import LongQuestion, load_long_questions
 from latent_jax.data.lookup import lookup_examples, lookup_texts
 from latent_jax.data.mixture import Mixture, mix
 from latent_jax.data.packing import pack
@@ -12,10 +13,12 @@ from latent_jax.data.zeros import Spacings, load_spacings
 
 __all__ = [
     "BatchIterator",
+    "LongQuestion",
     "Mixture",
     "QAExample",
     "Spacings",
     "collate",
+    "load_long_questions",
     "load_segments",
     "load_spacings",
     "load_squad",

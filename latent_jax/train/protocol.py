@@ -72,6 +72,8 @@ class System(Protocol):
       phase may give, so that a run can be planned without its data (``()``: they must be read).
     * ``init_shapes(batch) -> variables``: shapes of what ``init`` returns, where that cannot be
       traced.
+    * ``evaluates_in_parts: bool``: ``evaluate`` also takes ``parts`` (`core.parts.Parts`), which
+      keeps what is finished of an evaluation that is stopped.
     * ``jit_init: bool``: set False if ``init`` must run outside jit (it reads files or large
       constants such as pretrained weights).
     """

@@ -18,14 +18,23 @@ from latent_jax.train.curriculum import ScheduleConfig
 class GistConfig:
     """How a block, or a group of gists, becomes the gist above it."""
 
-    kind: Literal["reads", "heads"] = field(
+    kind: Literal["reads", "heads", "embeddings"] = field(
         default="reads",
-        help="reads: GistNet, trained; heads: the block's own keys and values, of which every head "
-        "keeps as many as it needs (calibrated on a few texts, not trained)",
+        help="reads: keys and values by a GistNet, trained; heads: the block's own keys and "
+        "values, of which every head keeps as many as it needs (calibrated, not trained); "
+        "embeddings: inputs of the base by a GistNet, trained",
     )
     reads: int = field(
         default=4, ge=1, help="attention reads per slot and head, each with a map of its own"
     )
+    streams: int = field(
+        default=2, ge=1, help="embeddings: layers of the base whose streams a slot reads"
+    )
+    content: float = field(
+        default=8.0, ge=0,
+        help="embeddings: how much the first read of a slot prefers words that the base did not "
+        "expect at first, in logits",
+    )  # fmt: skip
     window: int = field(
         default=8, ge=1, help="blocks that the base encodes together; no gist depends on others"
     )
@@ -53,11 +62,21 @@ class GistConfig:
         default=0.1, gt=0, help="heads: ridge of the fit, in mean squared attention of an entry"
     )
     calibration: int = field(
-        default=16, ge=2, help="heads: training windows that lend queries and share out the room"
+        default=16, ge=2,
+        help="heads: training windows that lend queries and share out the room; embeddings: that "
+        "tell which words are unexpected",
     )
     places: int = field(
         default=128, ge=1, help="heads: most entries of one head in a gist of the upper levels"
     )
+
+    def validate(self) -> None:
+        """Refuses text before windows whose entries are made anew for every context."""
+        if self.lead and self.kind == "embeddings":
+            raise ConfigError(
+                "model.gist.lead: gists that are input embeddings are read together in every "
+                "context, and windows have no lead: set it to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -210,6 +229,14 @@ class EvalConfig:
     )
     task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
     task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
+    documents: str | None = field(
+        default=None,
+        help="questions on long documents: .jsonl of LongBench or InfiniteBench, or a folder of it",
+    )
+    document_rows: int = field(default=16, ge=1, help="most of those questions, in their order")
+    document_tokens: int | None = field(
+        default=None, ge=64, help="tokens of a document; longer ones lose their middle; none: all"
+    )
     reach: tuple[int, ...] = field(
         default=(), ge=1,
         help="tokens of histories in which the allocator alone looks for the facts; (): none",
@@ -271,6 +298,11 @@ class MegaRun(RunBase):
         layout, e = self.model.layout, self.eval
         if self.model.gist.kind == "heads":
             self._only_what_heads_can()
+        if self.model.gist.kind == "embeddings" and self.model.lens is not None:
+            raise ConfigError(
+                "model.lens looks at the values of gists, and model.gist.kind=embeddings has none "
+                "stored: leave model.lens out"
+            )
         if e.budgets and "lens" in e.policies and self.model.lens is None:
             raise ConfigError("eval.policies: lens needs model.lens; set it or leave lens out")
         least = cover_cost(layout, e.long, layout.levels)
@@ -280,6 +312,8 @@ class MegaRun(RunBase):
                 f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
                 f"a multiple of {step} (nodes of the top level, windows of the encoder)"
             )
+        if e.documents and not e.budgets:
+            raise ConfigError("eval.documents: give eval.budgets, the size of the working context")
         if e.stream and not e.budgets:
             raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
         if e.stream:

@@ -2,7 +2,8 @@
 
 The entries of a working context do not depend on one another, so all counterfactuals of a snapshot
 share one prefix cache: a pool of the context's entries and of what the actions would put in their
-place. A counterfactual is a mask over it. Nothing but the tail and the horizon is run again.
+place. A counterfactual is a mask over it. Nothing but the tail and the horizon is run again; of
+gists that are input embeddings, the pool is too, once for each mask.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.backbones.decoder import KV
 from latent_jax.systems.megacontext import tiling as tl
-from latent_jax.systems.megacontext.gist import Gists, entry_offsets
+from latent_jax.systems.megacontext.contexts import Entries, as_prefix, joined
+from latent_jax.systems.megacontext.gist import entry_offsets
 from latent_jax.systems.megacontext.layout import Layout
-from latent_jax.systems.megacontext.memory import Entries, Memory, Node, joined
-from latent_jax.systems.megacontext.reading import place, read_on
+from latent_jax.systems.megacontext.memory import Memory, Node
+from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
 
 _legal = jax.jit(tl.legal, static_argnums=0)
@@ -128,8 +129,8 @@ class Counterfactuals:
             pool, mask = self._pool(shared, spans, part, start)
             first_position = int(self.memory.positions(np.asarray([start]), start)[0])
             found = self._read(
-                self.memory.base, pool.k, pool.v, pool.positions, mask, np.asarray(ids, np.int32),
-                first_position, pool.bias, horizon=horizon,
+                self.memory.base, {name: x[:, None] for name, x in pool.held.items()},
+                pool.positions, mask, np.asarray(ids, np.int32), first_position, horizon=horizon,
             )  # fmt: skip
             losses, divergence = (np.asarray(x, np.float64) for x in found)
             before = float(losses[0])
@@ -159,18 +160,12 @@ class Counterfactuals:
         return joined(pieces).padded(capacity), mask
 
     def _branches(
-        self, base: Any, k: Array, v: Array, at: Int[Array, " m"], mask: Bool[Array, "r m"],
-        ids: Int[Array, " t"], first: Int[Array, ""], bias: Float[Array, "l m g"] | None,
-        horizon: int,
+        self, base: Any, held: Any, at: Int[Array, " m"], mask: Bool[Array, "r m"],
+        ids: Int[Array, " t"], first: Int[Array, ""], horizon: int,
     ) -> tuple[Float[Array, " r"], Float[Array, " r"]]:  # fmt: skip
         """Loss of every row, and ``KL(row 0 || row)``, means over the horizon."""
         decoder, rows = self.memory.decoder, mask.shape[0]
-        bias = None if bias is None else bias[:, None]
-        found = Gists(k[:, None], v[:, None])
-        placed = place(decoder, found, at[None], jnp.ones((1, at.size)), bias)
-        wide = lambda x: jnp.broadcast_to(x, (x.shape[0], rows, *x.shape[2:]))  # noqa: E731
-        bias = None if bias is None else wide(placed.bias)
-        prefix = KV(wide(placed.k), wide(placed.v), mask, bias)
+        prefix = as_prefix(decoder, base, self.memory.sink, held, at[None], mask)
         ids = jnp.broadcast_to(ids, (rows, ids.size))
         where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         hidden = read_on(decoder, base, self.memory.sink, prefix, ids, where)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from latent_jax.systems.megacontext import recipe, stream, tasks
+from latent_jax.core.errors import DataError
+from latent_jax.core.parts import Parts
+from latent_jax.data import LongQuestion, load_long_questions
+from latent_jax.systems.megacontext import documents, recipe, stream, tasks
 from latent_jax.systems.megacontext.config import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
 from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
@@ -20,6 +24,7 @@ class Evaluation:
     config: Any
     backbone: Any
     recovery: Recovery
+    evaluates_in_parts = True
 
     def _measure(self, level: int, nodes: int) -> Recovery:
         return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
@@ -37,63 +42,103 @@ class Evaluation:
         e = self.config.eval
         return self.held_out(self.recovery, max(e.rows, e.quick_rows))
 
-    def evaluate(self, variables, frozen, progress=None):
-        """Recovery at every level with its controls, and losses of all arms."""
-        e, metrics, artefacts = self.config.eval, {}, {}
+    def evaluate(self, variables, frozen, progress=None, parts=None):
+        """Recovery at every level with its controls, losses of policies, and what else is asked.
+
+        Args:
+          parts: keeps what is finished (`core.parts.Parts`); artefacts of kept parts are left out.
+        """
+        e, artefacts = self.config.eval, {}
+        todo = {}
         for level in range(1, self.config.model.layout.levels + 1):
-            measure = self.recovery
-            if level > 1:  # the same histories where whole nodes fill them
-                width = int(self.config.model.layout.widths[level])
-                measure = self._measure(level, max(e.history // width, 1))
             limit = e.rows if level == 1 else e.upper_rows
-            if not limit:
-                continue
-            rows = self.held_out(measure, limit)[:limit]
-            params, base = variables["params"], frozen["base"]
-            found = measure.losses(params, base, rows, e.arms, progress)
-            metrics |= measure.summary(found)
-            artefacts[f"histories.lod{level}"] = found
-        if e.budgets:
-            found = self._policies(variables, frozen, progress)
-            artefacts["places"] = found
-            metrics |= policy_table(found, e.budgets)
-        if e.stream:
-            metrics |= self._stream(variables, frozen, progress)
-        if e.tasks:
-            metrics |= self._tasks(variables, frozen, progress)
+            if limit:
+                todo[f"recovery.lod{level}"] = functools.partial(self._recovery, level, limit)
+        todo |= {
+            name: part for name, part, wanted in (
+                ("policies", self._policies, e.budgets), ("stream", self._stream, e.stream),
+                ("tasks", self._tasks, e.tasks), ("reach", self._reach, e.tasks),
+                ("documents", self._documents, e.documents),
+            ) if wanted
+        }  # fmt: skip
+        keep, metrics = Parts(None, "") if parts is None else parts, {}
+        for name, part in todo.items():
+            metrics |= keep(name, lambda part=part: part(variables, frozen, artefacts, progress))
         return metrics, artefacts
 
-    def _tasks(self, variables, frozen, progress) -> dict[str, Any]:
+    def _recovery(self, level, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
+        """Losses of all arms at one level."""
+        e, measure = self.config.eval, self.recovery
+        if level > 1:  # the same histories where whole nodes fill them
+            width = int(self.config.model.layout.widths[level])
+            measure = self._measure(level, max(e.history // width, 1))
+        rows = self.held_out(measure, limit)[:limit]
+        params, base = variables["params"], frozen["base"]
+        found = measure.losses(params, base, rows, e.arms, progress)
+        artefacts[f"histories.lod{level}"] = found
+        return measure.summary(found)
+
+    def _movers(self) -> list[str]:
+        """Policies that a runtime can use."""
+        return [p for p in self.config.eval.policies if p in POLICIES and p != MEASURED]
+
+    def _filler(self) -> tuple[str, np.ndarray]:
+        """Held-out text around hidden facts, and its tokens."""
+        text = recipe.filler(self.config)
+        return text, np.asarray(self.backbone.tokenizer.encode(text), np.int32)
+
+    def _tasks(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Facts hidden in held-out text, asked for."""
-        e, c, tokenizer = self.config.eval, self.config, self.backbone.tokenizer
-        text = recipe.filler(c)
-        ids = np.asarray(tokenizer.encode(text), np.int32)
-        movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
+        e, (text, ids) = self.config.eval, self._filler()
         with (
             tempfile.TemporaryDirectory() as folder,
             self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
         ):
-            found = tasks.measure(
-                memory, text, ids, e.tasks, movers, e.budgets[0], e.task_blocks, e.task_rows,
-                c.seed, progress,
+            return tasks.measure(
+                memory, text, ids, e.tasks, self._movers(), e.budgets[0], e.task_blocks,
+                e.task_rows, self.config.seed, progress,
             )  # fmt: skip
-        alone = [p for p in movers if p not in LOOKING]
-        return found | tasks.reach(
-            tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids, e.tasks, alone,
-            e.reach_budget, e.reach, e.task_rows, c.seed, progress,
+
+    def _reach(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
+        """How far the allocator alone finds the facts."""
+        c, (text, ids) = self.config, self._filler()
+        e, alone = c.eval, [p for p in self._movers() if p not in LOOKING]
+        return tasks.reach(
+            self.backbone.tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids,
+            e.tasks, alone, e.reach_budget, e.reach, e.task_rows, c.seed, progress,
         )  # fmt: skip
 
-    def _stream(self, variables, frozen, progress) -> dict[str, Any]:
+    def _stream(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """A held-out text read while it grows."""
         e, c, ids = self.config.eval, self.config, self.growing()
-        movers = [p for p in e.policies if p in POLICIES and p != MEASURED]
         with (
             tempfile.TemporaryDirectory() as folder,
             self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
         ):
             return stream.read(
-                memory, ids, movers, e.budgets[0], e.stream // 2, c.seed, progress
+                memory, ids, self._movers(), e.budgets[0], e.stream // 2, c.seed, progress
             )[0]
+
+    def questions(self) -> list[LongQuestion]:
+        """Questions on long documents, the English ones: others need other scores."""
+        e = self.config.eval
+        found = [q for q in load_long_questions(e.documents) if q.language == "en"]
+        if not found:
+            raise DataError(f"eval.documents: {e.documents} has no question of language 'en'")
+        return found[: e.document_rows]
+
+    def _documents(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
+        """Questions on long documents, answered from a store of each."""
+        e = self.config.eval
+
+        def make(path: str):
+            return self.memory(variables, frozen, path, writable=True)
+
+        found, artefacts["samples"] = documents.measure(
+            make, self.questions(), self._movers(), e.budgets[0], e.document_tokens,
+            progress=progress,
+        )  # fmt: skip
+        return found
 
     def growing(self) -> np.ndarray:
         """The text that is read while it grows."""
@@ -109,7 +154,7 @@ class Evaluation:
             self.config, self.backbone.tokenizer, "validation", tokens, e.long_rows
         )
 
-    def _policies(self, variables, frozen, progress) -> dict[str, np.ndarray]:
+    def _policies(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Losses at places of long held-out texts, by policy and size of the context."""
         e, parts = self.config.eval, []
         horizon, rows = e.horizon * self.config.model.layout.block, self.long_histories()
@@ -128,4 +173,6 @@ class Evaluation:
                     )
             if progress is not None:
                 progress("nll_at_h", number + 1, len(rows))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        artefacts["places"] = found
+        return policy_table(found, e.budgets)

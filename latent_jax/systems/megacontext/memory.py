@@ -12,62 +12,31 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones import Backbone, Outline
-from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
-from latent_jax.systems.megacontext.attention import node_attention
+from latent_jax.systems.megacontext.behind import Behind
 from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.contexts import Entries, Held
+from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
-from latent_jax.systems.megacontext.reading import encode_rows, place, read_on
+from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
 from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
 
 
-class Entries(NamedTuple):
-    """Entries of some nodes side by side, before rotation.
-
-    Attributes:
-      k: keys, and values ``v``.
-      positions: rotary positions for the cursor that they were gathered for.
-      bias: what each head adds to its logits; none: nothing.
-    """
-
-    k: Float[np.ndarray, "l m g d"]
-    v: Float[np.ndarray, "l m g d"]
-    positions: Int[np.ndarray, " m"]
-    bias: Float[np.ndarray, "l m g"] | None = None
-
-    def padded(self, capacity: int) -> Entries:
-        """The same with zeros up to a length, so that one shape is compiled."""
-        room = capacity - len(self.positions)
-        k, v = (np.pad(x, [(0, 0), (0, room), (0, 0), (0, 0)]) for x in (self.k, self.v))
-        bias = None if self.bias is None else np.pad(self.bias, [(0, 0), (0, room), (0, 0)])
-        return Entries(k, v, np.pad(self.positions, (0, room)), bias)
-
-
-def joined(parts: Sequence[Entries]) -> Entries:
-    """Entries after one another."""
-    k, v = (np.concatenate([getattr(x, name) for x in parts], axis=1) for name in "kv")
-    bias = None
-    if parts[0].bias is not None:
-        bias = np.concatenate([x.bias for x in parts], axis=1)
-    return Entries(k, v, np.concatenate([x.positions for x in parts]), bias)
-
-
-class Memory:
+class Memory(Behind):
     """A tree, the frozen base that reads it, and the GistNet (or `HeadGists`) that writes it.
 
     Args:
@@ -87,10 +56,12 @@ class Memory:
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
-        self.heads = None
+        self.heads = self.embeddings = None
         if model.gist.kind == "heads":
             self.heads = HeadGists(model, backbone.decoder, self.sink)
             self._spread = jax.jit(self.heads.spread, static_argnames=("level",))
+        elif model.gist.kind == "embeddings":
+            self.embeddings = EmbeddingGists(model, backbone.decoder, self.sink)
         self.lens: Lens | None = None
         if lens is not None:
             counts = None if self.heads is None else self.heads.all_counts(params)
@@ -101,9 +72,7 @@ class Memory:
         self._windows = windows
         self._encode = jax.jit(self._encode_window)
         self._make = jax.jit(self._gists, static_argnames=("level",))
-        self._nll = jax.jit(self._losses)
-        self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
-        self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
+        self._compiled()
 
     @classmethod
     def open(
@@ -179,6 +148,10 @@ class Memory:
             return self.heads.of_rows(params, base, below.reshape(1, -1))
         if self.heads is not None:
             return self.heads.merge(params, below, level)
+        if self.embeddings is not None and level == 1:
+            return self.embeddings.make(params, base, below.reshape(1, -1))
+        if self.embeddings is not None:
+            return self.embeddings.merge(params, base, below, level)
         if level == 1:
             below = self._encode_window(base, below.reshape(1, -1))
         else:
@@ -195,7 +168,7 @@ class Memory:
         layout = self.model.layout
 
         def make(level: int, children: np.ndarray) -> np.ndarray:
-            if level == 1 or self.heads is None:
+            if level == 1 or self.model.gist.kind == "reads":
                 return np.asarray(self._make(self.base, self.params, children, level))
             # One by one, and only those that are there: a node takes seconds.
             shape = (1, layout.slots[level - 1], children.shape[-1])
@@ -268,8 +241,17 @@ class Memory:
           cursor: position of the next token, in tokens of the history.
         """
         layout, base = self.model.layout, self.backbone.config
+        starts = [i * int(layout.widths[level]) * layout.block for level, i in nodes]
+        places = [
+            start + entry_offsets(self.model, level)
+            for start, (level, _) in zip(starts, nodes, strict=True)
+        ]
+        at = np.concatenate([np.zeros(0, int), *places])
+        positions = self.positions(at, cursor)
+        if self.embeddings is not None:
+            return Entries(self._embedded(nodes, at), positions)
         empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
-        parts, places = [(empty, empty, empty[..., 0])], [np.zeros(0, int)]
+        parts = [(empty, empty, empty[..., 0])]
         for level, index in nodes:
             if level == 0:
                 found = self.raw(index)
@@ -279,30 +261,21 @@ class Memory:
                 found = from_records(self.tree.gists(level, index, 1), base)
             k, v, *bias = (np.asarray(x)[:, 0] for x in found)
             parts.append((k, v, *bias) if bias else (k, v, np.zeros(k.shape[:-1], k.dtype)))
-            start = index * int(layout.widths[level]) * layout.block
-            places.append(start + entry_offsets(self.model, level))
         k, v, bias = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
-        at = self.positions(np.concatenate(places), cursor)
-        return Entries(k, v, at, None if self.heads is None else bias)
+        held = {"k": k, "v": v} if self.heads is None else {"k": k, "v": v, "bias": bias}
+        return Entries(held, positions)
 
-    def places(self, capacity: int, most: int) -> int:
-        """Length of the compiled shape for contexts of ``capacity`` entries.
-
-        A gist of single heads' entries takes as many places as its block has tokens, whatever it
-        costs: the shape then grows by whole capacities, so that few are compiled.
-
-        Args:
-          capacity: entries that were asked for.
-          most: places of the longest context.
-
-        Raises:
-          StoreError: a context does not fit.
-        """
-        if self.heads is not None:
-            return capacity * -(-max(most, 1) // capacity)
-        if most > capacity:
-            raise StoreError(f"a context of {most} entries does not fit {capacity}")
-        return capacity
+    def _embedded(self, nodes: Sequence[Node], at: Int[np.ndarray, " m"]) -> Held:
+        """Input embeddings of nodes, whose entries stand at some places of the history."""
+        size = self.model.layout.block
+        parts = [np.zeros((0, self.backbone.config.hidden_size), np.float32)]
+        for level, index in nodes:
+            if level:
+                parts.append(np.asarray(self.tree.gists(level, index, 1)[0], np.float32))
+            else:
+                ids = self.tree.tokens(index * size, (index + 1) * size)
+                parts.append(np.asarray(self.backbone.embed(ids[None])[0], np.float32))
+        return {"x": np.concatenate(parts)[None], "at": at[None].astype(np.int32)}
 
     def positions(self, at: Int[np.ndarray, " m"], cursor: int) -> Int[np.ndarray, " m"]:
         """Rotary positions: where the text stood, unless that is farther back than `far`; then all
@@ -310,108 +283,13 @@ class Memory:
         """
         return np.maximum(np.asarray(at) - max(cursor - self.far, 0), 0)
 
-    def losses(
-        self, contexts: Sequence[Entries], ids: Int[np.ndarray, " t"], start: int, horizon: int,
-        capacity: int,
-    ) -> Float[np.ndarray, " b"]:  # fmt: skip
-        """Mean loss of the last ``horizon`` tokens of ``ids`` behind each context, nats per token.
-
-        Args:
-          contexts: what stands for everything before ``start``.
-          ids: tokens from ``start`` on: the tail, then the horizon.
-          start: position of the first of them in the history.
-          horizon: how many of the last ones are predicted.
-          capacity: entries of the compiled shape; no context has more.
-
-        Raises:
-          StoreError: a context has more entries.
-        """
-        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
-        return self.token_losses(contexts, rows, start, capacity)[:, -horizon:].mean(1)
-
-    def token_losses(
-        self, contexts: Sequence[Entries], rows: Int[np.ndarray, "b t"], start: int, capacity: int
-    ) -> Float[np.ndarray, "b t-1"]:
-        """Loss of every token but the first of each row behind its context, nats; see `losses`."""
-        sizes = [len(c.positions) for c in contexts]
-        capacity = self.places(capacity, max(sizes))
-        padded = [c.padded(capacity) for c in contexts]
-        k, v = (np.stack([getattr(c, name) for c in padded], 1) for name in "kv")
-        bias = None if self.heads is None else np.stack([c.bias for c in padded], 1)
-        at = np.stack([c.positions for c in padded])
-        mask = np.arange(capacity)[None] < np.asarray(sizes)[:, None]
-        first = int(self.positions(np.asarray([start]), start)[0])
-        return np.asarray(self._nll(self.base, Gists(k, v), at, mask, rows, first, bias))
-
-    def attention(
-        self, nodes: Sequence[Node], ids: Int[np.ndarray, " t"], start: int, watched: int,
-        capacity: int, count: int,
-    ) -> Float[np.ndarray, " n"]:  # fmt: skip
-        """What the last tokens attend to in each node; see `attention.node_attention`.
-
-        Args:
-          nodes: of a context; what is not among them gets 0.
-          ids: tokens that follow it, in multiples of a block so that few lengths are compiled.
-          start: position of the first of them in the history.
-          watched: how many of the last ones are asked.
-          capacity: entries of the compiled shape.
-          count: nodes of the compiled shape.
-        """
-        entries = self.gather(nodes, start)
-        places = self.places(capacity, len(entries.positions))
-        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
-        owner = np.repeat(np.arange(len(nodes)), widths)
-        owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
-        full, mask = entries.padded(places), np.arange(places)[None] < len(entries.positions)
-        first = int(self.positions(np.asarray([start]), start)[0])
-        return np.asarray(
-            self._attention(
-                self.base, full.k, full.v, full.positions, mask, full.bias, owner, ids, first,
-                nodes=count, watched=watched,
-            )
-        )  # fmt: skip
-
-    def _node_attention(self, base, k, v, at, mask, bias, owner, ids, first, nodes, watched):
-        bias = None if bias is None else bias[:, None]
-        placed = place(self.decoder, Gists(k[:, None], v[:, None]), at[None], mask, bias)
-        return node_attention(
-            self.decoder, base, self.sink, placed, owner, nodes, ids, first, watched
-        )
-
-    def full_loss(self, stop: int, horizon: int) -> float:
-        """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
-        in one sequence.
-
-        Raises:
-          StoreError: that is longer than the base can read.
-        """
-        if stop > self.backbone.config.max_position:
-            raise StoreError(
-                f"{stop} tokens do not fit the base's {self.backbone.config.max_position}: leave "
-                "out the arm full"
-            )
-        return float(self._full(self.base, self.tree.tokens(0, stop)[None], horizon))
-
-    def _full_loss(self, base, ids, horizon):
-        where = jnp.arange(ids.shape[1])[None]
-        hidden = read_on(self.decoder, base, self.sink, None, ids, where)[:, -horizon - 1 : -1]
-        nll, _ = token_cross_entropy(self.decoder, base, hidden, ids[:, -horizon:])
-        return nll.mean()
-
-    def _losses(self, base, entries, at, mask, ids, first, bias=None):
-        placed = place(self.decoder, entries, at, mask, bias)
-        where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = read_on(self.decoder, base, self.sink, placed, ids, where)
-        nll, _ = token_cross_entropy(self.decoder, base, hidden[:, :-1], ids[:, 1:])
-        return nll
-
 
 def spec_fields(model: Backbone | Outline, config: ModelConfig) -> dict[str, Any]:
     """What the stores of a base and layout are, but for the dtype: fields of `TreeSpec`."""
     layout = config.layout
     return {
         "vocab_size": model.config.vocab_size,
-        "width": record_width(model.config),
+        "width": record_width(model.config, config.gist.kind),
         "slots": layout.slots,
         "tokenizer": model.tokenizer.sha256,
         "base": model.sha256,

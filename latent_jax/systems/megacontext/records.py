@@ -9,9 +9,11 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.systems.megacontext.gist import Gists
 
 
-def record_width(base: DecoderConfig) -> int:
-    """Numbers of one slot: a key and a value for every layer and key/value head."""
-    return base.kv_floats_per_token
+def record_width(base: DecoderConfig, kind: str = "reads") -> int:
+    """Numbers of one slot: a key and a value for every layer and key/value head, or one input
+    embedding (``kind`` embeddings).
+    """
+    return base.hidden_size if kind == "embeddings" else base.kv_floats_per_token
 
 
 def to_records(gists: Gists) -> Float[Array, "n s w"]:

@@ -21,6 +21,9 @@ from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import DataError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.contexts import pass_through
+from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
+from latent_jax.systems.megacontext.embedding_net import shares
 from latent_jax.systems.megacontext.gist import (
     GistNet,
     Gists,
@@ -30,6 +33,9 @@ from latent_jax.systems.megacontext.gist import (
 )
 from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
 from latent_jax.systems.megacontext.reading import encode, place, read_on
+
+# Arms that are made of raw entries, whatever the gists are.
+_RAW = {"windowed", "mean_pool", "kv_stride", "recency"}
 
 
 class Recovery:
@@ -42,13 +48,14 @@ class Recovery:
 
     Arms: ``full`` text as one sequence; ``windowed``, raw entries encoded in windows of their own
     (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
-    untrained; ``kv_stride``, one raw entry per stretch; ``recency``, as many of the newest raw
-    entries as there are slots; ``shuffled``, another history's gists; ``dropped``, nothing.
+    untrained (of input embeddings, if gists are such); ``kv_stride``, one raw entry per stretch;
+    ``recency``, as many of the newest raw entries as there are slots; ``shuffled``, another
+    history's gists; ``dropped``, nothing.
     """
 
     def __init__(
-        self, decoder: Decoder, gists: GistNet | HeadGists, sink: int, config: MegaRun, level: int,
-        nodes: int,
+        self, decoder: Decoder, gists: GistNet | HeadGists | EmbeddingGists, sink: int,
+        config: MegaRun, level: int, nodes: int,
     ):  # fmt: skip
         self.decoder, self.gists, self.sink, self.config = decoder, gists, sink, config
         layout = config.model.layout
@@ -57,7 +64,7 @@ class Recovery:
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
         self._make = None
-        if isinstance(gists, HeadGists):
+        if isinstance(gists, HeadGists | EmbeddingGists):
             self._make = jax.jit(functools.partial(gists.build, level=level))
 
     @property
@@ -74,7 +81,7 @@ class Recovery:
         return encode(self.decoder, base, self.sink, ids, block, gist.window, gist.lead)[0]
 
     def _losses(
-        self, params: Any, base: Any, raw: Gists, made: Any, ids: Int[Array, "b t"], arm: str
+        self, params: Any, base: Any, raw: Gists | None, made: Any, ids: Int[Array, "b t"], arm: str
     ) -> Float[Array, " b"]:
         """Mean loss over the horizon of each row, nats per token."""
         c = self.config
@@ -85,7 +92,10 @@ class Recovery:
             hidden = read_on(self.decoder, base, self.sink, None, ids, where)
         else:
             where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
-            entries = self._entries(params, raw, made, b, arm)
+            if isinstance(self.gists, EmbeddingGists) and arm in ("gist", "shuffled", "mean_pool"):
+                entries = self._of_embeddings(base, made, ids, arm)
+            else:
+                entries = self._entries(params, raw, made, b, arm)
             hidden = read_on(self.decoder, base, self.sink, entries, ids[:, past:], where)
         nll, _ = token_cross_entropy(
             self.decoder, base, hidden[:, -horizon - 1 : -1], ids[:, -horizon:], c.losses.chunk
@@ -93,7 +103,7 @@ class Recovery:
         return nll.mean(-1)
 
     def _entries(
-        self, params: Any, raw: Gists, made: Any, b: int, arm: str
+        self, params: Any, raw: Gists | None, made: Any, b: int, arm: str
     ) -> KV | None:
         """What stands for the history."""
         if arm == "dropped":
@@ -115,10 +125,7 @@ class Recovery:
             if arm == "shuffled":
                 found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         elif arm == "mean_pool":
-            shape = (b, self.nodes * slots, -1)
-            found = Gists(
-                *(x.reshape(x.shape[0], *shape, *x.shape[3:]).mean(3) for x in flat)
-            )
+            found = Gists(*(_pooled(x, self.nodes, slots) for x in flat))
         elif arm == "kv_stride":
             found = Gists(*(x[:, :, at] for x in flat))
         else:
@@ -136,6 +143,17 @@ class Recovery:
         at = jnp.broadcast_to(at, (b, at.size))
         entries = Gists(found.k, found.v)
         return place(self.decoder, entries, at, jnp.ones(at.shape, bool), found.bias)
+
+    def _of_embeddings(self, base: Any, made: Any, ids: Int[Array, "b t"], arm: str) -> KV:
+        """Gists that are input embeddings, through the base in their order."""
+        if arm == "mean_pool":
+            made = self.gists.pooled(base, ids[:, : self.past], self.level)
+        elif arm == "shuffled":
+            made = jnp.roll(made, self.nodes, axis=0)
+        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
+        at = jnp.broadcast_to(at, (len(ids), at.size))
+        x = made.reshape(*at.shape, made.shape[-1])
+        return pass_through(self.decoder, base, self.sink, x, at, at, jnp.ones(at.shape, bool))
 
     def losses(
         self,
@@ -158,11 +176,13 @@ class Recovery:
                 f"eval.text: {len(rows)} history of {self.length} tokens; recovery needs two, for "
                 "one is read with the gists of another"
             )
+        embeddings = isinstance(self.gists, EmbeddingGists)
+        raw_arms = _RAW - {"mean_pool"} if embeddings else _RAW
         size, found = min(self.config.eval.batch_size, len(rows)), {arm: [] for arm in arms}
         starts = range(0, len(rows), size)
         for number, start in enumerate(starts):
             ids = rows[np.arange(start, start + size) % len(rows)]
-            raw = self._encode(base, ids)
+            raw = self._encode(base, ids) if self._make is None or raw_arms & set(arms) else None
             made = None
             if self._make is not None and {"gist", "shuffled"} & set(arms):
                 made = self._make(params["gist"], base, ids[:, : self.past])
@@ -194,3 +214,11 @@ class Recovery:
             if intervals:
                 found[f"{name}.ci95"] = list(bootstrap.ratio_interval(gained, cost))
         return found
+
+
+def _pooled(x: Float[Array, "l b t g d"], nodes: int, slots: int) -> Float[Array, "l b m g d"]:
+    """Mean over each slot's stretch; the stretches of a node differ by one where they must."""
+    x = x.reshape(*x.shape[:2], nodes, -1, *x.shape[3:])
+    own = shares(slots, x.shape[3]) == np.arange(slots)[:, None]
+    mean = jnp.einsum("lbnigd,si->lbnsgd", x, own / own.sum(1, keepdims=True))
+    return mean.reshape(*x.shape[:2], nodes * slots, *x.shape[4:]).astype(x.dtype)

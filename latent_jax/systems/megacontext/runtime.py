@@ -6,25 +6,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from latent_jax.backbones.decoder import KV
-from latent_jax.backbones.generate import generate_ids
-from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.config import ENDS, MEASURED
+from latent_jax.systems.megacontext.contexts import Entries
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
-from latent_jax.systems.megacontext.gist import Gists
-from latent_jax.systems.megacontext.memory import Entries, Memory, Node
+from latent_jax.systems.megacontext.memory import Memory, Node
 from latent_jax.systems.megacontext.oracle import Oracle
-from latent_jax.systems.megacontext.reading import place
-
-# Prompts are padded to multiples of this, so that few lengths are compiled.
-_PROMPT = 64
 
 
 class Answer(NamedTuple):
@@ -86,8 +79,7 @@ class Runtime(Focus):
           ConfigError: an empty prompt, or one that is longer than the base's context.
         """
         memory, seconds, began = self.memory, {}, time.perf_counter()
-        tokenizer, base = memory.backbone.tokenizer, memory.backbone.config
-        asked = np.asarray(tokenizer.encode(prompt), np.int32)
+        asked = np.asarray(memory.backbone.tokenizer.encode(prompt), np.int32)
         if not asked.size:
             raise ConfigError("the prompt is empty: ask something")
         newer = memory.prompt_gists(asked) if self.config.policy == "lens" else None
@@ -96,36 +88,14 @@ class Runtime(Focus):
         seconds["focus"], began = time.perf_counter() - began, time.perf_counter()
         entries = memory.gather(nodes, start)
         live = np.concatenate([memory.tree.tokens(start, len(memory.tree)), asked])
-        if self.config.budget + len(live) + max_new_tokens > base.max_position:
-            raise ConfigError(
-                f"the prompt has {len(asked)} tokens: with W={self.config.budget} and the tail it "
-                f"does not fit the base's {base.max_position} positions"
-            )
         seconds["gather"], began = time.perf_counter() - began, time.perf_counter()
-        prefix = behind(
-            sink_kv(memory.decoder, memory.base, jnp.int32(memory.sink), 1),
-            self.placed(entries),
-        )
-        room = -len(live) % _PROMPT
-        row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
-        out = generate_ids(
-            memory.decoder, memory.base, memory.backbone.embed(row), mask,
-            max_new_tokens=max_new_tokens, prefix=prefix,
-            start=int(memory.positions(np.asarray([start]), start)[0]),
-            stop_ids=tokenizer.stop_ids,
-        )  # fmt: skip
-        ids = np.asarray(out.tokens)[0, : int(out.lengths[0])]
+        text = memory.continued(entries, live, start, self.config.budget, max_new_tokens)
         seconds["decode"] = time.perf_counter() - began
-        return Answer(tokenizer.decode(ids), nodes, seconds)
+        return Answer(text, nodes, seconds)
 
     def placed(self, entries: Entries) -> KV:
         """Entries as a prefix of W places (more where heads differ; see `Memory.places`)."""
-        count = len(entries.positions)
-        places = self.memory.places(self.config.budget, count)
-        full, mask = entries.padded(places), np.arange(places)[None] < count
-        found = Gists(full.k[:, None], full.v[:, None])
-        bias = None if full.bias is None else full.bias[:, None]
-        return place(self.memory.decoder, found, full.positions[None], mask, bias)
+        return self.memory.prefix(entries, self.config.budget)
 
 
 def nll_at_h(

@@ -13,35 +13,36 @@ import numpy as np
 from latent_jax import backbones
 from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
-from latent_jax.backbones.substitution import substitution
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import lens_losses, recipe
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
+from latent_jax.systems.megacontext.embedding_gists import calibrate as start_embeddings
 from latent_jax.systems.megacontext.evaluation import Evaluation
-from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped, slot_positions
+from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
 from latent_jax.systems.megacontext.policies import squash
-from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.sight import lens_net, sight_width
+from latent_jax.systems.megacontext.stand_in import StandIn
 from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
     (r"^gist/profile/", "heads"),
     (r"^gist/(query|normaliser|metric|mass)$", "frozen"),
-    (r"^gist/level_1/(query|bias)$", "queries"),
-    (r"^gist/level_1/(keys|values)$", "maps"),
-    (r"^gist/level_[0-9]+/(query|bias)$", "upper_queries"),
-    (r"^gist/level_[0-9]+/(keys|values)$", "upper_maps"),
+    (r"^gist/level_1/(query|bias|look|prefer)$", "queries"),
+    (r"^gist/level_1/(keys|values|maps|size)$", "maps"),
+    (r"^gist/level_[0-9]+/(query|bias|look|prefer)$", "upper_queries"),
+    (r"^gist/level_[0-9]+/(keys|values|maps|size)$", "upper_maps"),
     (r"^lens/", "lens"),
 )
 
 
-class MegaContextSystem(Evaluation, StoreHooks):
+class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     """Gists that substitute for text, and a lens that says where; implements
     `latent_jax.train.protocol.System`.
 
@@ -66,9 +67,11 @@ class MegaContextSystem(Evaluation, StoreHooks):
         self.decoder = self.backbone.decoder.clone(remat=config.model.remat)
         self.sink = sink_token(self.backbone.tokenizer)
         self.gists = GistNet(config.model, self.backbone.config)
-        self.jit_init = config.model.gist.kind != "heads"  # which reads texts
+        self.jit_init = config.model.gist.kind == "reads"  # the others read texts
         if config.model.gist.kind == "heads":
             self.gists = HeadGists(config.model, self.decoder, self.sink)
+        elif config.model.gist.kind == "embeddings":
+            self.gists = EmbeddingGists(config.model, self.decoder, self.sink)
         self.frozen = {"base": self.backbone.params}
         self.weights = {
             "substitute": config.losses.substitute, "upper": config.losses.upper,
@@ -88,6 +91,10 @@ class MegaContextSystem(Evaluation, StoreHooks):
         r, layout = self.backbone.config, self.config.model.layout
         if isinstance(self.gists, HeadGists):
             params = {"gist": self._calibrated()}
+        elif isinstance(self.gists, EmbeddingGists):
+            rows = recipe.calibration(self.config, self.backbone.tokenizer)
+            base = self.frozen["base"]
+            params = {"gist": start_embeddings(self.gists, base, rows, rngs["params"])}
         else:
             shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
             some = Gists(jnp.zeros(shape), jnp.zeros(shape))
@@ -111,6 +118,8 @@ class MegaContextSystem(Evaluation, StoreHooks):
         """Shapes of what `init` returns, without its texts."""
         if isinstance(self.gists, HeadGists) and not self._trains_lens():
             return {"params": {"gist": jax.eval_shape(self.gists.empty)}}
+        if isinstance(self.gists, EmbeddingGists):
+            return {"params": {"gist": jax.eval_shape(self.gists.fresh, jax.random.key(0))}}
         return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
 
     def param_labels(self, params):
@@ -148,66 +157,6 @@ class MegaContextSystem(Evaluation, StoreHooks):
             terms = {"substitute": Mean.of(found.kl), "next_token": Mean.of(found.nll)}
         return terms, {}, {"lost": Mean.of(found.nll - found.full_nll)}
 
-    def _behind_all(self, gist, base, ids, key, chunk):
-        """Every chunk of a row reads on behind the gists of what came before it."""
-        c = self.config
-        layout, window, lead = c.model.layout, c.model.gist.window, c.model.gist.lead
-        (b, t), n = ids.shape, ids.shape[1] // layout.block
-        lead = lead if n > window else 0  # nothing leads to the only window
-        own, out = encode(self.decoder, base, self.sink, ids, layout.block, window, lead)
-        full = out.hidden
-        where = jnp.broadcast_to(jnp.arange(t), ids.shape)
-        if n == window:
-            full = full.reshape(b, t, -1)
-        else:
-            full = read_on(self.decoder, base, self.sink, None, ids, where)
-        own, full = jax.lax.stop_gradient((own, full))
-        if isinstance(self.gists, HeadGists):
-            k, v, bias = self.gists.spread(gist, self.gists.make(gist, base, ids))
-            gists = Gists(k, v)
-        else:
-            gists, bias = build(self.gists, gist, own, 1), None
-        seen, raw = who_sees_what(self._replaced(key, b, n), layout.block, chunk)
-        at = slot_positions(c.model, 1, jnp.arange(n))
-        seen = jnp.repeat(seen, at.size // n, axis=-1)
-        placed = place(self.decoder, gists, jnp.broadcast_to(at, (b, at.size)), seen, bias)
-        given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
-        # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
-        # has none).
-        chunks = np.arange(t).reshape(-1, chunk * layout.block)
-        tail = layout.protected * layout.block - 1 if chunk > 1 else 0
-        told = chunks[1:, tail:-1].reshape(-1)
-        return substitution(
-            self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
-        )
-
-    def _behind_one(self, gist, base, ids, level):
-        """The end of a row reads on behind one gist of everything before; the gists below it are
-        taken as they are.
-        """
-        c = self.config
-        layout = c.model.layout
-        (b, t), past = ids.shape, int(layout.widths[level]) * layout.block
-        where = jnp.broadcast_to(jnp.arange(t), ids.shape)
-        full = read_on(self.decoder, base, self.sink, None, ids, where)
-        raw, _ = encode(
-            self.decoder, base, self.sink, ids[:, :past], layout.block, c.model.gist.window,
-            c.model.gist.lead,
-        )  # fmt: skip
-        below = build(self.gists, gist, raw, level - 1)
-        full, below = jax.lax.stop_gradient((full, below))
-        found = self.gists.apply(
-            {"params": gist}, grouped(below, layout.branching), level
-        )
-        at = jnp.broadcast_to(slot_positions(c.model, level, jnp.arange(1)), (b, found.k.shape[2]))
-        placed = place(self.decoder, found, at, jnp.ones(at.shape, bool))
-        given = read_on(self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:])
-        first = layout.protected * layout.block
-        return substitution(
-            self.decoder, base, full[:, past + first : -1], given[:, first:-1],
-            ids[:, past + first + 1 :], c.losses.chunk,
-        )  # fmt: skip
-
     def _lens_scores(self, params, batch):
         """Scores of a batch of contexts, with their tilings."""
         zeros = jnp.zeros_like(batch["level"])
@@ -226,21 +175,6 @@ class MegaContextSystem(Evaluation, StoreHooks):
         terms = lens_losses.lens_terms(scores, worth, measured, mask, adds, frees)
         return terms, lens_losses.ordered(scores, worth, measured & mask)
 
-    def _level_of(self, tokens: int) -> int:
-        """The level whose training rows have so many tokens."""
-        layout = self.config.model.layout
-        width = tokens // layout.block - self.config.data.beyond
-        return int(np.flatnonzero(layout.widths[2:] == width)[0]) + 2
-
-    def _replaced(self, key: jax.Array | None, b: int, n: int) -> jax.Array:
-        """Which blocks are gists to what comes after them: all, or in some rows a random share."""
-        if key is None:
-            return jnp.ones((b, n), bool)
-        some, rate, draw = jax.random.split(key, 3)
-        mixed = jax.random.bernoulli(some, self.config.data.raw, (b, 1))
-        share = jnp.where(mixed, jax.random.uniform(rate, (b, 1)), 1.0)
-        return jax.random.uniform(draw, (b, n)) < share
-
     def train_data(self, phase: str, start_state: Any):
         """Rows of histories; see `recipe.train_stream` for what the phases read.
 
@@ -253,6 +187,8 @@ class MegaContextSystem(Evaluation, StoreHooks):
             self.long_histories()
         if self.config.eval.stream:
             self.growing()
+        if self.config.eval.documents:
+            self.questions()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
         else:

@@ -22,6 +22,7 @@ from latent_jax.systems.megacontext.gist import (
 )
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
+from latent_jax.systems.megacontext.recovery import _pooled
 
 BASE = tiny_config("llama")
 DECODER = Decoder(BASE)
@@ -73,6 +74,12 @@ def test_a_slot_starts_as_the_mean_of_what_it_reads(params):
         assert found.k.shape[1:3] == (count, LAYOUT.slots[level - 1])
         for got, want in zip(found, one, strict=True):
             np.testing.assert_allclose(got, jnp.broadcast_to(want[:, :1], got.shape), atol=1e-5)
+
+
+def test_pooling_is_uneven_where_slots_do_not_divide_a_block():
+    x = jnp.arange(16.0).reshape(1, 1, 16, 1, 1)  # two blocks of eight
+    for slots, means in ((3, [1.0, 4.0, 6.5, 9.0, 12.0, 14.5]), (2, [1.5, 5.5, 9.5, 13.5])):
+        np.testing.assert_allclose(_pooled(x, 2, slots).ravel(), means, rtol=1e-6)
 
 
 def test_grouping_keeps_the_order():

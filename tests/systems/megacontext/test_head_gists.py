@@ -193,7 +193,7 @@ def test_streamed_and_bulk_builds_agree_and_are_read(reader, kept, tmp_path, lea
 
         entries = memory.gather([(1, 0), (0, 1), (1, 2)], 168)
         assert entries.positions.tolist() == [0] * 8 + list(range(8, 16)) + [16] * 8
-        hidden = entries.bias < -1e29
+        hidden = entries.held["bias"] < -1e29
         assert not hidden[:, 8:16].any()
         assert hidden[:, :8].sum() == hidden[:, 16:].sum()
         assert (~hidden[:, :8]).sum() == memory.heads.room(1)
@@ -235,6 +235,7 @@ def test_a_run_calibrates_and_measures(tmp_path):
     [
         ({"train.steps": 5}, "calibrated, not trained"),
         ({"train.phases": [{"name": "a"}]}, "calibrated, not trained"),
+        ({"model.gist.kind": "embeddings", "model.gist.lead": 2}, "windows have no lead"),
     ],
 )
 def test_what_these_gists_cannot_do_is_refused(overrides, said):

@@ -218,7 +218,7 @@ def test_a_stretch_is_a_history_of_its_own(memory):
     np.testing.assert_array_equal(here.tree.gists(2, 1, 2), memory.tree.gists(2, 3, 2))
     assert len(here.tree) == len(memory.tree) - 64
     near, far = here.gather([(1, 2), (0, 3)], 40), memory.gather([(1, 10), (0, 11)], 104)
-    np.testing.assert_array_equal(near.k, far.k)
+    np.testing.assert_array_equal(near.held["k"], far.held["k"])
     with pytest.raises(StoreError, match="block 6 begins no node of level 2"):
         memory.stretch(6)
 

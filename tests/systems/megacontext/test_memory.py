@@ -94,10 +94,9 @@ def test_a_window_that_has_grown_is_encoded_again(base, params, ids, tmp_path):
 def test_gathered_entries_stand_where_their_text_stood(memory):
     found = memory.gather([(2, 0), (1, 4), (0, 5)], 48)
     assert found.positions.tolist() == [3, 11, 19, 27, 33, 37, *range(40, 48)]
-    np.testing.assert_array_equal(found.k[:, -8:], memory.raw(5).k[:, 0])
-    np.testing.assert_allclose(
-        found.v[:, 4:6], from_records(memory.tree.gists(1, 4, 1), memory.backbone.config).v[:, 0]
-    )
+    np.testing.assert_array_equal(found.held["k"][:, -8:], memory.raw(5).k[:, 0])
+    gist = from_records(memory.tree.gists(1, 4, 1), memory.backbone.config)
+    np.testing.assert_allclose(found.held["v"][:, 4:6], gist.v[:, 0])
 
 
 def test_what_is_far_stands_together(memory):

@@ -105,3 +105,23 @@ def test_too_little_text_is_said_before_training(tmp_path):
     system = MegaContextSystem(run.resolve("megacontext/tiny", overrides))
     with pytest.raises(DataError, match="tokens are needed"):
         system.train_data("main", None)
+
+
+def test_an_evaluation_that_is_stopped_goes_on(results, tmp_path, monkeypatch):
+    """What was measured before is not measured again, and what it found is in the results."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MegaContextSystem, "_policies", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run.evaluate(results.out, out=tmp_path)
+    assert (tmp_path / "evaluation.parts.json").is_file()
+    assert not (tmp_path / "results.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(MegaContextSystem, "_recovery", stop)
+        found = run.evaluate(results.out, out=tmp_path)
+    assert found["recovery.lod1.slots2"] == results["recovery.lod1.slots2"]
+    assert "nll_at_h.bm25.w80" in found
+    assert not (tmp_path / "evaluation.parts.json").exists()

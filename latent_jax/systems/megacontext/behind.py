@@ -1,0 +1,199 @@
+"""What a stored history is read for: losses, attention and prefixes behind working contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from latent_jax.backbones import Backbone
+from latent_jax.backbones.cross_entropy import token_cross_entropy
+from latent_jax.backbones.decoder import KV, Decoder
+from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.sink import behind, sink_kv
+from latent_jax.core.errors import ConfigError, StoreError
+from latent_jax.systems.megacontext.attention import node_attention
+from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
+from latent_jax.systems.megacontext.gist import entry_offsets
+from latent_jax.systems.megacontext.reading import read_on
+from latent_jax.systems.megacontext.sight import Node
+
+# Prompts are padded to multiples of this, so that few lengths are compiled.
+_PROMPT = 64
+
+
+class Behind:
+    """Mixed into `memory.Memory`; needs its ``backbone``, ``model``, ``tree``, ``sink``, ``gather``
+    and ``positions``.
+    """
+
+    backbone: Backbone
+    model: ModelConfig
+    decoder: Decoder
+    base: Any
+    sink: int
+    tree: Any
+
+    def _compiled(self) -> None:
+        """Sets up what is compiled once."""
+        self._nll = jax.jit(self._losses)
+        self._prefix = jax.jit(self._as_prefix)
+        self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
+        self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
+
+    def places(self, capacity: int, most: int) -> int:
+        """Length of the compiled shape for contexts of ``capacity`` entries.
+
+        A gist of single heads' entries takes as many places as its block has tokens, whatever it
+        costs: the shape then grows by whole capacities, so that few are compiled.
+
+        Args:
+          capacity: entries that were asked for.
+          most: places of the longest context.
+
+        Raises:
+          StoreError: a context does not fit.
+        """
+        if self.model.gist.kind == "heads":
+            return capacity * -(-max(most, 1) // capacity)
+        if most > capacity:
+            raise StoreError(f"a context of {most} entries does not fit {capacity}")
+        return capacity
+
+    def prefix(self, entries: Entries, capacity: int) -> KV:
+        """One context as the base attends to it, padded to ``capacity`` (more where heads differ;
+        see `places`).
+        """
+        held, at, mask = stacked([entries], self.places(capacity, len(entries.positions)))
+        return self._prefix(self.base, held, at, mask)
+
+    def continued(
+        self, entries: Entries | None, live: Int[np.ndarray, " t"], start: int, capacity: int,
+        max_new_tokens: int,
+    ) -> str:  # fmt: skip
+        """What the base says, greedily, after tokens that follow a context.
+
+        Args:
+          entries: the context; none: nothing but the tokens.
+          live: tokens.
+          start: position of the first of them in the history.
+          capacity: entries of the compiled shape.
+          max_new_tokens: at most so many.
+
+        Raises:
+          ConfigError: more than the base has positions for.
+        """
+        most = self.backbone.config.max_position
+        if capacity + len(live) + max_new_tokens > most:
+            raise ConfigError(
+                f"W={capacity}, {len(live)} tokens behind it and {max_new_tokens} new ones do not "
+                f"fit the base's {most} positions"
+            )
+        first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
+        if entries is not None:
+            first = behind(first, self.prefix(entries, capacity))
+        tokenizer, room = self.backbone.tokenizer, -len(live) % _PROMPT
+        row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
+        out = generate_ids(
+            self.decoder, self.base, self.backbone.embed(row), mask,
+            max_new_tokens=max_new_tokens, prefix=first,
+            start=int(self.positions(np.asarray([start]), start)[0]),
+            stop_ids=tokenizer.stop_ids,
+        )  # fmt: skip
+        return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+
+    def _as_prefix(self, base, held, at, mask):
+        return as_prefix(self.decoder, base, self.sink, held, at, mask)
+
+    def losses(
+        self, contexts: Sequence[Entries], ids: Int[np.ndarray, " t"], start: int, horizon: int,
+        capacity: int,
+    ) -> Float[np.ndarray, " b"]:  # fmt: skip
+        """Mean loss of the last ``horizon`` tokens of ``ids`` behind each context, nats per token.
+
+        Args:
+          contexts: what stands for everything before ``start``.
+          ids: tokens from ``start`` on: the tail, then the horizon.
+          start: position of the first of them in the history.
+          horizon: how many of the last ones are predicted.
+          capacity: entries of the compiled shape; no context has more.
+
+        Raises:
+          StoreError: a context has more entries.
+        """
+        rows = np.broadcast_to(np.asarray(ids, np.int32), (len(contexts), len(ids)))
+        return self.token_losses(contexts, rows, start, capacity)[:, -horizon:].mean(1)
+
+    def token_losses(
+        self, contexts: Sequence[Entries], rows: Int[np.ndarray, "b t"], start: int, capacity: int
+    ) -> Float[np.ndarray, "b t-1"]:
+        """Loss of every token but the first of each row behind its context, nats; see `losses`."""
+        most = max(len(c.positions) for c in contexts)
+        held, at, mask = stacked(contexts, self.places(capacity, most))
+        first = int(self.positions(np.asarray([start]), start)[0])
+        return np.asarray(self._nll(self.base, held, at, mask, rows, first))
+
+    def attention(
+        self, nodes: Sequence[Node], ids: Int[np.ndarray, " t"], start: int, watched: int,
+        capacity: int, count: int,
+    ) -> Float[np.ndarray, " n"]:  # fmt: skip
+        """What the last tokens attend to in each node; see `attention.node_attention`.
+
+        Args:
+          nodes: of a context; what is not among them gets 0.
+          ids: tokens that follow it, in multiples of a block so that few lengths are compiled.
+          start: position of the first of them in the history.
+          watched: how many of the last ones are asked.
+          capacity: entries of the compiled shape.
+          count: nodes of the compiled shape.
+        """
+        entries = self.gather(nodes, start)
+        places = self.places(capacity, len(entries.positions))
+        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
+        owner = np.repeat(np.arange(len(nodes)), widths)
+        owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
+        held, at, mask = stacked([entries], places)
+        first = int(self.positions(np.asarray([start]), start)[0])
+        return np.asarray(
+            self._attention(
+                self.base, held, at, mask, owner, ids, first, nodes=count, watched=watched
+            )
+        )
+
+    def _node_attention(self, base, held, at, mask, owner, ids, first, nodes, watched):
+        placed = self._as_prefix(base, held, at, mask)
+        return node_attention(
+            self.decoder, base, self.sink, placed, owner, nodes, ids, first, watched
+        )
+
+    def full_loss(self, stop: int, horizon: int) -> float:
+        """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
+        in one sequence.
+
+        Raises:
+          StoreError: that is longer than the base can read.
+        """
+        if stop > self.backbone.config.max_position:
+            raise StoreError(
+                f"{stop} tokens do not fit the base's {self.backbone.config.max_position}: leave "
+                "out the arm full"
+            )
+        return float(self._full(self.base, self.tree.tokens(0, stop)[None], horizon))
+
+    def _full_loss(self, base, ids, horizon):
+        where = jnp.arange(ids.shape[1])[None]
+        hidden = read_on(self.decoder, base, self.sink, None, ids, where)[:, -horizon - 1 : -1]
+        nll, _ = token_cross_entropy(self.decoder, base, hidden, ids[:, -horizon:])
+        return nll.mean()
+
+    def _losses(self, base, held, at, mask, ids, first):
+        placed = self._as_prefix(base, held, at, mask)
+        where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        hidden = read_on(self.decoder, base, self.sink, placed, ids, where)
+        nll, _ = token_cross_entropy(self.decoder, base, hidden[:, :-1], ids[:, 1:])
+        return nll
