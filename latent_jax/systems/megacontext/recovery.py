@@ -34,7 +34,6 @@ from latent_jax.systems.megacontext.gist import (
 from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
-
 # Arms that are made of raw entries, whatever the gists are.
 _RAW = {"windowed", "mean_pool", "kv_stride", "recency"}
 
