@@ -101,6 +101,16 @@ def test_an_untrained_slot_is_a_mean_of_its_stretch(gists, params, base, ids):
     np.testing.assert_allclose(unit(found), unit(wanted), atol=1e-5)
 
 
+def test_a_slot_starts_as_a_word_of_its_stretch(gists, base, ids, make):
+    found = unit(make(ids)).reshape(-1, 3, 1, BASE.hidden_size)
+    x = unit(DECODER.apply({"params": base}, ids, method="embed"))
+    x = x.reshape(-1, 1, 8, BASE.hidden_size)
+    near = np.asarray((found * x).mean(-1))  # cosines, n s i
+    own = shares(3, 8)[None] == np.arange(3)[:, None]
+    best = np.where(own, near, -1).max(-1)
+    assert np.median(best) > 0.9 and (best >= near.max(-1) - 1e-4).mean() > 0.9
+
+
 def test_a_probe_finds_what_the_base_did_not_expect(gists, base):
     """Of two words, one always after the other: the first is a surprise, the second is none."""
     trained = backbones.load("tiny")
