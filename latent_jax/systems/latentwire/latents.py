@@ -67,6 +67,18 @@ def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:
     return Wire(wire.z[:, at], wire.mask[:, at], wire.positions[:, at], wire.length)
 
 
+def expanded(
+    wire: Wire, z: Float[Array, "b m e"], entries: int, ratio: float
+) -> tuple[Wire, Float[Array, "b n d"]]:
+    """Several soft tokens of each latent, spread over its span; ``z`` has them side by side."""
+    aside = ((jnp.arange(entries) + 0.5) / entries - 0.5) * ratio
+    places = jnp.maximum(jnp.floor(wire.positions[..., None] + 0.5 + aside), 0)
+    each = lambda x: jnp.repeat(x, entries, axis=1)  # noqa: E731
+    places = places.astype(jnp.int32).reshape(len(z), -1)
+    wide = Wire(each(wire.z), each(wire.mask), places, wire.length)
+    return wide, z.reshape(*wide.mask.shape, -1)
+
+
 def split_segments(wire: Wire, segment: int, ratio: float, private: int = 0) -> Wire:
     """One row per segment of each text, ``[b n …]``, at the positions it was compressed at.
 

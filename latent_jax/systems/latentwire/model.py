@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
-from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
+from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
-from latent_jax.ops import attention, rope
+from latent_jax.ops import attention
 from latent_jax.ops.fsq import fsq_bound
 from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire import heads
@@ -26,12 +26,14 @@ from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.latents import (
     Prefix,
     Wire,
+    expanded,
     flatten_kv,
     own_slots,
     split_segments,
     unflatten_kv,
 )
-from latent_jax.systems.latentwire.pool import KVPool, num_latents, spans
+from latent_jax.systems.latentwire.pool import KVPool, num_latents, span_means, spans
+from latent_jax.systems.latentwire.reading import read
 from latent_jax.systems.latentwire.vectors import LONGEST, ByteEncoder, Refiner, VectorPool
 
 __all__ = [
@@ -178,11 +180,7 @@ class Compressor(nn.Module):
         """Inputs of memory slots: the mean embedding of the span, on the embedding manifold and
         already about its text, plus one learned vector.
         """
-        ratio = self.config.ratio
-        span = (jnp.arange(text.shape[1]) // ratio).astype(jnp.int32)
-        weight = (span[None, :] == jnp.arange(m)[:, None])[None] & mask[:, None, :]
-        weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-        mean = jnp.einsum("bmt,btd->bmd", weight, text)
+        mean = span_means(text, mask, m, self.config.ratio)
         return (self.memory + mean * self.config.encoder.span_mean).astype(text.dtype)
 
     def _untouched(self, frozen, cache: KV, text, valid, positions, sink):
@@ -275,7 +273,7 @@ class Compressor(nn.Module):
         if c.wire.d_z is not None:
             z = (z @ self.up) * self.out_scale + self.out_mean
         if c.adapter.entries > 1:
-            wire, z = self._expanded(wire, z)
+            wire, z = expanded(wire, z, c.adapter.entries, c.ratio)
         if not c.adapter.plain:
             z = self.adapter(wire.z, z, wire.mask, None if frozen is None else frozen["embed"])
         z = z.astype(dtype)
@@ -293,16 +291,6 @@ class Compressor(nn.Module):
         if c.follow == "segment":
             start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
-
-    def _expanded(self, wire: Wire, z: Float[Array, "b m e"]) -> tuple[Wire, Array]:
-        """Several soft tokens of each latent, spread over its span."""
-        c, n = self.config, self.config.adapter.entries
-        aside = ((jnp.arange(n) + 0.5) / n - 0.5) * c.ratio
-        places = jnp.maximum(jnp.floor(wire.positions[..., None] + 0.5 + aside), 0)
-        each = lambda x: jnp.repeat(x, n, axis=1)  # noqa: E731
-        places = places.astype(jnp.int32).reshape(len(z), -1)
-        wide = Wire(each(wire.z), each(wire.mask), places, wire.length)
-        return wide, z.reshape(*wide.mask.shape, -1)
 
     def calibrated(self) -> None:
         """Parameters that texts replace (`heads.calibrate`)."""
@@ -347,23 +335,14 @@ class Compressor(nn.Module):
         return self.tasks[task][:, None]
 
     def instructed(self, prefix, task: Int[Array, " b"]):
-        """A prefix, or anything else with ``kv`` and ``start``, behind which rows of the task
-        ``reconstruct`` have learned keys and values that ask for the text (prefix tuning, Li &
-        Liang 2021): a vector in front of the frozen layers says too little to make them copy.
+        """A prefix, or anything else with ``kv`` and ``start``, with what rows of the task
+        ``reconstruct`` have learned to ask for their text with (`heads.asked`).
         """
         if not self.config.rebuild_entries:
             return prefix
         known = jax.lax.stop_gradient(self.measured)
-        rows = self.asking * known.spread[:, None] + known.centre[:, None]
-        b, n = len(task), rows.shape[1]
-        k, v = jnp.split(jnp.broadcast_to(rows[:, None], (len(rows), b, *rows.shape[1:])), 2, -1)
-        where = prefix.start[:, None] + jnp.arange(n)
-        k = rope.rotate_layers(k, where, jnp.asarray(inverse_frequencies(self.reader)))
         asked = task == TASKS.index("reconstruct")
-        kv = KV(k, v, jnp.broadcast_to(asked[:, None], (b, n)))
-        if prefix.kv is not None:
-            kv = KV(k.astype(prefix.kv.k.dtype), v.astype(prefix.kv.v.dtype), kv.mask)
-        return prefix._replace(kv=behind(prefix.kv, kv), start=prefix.start + n * asked)
+        return heads.asked(self.reader, known, self.asking, prefix, asked)
 
     def encoder_output(self, frozen, ids, mask):
         """Raw encoder output and slot mask, for fitting the bottleneck."""
@@ -377,28 +356,3 @@ class Compressor(nn.Module):
         prefix = self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
         return self.instructed(prefix, task)
 
-
-def read(
-    body: Decoder,
-    frozen,
-    prefix: Prefix,
-    embeds: Float[Array, "b t d"],
-    mask: Bool[Array, "b t"],
-) -> DecoderOutput:
-    """The reader on a right-padded prompt that follows the latents (teacher-forced path)."""
-    b, t, _ = embeds.shape
-    positions = prefix.start[:, None] + jnp.arange(t)
-    sink = None if prefix.sink is None else sink_kv(body, frozen, prefix.sink, b)
-    if prefix.kv is not None:
-        kv = behind(sink, prefix.kv)
-        return body.apply({"params": frozen}, embeds, positions, mask, prefix=kv)
-    m = prefix.embeds.shape[1]
-    out = body.apply(
-        {"params": frozen},
-        jnp.concatenate([prefix.embeds.astype(embeds.dtype), embeds], axis=1),
-        jnp.concatenate([prefix.positions, positions], axis=1),
-        jnp.concatenate([prefix.mask, mask], axis=1),
-        prefix=sink,
-    )
-    own = KV(out.kv.k[:, :, m:], out.kv.v[:, :, m:], mask)
-    return DecoderOutput(out.hidden[:, m:], own)
