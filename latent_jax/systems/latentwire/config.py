@@ -17,6 +17,7 @@ from latent_jax.systems.latentwire.model_config import (
     ReaderConfig,
 )
 from latent_jax.systems.latentwire.prompts import PromptConfig
+from latent_jax.systems.latentwire.rates import RATES, check_rate
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
@@ -115,9 +116,21 @@ class LossConfig:
         default=0.0, help="share of the variance of the reader's keys and values, in every layer, "
         "on question and answer or on recalled text, that its latents leave unexplained",
     )  # fmt: skip
-    corrupt: float = field(
-        default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
+    distil_first: int = field(
+        default=0, ge=0, help="distil_logits on the first so many supervised tokens of a row "
+        "alone; 0: on all",
+    )  # fmt: skip
+    distil_temperature: float = field(
+        default=1.0, gt=0, help="of both distributions that distil_logits compares"
     )
+    distil_layers: int = field(
+        default=0, ge=0, help="distil_states in the first so many layers alone, 2 or more (the "
+        "first one's come of the tokens, whatever stands before them); 0: in all",
+    )  # fmt: skip
+    corrupt: float | ScheduleConfig = field(
+        default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised; "
+        "or a schedule of it",
+    )  # fmt: skip
     embeddings: float | ScheduleConfig = field(
         default=0.0, help="soft tokens to the mean embedding of what they stand for: 1 - cosine + "
         "0.1 squared error over variance",
@@ -135,17 +148,41 @@ class LossConfig:
     label_smoothing: float = field(
         default=0.0, ge=0, lt=1, help="share of every target spread over the vocabulary"
     )
-    keep: float = field(
-        default=1.0, gt=0, le=1, help="share of the latents that the reader is shown in training"
-    )
+    keep: float | ScheduleConfig = field(
+        default=1.0, gt=0, le=1, help="share of the latents that the reader is shown in training; "
+        "or a schedule of it",
+    )  # fmt: skip
     chunk: int | None = field(
         default=None, ge=1, help="tokens whose logits exist at once; none: all"
     )
+
+    def validate(self) -> None:
+        """Refuses rates that leave their range, and settings of a distillation that is off."""
+        check_rate("keep", self.keep, above=0.0)
+        check_rate("corrupt", self.corrupt, below=1.0)
+        if self.distil_layers == 1:
+            raise ConfigError(
+                "distil_layers = 1: the first layer's keys and values are those of the tokens, "
+                "whatever stands before them: 2 or more, or 0 for all"
+            )
+        idle = {
+            "distil_first": self.distil_first and self.distil_logits == 0,
+            "distil_temperature": self.distil_temperature != 1 and self.distil_logits == 0,
+            "distil_layers": self.distil_layers and self.distil_states == 0,
+        }
+        for name in (name for name, on in idle.items() if on):
+            term = "distil_states" if name == "distil_layers" else "distil_logits"
+            raise ConfigError(f"{name} is of {term}, which has no weight")
 
     @property
     def distils(self) -> bool:
         """Whether the reader on the text itself is a teacher."""
         return any(w != 0 for w in (self.distil_logits, self.distil_states))
+
+    @property
+    def scheduled(self) -> dict[str, ScheduleConfig]:
+        """Rates that change over the training steps."""
+        return {n: r for n in RATES if isinstance(r := getattr(self, n), ScheduleConfig)}
 
 
 @dataclass(frozen=True)
@@ -231,7 +268,7 @@ class LatentWireRun(RunBase):
                 f"losses.embeddings: model.ratio={self.model.ratio} is no multiple of "
                 f"adapter.entries={self.model.adapter.entries}: soft tokens stand for no tokens"
             )
-        latents = self.losses.contrast != 0 or self.losses.keep < 1
+        latents = self.losses.contrast != 0 or self.losses.keep != 1
         if latents and self.model.encoder.slots == "heads":
             raise ConfigError(
                 "losses.contrast, losses.keep: heads are trained on the whole cache, which has no "

@@ -25,6 +25,7 @@ from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
+from latent_jax.systems.latentwire.rates import Rates
 from latent_jax.systems.latentwire.readers import Reader
 from latent_jax.systems.latentwire.regularise import dropped, extra_terms, unit_means
 from latent_jax.systems.latentwire.transcribe import field, room
@@ -126,6 +127,7 @@ def batch_terms(
     batch: Mapping[str, Any],
     key: jax.Array | None,
     readers: Mapping[str, Reader] | None = None,
+    rates: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any], dict[str, Any]]:
     """Cross-entropy of the supervised tokens per task (nats), what is distilled, and what the
     guards watch; of further readers as ``<term>.<reader>``.
@@ -138,40 +140,42 @@ def batch_terms(
       batch: of `recipe.train_stream`.
       key: of the randomised inputs; None leaves them as they are.
       readers: further readers by name; those read the batch whose inputs are in it.
+      rates: what scheduled rates are now (`rates.Rates`); as at step 0 where it is not given.
 
     Returns:
       As `latent_jax.train.protocol.System.loss_terms`.
     """
     apply = functools.partial(model.apply, {"params": params})
     terms, aux, wire = {}, {}, None
+    now = Rates.of(config.losses, rates)
     # Which entries are kept has no gradient; the heads' factors learn from what the reader teaches.
     # Other tasks learn to read the entries that are kept.
     softened = model.config.encoder.slots == "heads" and bool({"asked", "recalled"} & set(batch))
     if "raw" not in batch and not softened:
         wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
         aux["latent_cosine"] = cosine_between(model, wire)
-        if key is not None and config.losses.keep < 1:
-            wire = dropped(jax.random.fold_in(key, 1), wire, config.losses.keep)
+        if key is not None and now.drops:
+            wire = dropped(jax.random.fold_in(key, 1), wire, now.keep)
     if "inputs" in batch:
-        found = _main_terms(model, config, params, frozen["reader"], batch, key, wire)
+        found = _main_terms(model, config, params, frozen["reader"], batch, key, wire, now)
         terms, aux = terms | found[0], aux | found[1]
     for label, reader in (readers or {}).items():
         if field(label, "inputs") in batch:
             own = params["readers"][label], frozen["readers"][label]
-            found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire)
+            found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire, now)
             for out, new in zip((terms, aux), found, strict=True):
                 out |= {f"{name}.{label}": value for name, value in new.items()}
     return terms, {}, aux
 
 
-def _main_terms(model, config, params, reader, batch, key, wire):
+def _main_terms(model, config, params, reader, batch, key, wire, now):
     """Terms and aux of the reader that is the encoder's own LLM: behind a wire, on raw text, or
     behind a cache that is thinned out.
     """
     body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
     apply = functools.partial(model.apply, {"params": params})
     asked, task, targets = "asked" in batch, batch["task"], batch["inputs"]
-    inputs = _corrupted(key, batch, targets, losses, model.reader.vocab_size)
+    inputs = _corrupted(key, batch, targets, now, model.reader.vocab_size)
     lead = apply(task, asked, method="lead")
     real, supervised = batch["inputs_mask"], batch["supervised"]
     text = functools.partial(
@@ -191,7 +195,9 @@ def _main_terms(model, config, params, reader, batch, key, wire):
     hidden, teacher = own.hidden, None
     if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
-        terms["distil_states"] = unexplained(own.states, teacher.states, real)
+        kinds = 2 * losses.distil_layers or None  # keys and values of each layer
+        states = (x.states[:, :, :kinds] for x in (own, teacher))
+        terms["distil_states"] = unexplained(*states, real)
     more = extra_terms(model, losses, body, reader, batch, wire, prefix, hidden, supervised)
     terms, aux = terms | more[0], aux | more[1]
     full = None if teacher is None else teacher.hidden
@@ -204,23 +210,27 @@ def _main_terms(model, config, params, reader, batch, key, wire):
             body, reader, hidden, targets, losses.chunk, losses.label_smoothing
         )
     else:
-        found = substitution(body, reader, full, hidden, targets, losses.chunk)
+        temperature = losses.distil_temperature
+        found = substitution(body, reader, full, hidden, targets, losses.chunk, temperature)
         nll, hit = found.nll, found.hit
         weight = supervised.astype(jnp.float32)
-        terms["distil_logits"] = Mean(jnp.sum(found.kl * weight), weight.sum())
+        compared = weight
+        if losses.distil_first:
+            compared = weight * (jnp.cumsum(weight, axis=1) <= losses.distil_first)
+        terms["distil_logits"] = Mean(jnp.sum(found.kl * compared), compared.sum())
         aux["teacher_nll"] = Mean(jnp.sum(found.full_nll * weight), weight.sum())
         aux["teacher_accuracy"] = Mean(jnp.sum(found.full_hit * weight), weight.sum())
     by_task = _by_task(config, task, nll, hit, supervised)
     return terms | by_task[0], aux | by_task[1]
 
 
-def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
+def _reader_terms(reader, remat, config, params, frozen, batch, key, wire, now):
     """Terms and aux of a further reader."""
     body, adapter = Decoder(reader.backbone.config, remat=remat), reader.adapter
     mine = functools.partial(field, reader.label)
     asked, task, targets = "asked" in batch, batch["task"], batch[mine("inputs")]
     real, supervised = batch[mine("inputs_mask")], batch[mine("supervised")]
-    inputs = _corrupted(key, batch, targets, config.losses, reader.backbone.config.vocab_size)
+    inputs = _corrupted(key, batch, targets, now, reader.backbone.config.vocab_size)
     apply = functools.partial(adapter.apply, {"params": params})
     prefix = apply(wire, frozen["embed"].dtype, method="prefix")
     lead = apply(task, asked, method="lead")
@@ -235,11 +245,11 @@ def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
     return _by_task(config, task, nll, hit, supervised)
 
 
-def _corrupted(key, batch, inputs, losses, vocabulary):
+def _corrupted(key, batch, inputs, now, vocabulary):
     """Teacher-forced inputs of reconstructions with a share of random tokens."""
-    if key is None or not losses.corrupt or "asked" in batch:
+    if key is None or not now.corrupts or "asked" in batch:
         return inputs
-    noisy = corrupt_tokens(key, inputs, losses.corrupt, vocabulary)
+    noisy = corrupt_tokens(key, inputs, now.corrupt, vocabulary)
     return jnp.where((batch["task"] == TASKS.index("reconstruct"))[:, None], noisy, inputs)
 
 

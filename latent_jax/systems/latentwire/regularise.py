@@ -125,6 +125,6 @@ def extra_terms(
     return terms, aux
 
 
-def dropped(key: Array, wire: Wire, keep: float) -> Wire:
+def dropped(key: Array, wire: Wire, keep: float | Float[Array, ""]) -> Wire:
     """A share of the latents is hidden from the reader."""
     return wire._replace(mask=wire.mask & jax.random.bernoulli(key, keep, wire.mask.shape))

@@ -92,6 +92,7 @@ class LatentWireSystem:
             **{name: getattr(losses, name) for name in OF_MAIN},
             **{f"{k}.{label}": w for label in self.readers for k, w in common.items()},
         }
+        self.rates = losses.scheduled
         self._held_out: np.ndarray | None = None
         self._questions: list[QAExample] | None = None
         self._tuned: dict[str, jax.Array] = {}
@@ -169,11 +170,11 @@ class LatentWireSystem:
         """Compressed tokens in a batch."""
         return {"tokens": int(np.sum(batch["context_mask"]))}
 
-    def loss_terms(self, variables, frozen, batch, rngs, train):
+    def loss_terms(self, variables, frozen, batch, rngs, train, rates=None):
         """See `batch_terms`."""
         return batch_terms(
             self.model, self.config, variables["params"], frozen, batch,
-            rngs["corrupt"] if train else None, self.readers,
+            rngs["corrupt"] if train else None, self.readers, rates,
         )  # fmt: skip
 
     def train_data(self, phase: str, start_state: Any):
