@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.first_layers import first_config
 from latent_jax.backbones.head_entries import elimination_flops
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.message import Message
@@ -98,7 +99,7 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     slots = {"pooled": [0] * len(latents), "heads": lengths}.get(
         wire.config.encoder.slots, latents
     )
-    segment = wire.config.segment
+    segment, encoder = wire.config.segment, first_config(reader, wire.config.encoder.layers)
     # Segments are compressed alone.
     parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)] * heads
     soft = wire.config.adapter.kind == "soft"
@@ -113,7 +114,7 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
         text_flops=sum(prefill_flops(reader, n) for n in lengths),
         latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
         encode_flops=sum(
-            prefill_flops(reader, n) + prefill_flops(reader, m, n)
+            prefill_flops(encoder, n) + prefill_flops(encoder, m, n)
             for n, m in zip(read, slots, strict=True)
         ) + sum(elimination_flops(reader, n) for n in parts),
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.api import AGAIN, LatentWire
@@ -128,8 +128,8 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
 
 def _first_values(decoder: Decoder, params: Any) -> Float[Array, "v d"]:
     """Values of every vocabulary entry in the first layer: the reader cut off after it."""
-    first = decoder.clone(config=dataclasses.replace(decoder.config, num_layers=1))
-    cut = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    first = decoder.clone(config=first_config(decoder.config, 1))
+    cut = first_params(params, 1)
 
     def values(chunk: Int[Array, " n"]) -> Float[Array, "n d"]:
         x = embed(first, cut, chunk[:, None])

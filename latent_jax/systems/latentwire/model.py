@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention
@@ -57,12 +58,13 @@ class Compressor(nn.Module):
 
     def setup(self):
         c, r = self.config, self.reader
-        self.body = Decoder(r, remat=c.remat, parent=None)
+        own = self.own = first_config(r, c.encoder.layers)  # the LLM, or what encodes of it
+        self.body = Decoder(own, remat=c.remat, parent=None)
         if c.encoder.pools:
-            self.pool = KVPool(r, c.ratio, c.encoder.pool_start)
+            self.pool = KVPool(own, c.ratio, c.encoder.pool_start)
         if c.encoder.slots == "both":
             # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
-            self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))
+            self.gate = self.param("gate", nn.initializers.zeros, (own.num_layers,))
         if c.encoder.slots == "heads":
             self.calibrated()
             each = r.num_layers, r.num_kv_heads
@@ -83,7 +85,7 @@ class Compressor(nn.Module):
         if c.encoder.adapts:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
-                {t: shapes[t] for t in e.lora_targets}, r.num_layers, e.lora_rank, e.lora_alpha
+                {t: shapes[t] for t in e.lora_targets}, own.num_layers, e.lora_rank, e.lora_alpha
             )
         scale = nn.initializers.normal(0.02)
         if c.encoder.remembers:
@@ -93,7 +95,7 @@ class Compressor(nn.Module):
         self.tasks = self.param("tasks", scale, (len(TASKS), r.hidden_size))
         if c.prompt_tokens:
             self.prompt = self.param("prompt", scale, (c.prompt_tokens, r.hidden_size))
-        width = r.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
+        width = own.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
         if c.wire.d_z is not None:
             self.down = self.param("down", nn.initializers.orthogonal(), (width, c.wire.d_z))
             if c.wire.levels:
@@ -113,7 +115,8 @@ class Compressor(nn.Module):
 
     def _raw(self, frozen, ids, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Encoder output at the slots, their mask and positions."""
-        c, r = self.config, self.reader
+        c, r = self.config, self.own
+        frozen = first_params(frozen, c.encoder.layers)
         b, t = ids.shape
         m = num_latents(t, c.ratio)
         slot = jnp.arange(m)

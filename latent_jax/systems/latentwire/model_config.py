@@ -31,6 +31,9 @@ class EncoderConfig:
         "embedded, bytes: the LLM's last states, its input embeddings, or what a small transformer "
         "makes of the text's UTF-8 bytes, summed up by pooler",
     )
+    layers: int = field(
+        default=0, ge=0, help="how many of the LLM's layers encode, the first ones; 0: all"
+    )
     pooler: Literal["mean", "attention", "queries", "hierarchical", "convolution"] = field(
         default="mean",
         help="vectors of tokens to slots, each at first the mean of its span: mean (nothing is "
@@ -94,6 +97,12 @@ class EncoderConfig:
         if self.lora_on == "all" and self.view == "span" and self.slots == "memory":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
+        if self.layers and self.slots in ("heads", "embedded", "bytes"):
+            raise ConfigError(
+                f"encoder.layers={self.layers}: encoder.slots={self.slots} "
+                + ("keeps entries of all layers" if self.slots == "heads" else "runs no layer")
+                + "; set it to 0"
             )
         if self.pooler != "mean" and not self.vectors:
             raise ConfigError(
@@ -199,6 +208,11 @@ class ModelConfig:
                 f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
                 "kv, hidden with soft"
             )
+        if self.encoder.layers and self.encoder.output == "kv" and self.wire.d_z is None:
+            raise ConfigError(
+                f"encoder.layers={self.encoder.layers} leaves keys and values of so many layers, "
+                "and the reader wants them of all: set wire.d_z"
+            )
         if self.ratio > self.segment:
             raise ConfigError(
                 f"model.ratio={self.ratio} leaves less than one latent per "
@@ -269,7 +283,7 @@ class ModelConfig:
 
 # What compressors could not be told when the first of their wires were written.
 _LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner"), "wire": ("fit", "levels"),
+    "encoder": ("pooler", "byte_layers", "refiner", "layers"), "wire": ("fit", "levels"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
         "codes",

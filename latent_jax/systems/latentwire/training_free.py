@@ -71,6 +71,7 @@ class Selected(Compressor):
 
     def setup(self):
         """Without parameters, but for what `measured` finds."""
+        self.own = self.reader
         if self.method == "kv_heads":
             self.body = Decoder(self.reader, parent=None)
             self.calibrated()
