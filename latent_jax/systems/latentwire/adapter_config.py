@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from latent_jax.backbones.config import PROJECTIONS
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 
@@ -82,3 +83,23 @@ class AdapterConfig:
     def plain(self) -> bool:
         """Whether the reader gets what the linear map makes."""
         return {self.residual, self.calibration, self.transform} == {"none"}
+
+
+@dataclass(frozen=True)
+class ReaderLoraConfig:
+    """Deltas of the LLM that reads: with any, it is not frozen, and results say so."""
+
+    rank: int = field(
+        default=0, ge=0, help="rank of the trained deltas of the reader; 0: it is frozen"
+    )
+    alpha: float = field(default=16.0, gt=0, help="deltas are scaled by alpha / rank")
+    targets: tuple[str, ...] = field(
+        default=("q", "v"), help=f"adapted projections, of {', '.join(PROJECTIONS)}"
+    )
+    layers: int = field(default=0, ge=0, help="the first so many layers are adapted; 0: all")
+
+    def validate(self) -> None:
+        """Refuses projections that do not exist."""
+        unknown = [t for t in self.targets if t not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise ConfigError(f"reader_lora.targets: unknown {unknown}; allowed: {PROJECTIONS}")

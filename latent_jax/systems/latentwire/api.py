@@ -23,7 +23,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.config import parse, to_dict
 from latent_jax.core.errors import CheckpointError, DataError, WireError
-from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import baselines, reader_lora
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
@@ -182,6 +182,16 @@ class LatentWire:
         return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
 
     @functools.cached_property
+    def reading(self) -> backbones.Backbone:
+        """The LLM as it reads behind latents; other than ``backbone`` where it is not frozen."""
+        return reader_lora.reading(self.latents, self.backbone)
+
+    @property
+    def not_frozen(self) -> str | None:
+        """What of the LLM was trained, in words; None: nothing, it is frozen."""
+        return reader_lora.note(self.config, self.params)
+
+    @functools.cached_property
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
         shape = to_dict(dataclasses.replace(self.config, start=None, remat=False, readers={}))
@@ -189,11 +199,12 @@ class LatentWire:
         # Readers are not the encoder's: one that is added later reads what was written before. Only
         # the layout of private latents is.
         del shape["readers"], shape["private"], shape["rebuild_entries"]
+        shape.pop("reader_lora", None)
         if any(self.config.private_slots.values()):
             shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
         digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        reading = ("readers", "asking")
-        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reading})
+        reads = ("readers", "asking", reader_lora.PART)
+        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reads})
         if self.centre is not None:
             flat["centre"] = self.centre
         for name, leaf in sorted(flat.items()):
@@ -378,10 +389,10 @@ class LatentWire:
         return wire.wire, dataclasses.replace(self, config=c).latents
 
     def _decode(self, latents, wire, task, prompt, max_new_tokens, stop_ids=None):
-        reader, stop_ids = self.backbone, self._builder.stop_ids if stop_ids is None else stop_ids
+        reader, stop_ids = self.reading, self._builder.stop_ids if stop_ids is None else stop_ids
         if self.by is not None:
             reader, latents = self.by.backbone, self.by.latents(latents)
-        given = _given(reader.decoder, latents, wire)
+        given = _given(reader.decoder, reader.params, latents, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         given = baselines.instructed(latents, given, task if task in self.tasks else None)
         return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)
@@ -396,5 +407,5 @@ def compress_ids(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _given(decoder: Decoder, latents: Any, wire: Wire) -> Given:
-    return prefix_to_given(decoder, latents.frozen, latents.prefix(wire))
+def _given(decoder: Decoder, params: Any, latents: Any, wire: Wire) -> Given:
+    return prefix_to_given(decoder, params, latents.prefix(wire))

@@ -65,6 +65,10 @@ class Compressed(Protocol):
         """With the learned keys and values, if any, that a task has in front of those."""
 
 
+    def deltas(self) -> Any:
+        """Deltas of the reader's projections that are trained with it; None of a frozen reader."""
+
+
 @flax.struct.dataclass
 class Latents:
     """A `Compressor` module with its parameters and its frozen body; implements `Compressed`."""
@@ -92,6 +96,10 @@ class Latents:
             return given
         number = jnp.full(given.start.shape, TASKS.index(name), jnp.int32)
         return self._run(given, number, method="instructed")
+
+    def deltas(self):
+        """See `Compressed.deltas`."""
+        return self._run(method="deltas")
 
     def _run(self, *args, method, **options):
         return self.module.apply({"params": self.params}, *args, method=method, **options)

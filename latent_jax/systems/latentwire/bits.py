@@ -80,6 +80,10 @@ class Rounded:
         """See `Compressed.instructed`."""
         return self.inner.instructed(given, name)
 
+    def deltas(self):
+        """See `Compressed.deltas`."""
+        return self.inner.deltas()
+
 
 def mean_latent(
     latents: Compressed, batches: Iterable[tuple[Int[Array, "b t"], Bool[Array, "b t"]]]

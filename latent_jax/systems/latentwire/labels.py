@@ -8,6 +8,7 @@ from latent_jax.backbones.sharding import DECODER_RULES
 LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
+    (r"^reader_lora/", "reader_lora"),
     (r"^pool/", "pool"),
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),

@@ -50,7 +50,7 @@ def rebuilt(
     ids, mask = _rows(wire, texts)
     if arm == "shuffled" and len(texts) < 2:
         raise DataError("one text has no other to be read with: give at least two")
-    latents, reader = wire.latents, wire.backbone
+    latents, reader = wire.latents, wire.reading
     made = baselines.encode(latents, ids, mask)
     if arm == "shuffled":
         made = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), made)

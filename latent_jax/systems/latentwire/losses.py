@@ -50,18 +50,20 @@ def forced(
     lead: Float[Array, "b n d"],
     inputs: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
+    lora: Any = None,
 ) -> Forced:
     """Reads learned embeddings and all but the last input behind a prefix.
 
     Args:
       lead: learned embeddings before the inputs, at least one.
       mask: real inputs (right-padded).
+      lora: deltas of a reader that is trained.
     """
     n, (b, t) = lead.shape[1], inputs.shape
     text = body.apply({"params": reader}, inputs[:, :-1], method="embed")
     embeds = jnp.concatenate([lead.astype(text.dtype), text], axis=1)
     seen = jnp.concatenate([jnp.ones((b, n - 1), bool), mask], axis=1)
-    out = read(body, reader, prefix, embeds, seen)
+    out = read(body, reader, prefix, embeds, seen, lora)
     where = prefix.start[:, None] + jnp.arange(n - 1 + t)
     flat = flatten_kv(out.kv, inverse_frequencies(body.config), where)[:, n - 1 :]
     width = body.config.num_kv_heads * body.config.head_dim
@@ -191,7 +193,9 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
     if not asked:
         prefix = apply(prefix, task, method="instructed")
     aux, terms = {}, {}
-    own = forced(body, reader, prefix, lead, inputs, real)
+    # On text, which teaches, the reader is as it always was.
+    lora = None if "raw" in batch else apply(method="deltas")
+    own = forced(body, reader, prefix, lead, inputs, real, lora)
     hidden, teacher = own.hidden, None
     if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)

@@ -8,6 +8,8 @@ width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or int
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention
 from latent_jax.ops.fsq import fsq_bound
 from latent_jax.ops.vq import straight_through
-from latent_jax.systems.latentwire import heads
+from latent_jax.systems.latentwire import heads, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.latents import (
@@ -87,6 +89,8 @@ class Compressor(nn.Module):
             self.lora = LoRA(
                 {t: shapes[t] for t in e.lora_targets}, own.num_layers, e.lora_rank, e.lora_alpha
             )
+        if c.reader_lora.rank:
+            self.reader_lora = reader_lora.make(c.reader_lora, r)
         scale = nn.initializers.normal(0.02)
         if c.encoder.remembers:
             self.memory = self.param("memory", scale, (r.hidden_size,))
@@ -347,6 +351,12 @@ class Compressor(nn.Module):
         asked = task == TASKS.index("reconstruct")
         return heads.asked(self.reader, known, self.asking, prefix, asked)
 
+    def deltas(self) -> Any:
+        """What is added to the main reader's projections behind latents; None: it is frozen."""
+        if not self.config.reader_lora.rank:
+            return None
+        return reader_lora.for_all(self.reader_lora(), self.reader.num_layers)
+
     def encoder_output(self, frozen, ids, mask):
         """Raw encoder output and slot mask, for fitting the bottleneck."""
         raw, valid, _ = self._raw(frozen, ids, mask)
@@ -356,6 +366,7 @@ class Compressor(nn.Module):
         """Touches every parameter; used for initialisation."""
         task = jnp.zeros((ids.shape[0],), jnp.int32)
         self.lead(task)
+        self.deltas()
         prefix = self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
         return self.instructed(prefix, task)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from latent_jax.backbones.config import PROJECTIONS
-from latent_jax.core.config import field
+from latent_jax.core.config import field, to_dict
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.adapter_config import (
+    AdapterConfig,
+    ReaderLoraConfig,
+    WireConfig,
+)
 from latent_jax.systems.latentwire.prompts import PromptConfig
 
 #: The reader that is also the encoder's body.
@@ -170,6 +174,9 @@ class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
     wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
+    reader_lora: ReaderLoraConfig = field(
+        default_factory=ReaderLoraConfig, help="deltas of the main reader behind latents"
+    )
     sink: bool = field(
         default=True,
         help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
@@ -295,11 +302,12 @@ def as_first(shape: Mapping[str, Any]) -> dict[str, Any]:
     """A `ModelConfig` as a mapping, without later settings where they are as they always were: the
     wires of a compressor that has none of them stay readable.
     """
-    own, found = asdict(ModelConfig()), dict(shape)
+    own, found = to_dict(ModelConfig()), dict(shape)
     for part, names in _LATER.items():
         found[part] = {
             k: v for k, v in shape[part].items() if k not in names or v != own[part][k]
         }
-    if found["follow"] == own["follow"]:
-        del found["follow"]
+    for name in ("follow", "reader_lora"):
+        if found[name] == own[name]:
+            del found[name]
     return found

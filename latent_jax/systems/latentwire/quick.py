@@ -36,13 +36,14 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
         task = jnp.full(len(ids), TASKS.index("reconstruct"), jnp.int32)
         lead = apply(task, method="lead")
         weight = mask / mask.sum()
+        lora = apply(method="deltas") if name == MAIN else None
 
         def score(wire):
             table = {"frozen": reader} if name == MAIN else {}
             prefix = apply(wire, reader["embed"].dtype, **table, method="prefix")
             if name == MAIN:
                 prefix = apply(prefix, task, method="instructed")
-            hidden = forced(body, reader, prefix, lead, gold, mask).hidden
+            hidden = forced(body, reader, prefix, lead, gold, mask, lora).hidden
             nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
             return jnp.sum(nll * weight), jnp.sum(hit * weight)
 

@@ -161,6 +161,10 @@ class ReaderLatents:
         """See `Compressed.instructed`: a further reader has none."""
         return given
 
+    def deltas(self):
+        """See `Compressed.deltas`: a further reader is always frozen."""
+        return None
+
 
 def latent_width(config: ModelConfig, encoder: DecoderConfig) -> int:
     """Numbers per latent (``d_z``)."""

@@ -26,6 +26,7 @@ from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.scoring import (
     batches,
     context_width,
@@ -81,7 +82,7 @@ def log_probabilities(
       task: which learned task embedding follows the latents; None for none.
     """
     flat = [(i, a) for i, row in enumerate(answers) for a in row]
-    builder, reader = judge.builder, judge.backbone
+    builder, reader = judge.builder, reading(judge.latents, judge.backbone)
     contexts = [source.context_ids(e.context) for e in examples]
     prompts = [builder.prompt_ids(e.question) for e in examples]
     gold = [builder.answer_ids(a) for _, a in flat]

@@ -16,7 +16,15 @@ from latent_jax import backbones
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import asking, bottleneck, heads, reader_start, recipe, suite
+from latent_jax.systems.latentwire import (
+    asking,
+    bottleneck,
+    heads,
+    reader_lora,
+    reader_start,
+    recipe,
+    suite,
+)
 from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
@@ -160,8 +168,8 @@ class LatentWireSystem:
 
     def param_labels(self, params):
         """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
-        ``memory``, ``prompt``, ``heads`` and ``bottleneck``, and ``reader_<name>`` of each further
-        reader; input statistics are frozen.
+        ``memory``, ``prompt``, ``heads``, ``bottleneck`` and ``reader_lora``, and ``reader_<name>``
+        of each further reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
         return trees.match_tree((*LABELS, *own), params)
@@ -293,6 +301,8 @@ class LatentWireSystem:
         record = training_record(run) if run is not None else {}
         params, tasks = heads.folded(variables["params"]), trained_tasks(self.config)
         config = self.config
+        if (note := reader_lora.note(config.model, params)) is not None:
+            record["reader"] = note
         out = save_compressor(
             to, params, config.model, self.backbone, tasks, record, config.prompt,
             {label: r.backbone.sha256 for label, r in self.readers.items()},
