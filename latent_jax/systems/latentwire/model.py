@@ -25,6 +25,7 @@ from latent_jax.ops.fsq import fsq_bound
 from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire import heads, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
+from latent_jax.systems.latentwire.carry import carried
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
 from latent_jax.systems.latentwire.latents import (
     Prefix,
@@ -117,8 +118,15 @@ class Compressor(nn.Module):
             self.out_mean = self.param("out_mean", zeros, (out,))
             self.out_scale = self.param("out_scale", ones, (out,))
 
-    def _raw(self, frozen, ids, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Encoder output at the slots, their mask and positions."""
+    def _raw(
+        self, frozen, ids, mask, start: int = 0, before: KV | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Encoder output at the slots, their mask and positions.
+
+        Args:
+          start: where the segment begins in its text.
+          before: keys and values that it is read behind (`encoder.carry`).
+        """
         c, r = self.config, self.own
         frozen = first_params(frozen, c.encoder.layers)
         b, t = ids.shape
@@ -127,7 +135,7 @@ class Compressor(nn.Module):
         valid = slot[None] * c.ratio < mask.sum(-1)[:, None]
         # Middle of the slot's span, as an integer position the reader has seen in pretraining.
         positions = jnp.floor(slot * c.ratio + (c.ratio - 1) / 2).astype(jnp.int32)
-        positions = jnp.broadcast_to(positions, (b, m))
+        positions = jnp.broadcast_to(start + positions, (b, m))
         if c.encoder.slots == "heads":
             sink = None if self.sink is None else jnp.int32(self.sink)
             z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
@@ -141,18 +149,20 @@ class Compressor(nn.Module):
         sink = None
         if self.sink is not None:
             sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
+        first, places = behind(sink, before), jnp.broadcast_to(start + jnp.arange(t), (b, t))
         if c.encoder.slots == "states":
-            return self.pool(self._states(frozen, text, mask, sink), mask), valid, positions
+            states = self._states(frozen, text, mask, places, first)
+            return self.pool(states, mask), valid, positions
         if c.encoder.lora_on == "all" and c.encoder.slots == "memory":
-            kv, hidden = self._adapted(frozen, text, mask, valid, positions, sink)
+            kv, hidden = self._adapted(frozen, text, mask, places, valid, positions, first)
         else:
-            run = self.body.apply({"params": frozen}, text, mask=mask, prefix=sink)
-            kv, hidden = self._untouched(
-                frozen, jax.lax.stop_gradient(run.kv), text, valid, positions, sink
-            )
+            run = self.body.apply({"params": frozen}, text, places, mask, prefix=first).kv
+            if before is None:  # else what was carried learns from what the text makes of it
+                run = jax.lax.stop_gradient(run)
+            kv, hidden = self._untouched(frozen, run, text, valid, positions, sink, first)
             if any(c.private_slots.values()):
-                cache = behind(sink, jax.lax.stop_gradient(run.kv))
-                own, there, where = self._private(frozen, cache, text, mask)
+                cache = behind(first, run)
+                own, there, where = self._private(frozen, cache, text, mask, start)
                 kv = KV(
                     jnp.concatenate([kv.k, own.kv.k], axis=2),
                     jnp.concatenate([kv.v, own.kv.v], axis=2),
@@ -165,17 +175,17 @@ class Compressor(nn.Module):
             return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
         return hidden, valid, positions
 
-    def _states(self, frozen, text, mask, sink) -> Float[Array, "b t d"]:
+    def _states(self, frozen, text, mask, places, first) -> Float[Array, "b t d"]:
         """The LLM's last states on texts, adapted or not."""
         e = self.config.encoder
         seen = None if e.causal else jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1]))
         lora = self.lora() if e.adapts else None
-        return self.body.apply({"params": frozen}, text, None, mask, seen, sink, lora).hidden
+        return self.body.apply({"params": frozen}, text, places, mask, seen, first, lora).hidden
 
-    def _private(self, frozen, cache: KV, text, mask):
+    def _private(self, frozen, cache: KV, text, mask, start):
         """Slots of single readers, which see all of the segment, spread evenly over it."""
         p, length = len(self.private), mask.sum(-1, keepdims=True)
-        where = jnp.floor((jnp.arange(p) + 0.5) * length / p).astype(jnp.int32)
+        where = start + jnp.floor((jnp.arange(p) + 0.5) * length / p).astype(jnp.int32)
         there = jnp.broadcast_to(length > 0, where.shape)
         slots = jnp.broadcast_to(self.private, (len(mask), *self.private.shape)).astype(text.dtype)
         lora = self.lora() if self.config.encoder.lora_rank else None
@@ -190,7 +200,7 @@ class Compressor(nn.Module):
         mean = span_means(text, mask, m, self.config.ratio)
         return (self.memory + mean * self.config.encoder.span_mean).astype(text.dtype)
 
-    def _untouched(self, frozen, cache: KV, text, valid, positions, sink):
+    def _untouched(self, frozen, cache: KV, text, valid, positions, sink, first):
         """Slots over the cache of the unadapted LLM: no backward pass over the text."""
         c = self.config
         b, m = valid.shape
@@ -200,7 +210,7 @@ class Compressor(nn.Module):
         if c.encoder.remembers:
             memory = self._memory(text, cache.mask, m)
             lora = self.lora() if c.encoder.lora_rank else None
-            prefix, rows = behind(sink, cache), (b, m)
+            prefix, rows = behind(first, cache), (b, m)
             if c.encoder.view == "span":
                 # Each slot is a row of its own, behind the few tokens of its span.
                 prefix, rows = behind(repeat(sink, m), spans(cache, c.ratio)), (b * m, 1)
@@ -218,7 +228,7 @@ class Compressor(nn.Module):
             return KV(pooled.k + gate * kv.k, pooled.v + gate * kv.v, valid), hidden
         return (kv if pooled is None else pooled), hidden
 
-    def _adapted(self, frozen, text, mask, valid, positions, sink):
+    def _adapted(self, frozen, text, mask, places, valid, positions, first):
         """Text and slots in one pass of the adapted LLM."""
         c = self.config
         (b, t), m = mask.shape, valid.shape[1]
@@ -227,29 +237,26 @@ class Compressor(nn.Module):
         own = jnp.broadcast_to(own, (b, t, t))
         seen = jnp.zeros((b, t + m, t + m), bool)
         seen = seen.at[:, :t, :t].set(own).at[:, t:, :].set(both[:, None, :])
-        where = jnp.concatenate([jnp.broadcast_to(jnp.arange(t), (b, t)), positions], axis=1)
+        where = jnp.concatenate([places, positions], axis=1)
         x = jnp.concatenate([text, self._memory(text, mask, m)], axis=1)
         lora = self.lora() if c.encoder.lora_rank else None
-        out = self.body.apply({"params": frozen}, x, where, both, seen, sink, lora)
+        out = self.body.apply({"params": frozen}, x, where, both, seen, first, lora)
         return KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid), out.hidden[:, t:]
 
     def compress(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
         """Compresses right-padded texts.
 
         Texts longer than ``segment`` tokens are cut into segments that are compressed
-        independently; ``t`` must then be a multiple of ``segment``.
+        independently, or one after another (``encoder.carry``); ``t`` must then be a multiple of
+        ``segment``.
         """
         c = self.config
         b, t = ids.shape
         n = max(1, t // c.segment)
+        if c.encoder.carry and n > 1:
+            return carried(self, frozen, ids, mask, n)
         cut = lambda x: x.reshape(b * n, t // n)  # noqa: E731
-        z, valid, positions = self._raw(frozen, cut(ids), cut(mask))
-        if c.wire.d_z is not None:
-            z = ((z - self.in_mean) * self.in_scale) @ self.down
-        if c.encoder.refiner:
-            z = self.refiner(z, valid, positions)
-        if c.wire.levels:
-            z = self._rounded(z)
+        z, valid, positions = self.encoded(frozen, cut(ids), cut(mask))
         m = z.shape[1]
         offset = (jnp.arange(n) * (t // n))[None, :, None]
         positions = positions.reshape(b, n, m) + offset
@@ -259,6 +266,18 @@ class Compressor(nn.Module):
             positions.reshape(b, n * m),
             mask.sum(-1),
         )
+
+    def encoded(self, frozen, ids, mask, start: int = 0, before: KV | None = None):
+        """Latents of one segment each, which of them are real, and their positions; see `_raw`."""
+        c = self.config
+        z, valid, positions = self._raw(frozen, ids, mask, start, before)
+        if c.wire.d_z is not None:
+            z = ((z - self.in_mean) * self.in_scale) @ self.down
+        if c.encoder.refiner:
+            z = self.refiner(z, valid, positions - start)
+        if c.wire.levels:
+            z = self._rounded(z)
+        return z, valid, positions
 
     def _rounded(self, z: Float[Array, "b m z"]) -> Float[Array, "b m z"]:
         """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale."""

@@ -38,6 +38,10 @@ class EncoderConfig:
     layers: int = field(
         default=0, ge=0, help="how many of the LLM's layers encode, the first ones; 0: all"
     )
+    carry: int = field(
+        default=0, ge=0, help="a segment is read behind the latents of so many before it; 0: every "
+        "segment is compressed alone",
+    )  # fmt: skip
     pooler: Literal["mean", "attention", "queries", "hierarchical", "convolution"] = field(
         default="mean",
         help="vectors of tokens to slots, each at first the mean of its span: mean (nothing is "
@@ -102,11 +106,12 @@ class EncoderConfig:
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
             )
-        if self.layers and self.slots in ("heads", "embedded", "bytes"):
+        own = ("heads", "embedded", "bytes")
+        for name in (n for n in ("layers", "carry") if getattr(self, n) and self.slots in own):
+            why = {"layers": "keeps entries of all layers", "carry": "packs segments one by one"}
             raise ConfigError(
-                f"encoder.layers={self.layers}: encoder.slots={self.slots} "
-                + ("keeps entries of all layers" if self.slots == "heads" else "runs no layer")
-                + "; set it to 0"
+                f"encoder.{name}={getattr(self, name)}: encoder.slots={self.slots} "
+                f"{why[name] if self.slots == 'heads' else 'runs no layer of the LLM'}; set it to 0"
             )
         if self.pooler != "mean" and not self.vectors:
             raise ConfigError(
@@ -290,7 +295,7 @@ class ModelConfig:
 
 # What compressors could not be told when the first of their wires were written.
 _LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner", "layers"), "wire": ("fit", "levels"),
+    "encoder": ("pooler", "byte_layers", "refiner", "layers", "carry"), "wire": ("fit", "levels"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
         "codes",

@@ -77,9 +77,9 @@ class Selected(Compressor):
             self.calibrated()
             self.factor = jnp.zeros(self.measured.centre.shape[:2])  # nothing to train
 
-    def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
+    def _raw(self, frozen, ids, mask, start=0, before=None) -> tuple[Array, Array, Array]:
         if self.method == "kv_heads":
-            return super()._raw(frozen, ids, mask)
+            return super()._raw(frozen, ids, mask, start, before)
         (b, t), body = ids.shape, Decoder(self.reader, parent=None)
         ratio, sink = self.config.ratio, None if self.sink is None else jnp.int32(self.sink)
         if not self.method.startswith("kv"):

@@ -99,7 +99,7 @@ def test_less_of_the_llm_costs_less():
     "encoder, message",
     [
         ({"slots": "heads", "layers": 2}, "keeps entries of all layers"),
-        ({"slots": "embedded", "output": "hidden", "layers": 2}, "runs no layer"),
+        ({"slots": "embedded", "output": "hidden", "layers": 2}, "runs no layer of the LLM"),
         ({"slots": "pooled", "layers": 2}, "the reader wants them of all: set wire.d_z"),
     ],
 )
