@@ -27,8 +27,17 @@ class WireConfig:
         "more; 0: real numbers",
     )  # fmt: skip
 
+    codes: int = field(
+        default=0, ge=0, help="residual VQ: codes of each stage, 2 or more; 0: real numbers"
+    )
+    stages: int = field(default=4, ge=1, help="stages of the residual VQ: digits of a latent")
+
     def validate(self) -> None:
         """Refuses quantised latents that have no width of their own."""
+        if self.codes and (self.codes < 2 or self.d_z is None or self.levels):
+            raise ConfigError(
+                f"wire.codes={self.codes}: use 2 or more (0: none), with wire.d_z and levels=0"
+            )
         if self.levels and (self.levels < 3 or self.d_z is None):
             raise ConfigError(
                 f"wire.levels={self.levels}: use 3 or more (0: none), with wire.d_z"

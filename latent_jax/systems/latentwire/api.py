@@ -233,7 +233,9 @@ class LatentWire:
         latents = dataclasses.replace(self, config=c).latents
         wire = self._compress(latents, texts, c.segment)
         private = sum(c.private_slots.values())
-        made = Message(wire, self.origin, c.ratio, c.segment, self.centre, private=private)
+        made = Message(
+            wire, self.origin, c.ratio, c.segment, self.centre, private=private, codes=c.wire.codes
+        )
         if ratio is not None:
             for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
                 m -= private * math.ceil(tokens / c.segment)
@@ -308,10 +310,11 @@ class LatentWire:
         """
         header, _ = read_header(data, name)
         check_origin(header.origin, self.origin, name)
-        wire, header, _ = unpack(data, self.centre, name)
+        decode = self.latents.from_digits if self.config.wire.codes else None
+        wire, header, _ = unpack(data, self.centre, name, decode)
         return Message(
             wire, self.origin, header.ratio, header.segment, self.centre, header.form,
-            header.private,
+            header.private, self.config.wire.codes,
         )  # fmt: skip
 
     def open(self, path: str | Path) -> Message:

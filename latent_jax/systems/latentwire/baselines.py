@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.systems.latentwire import selection
+from latent_jax.systems.latentwire.codes import as_variables
 from latent_jax.systems.latentwire.config import TASKS
 from latent_jax.systems.latentwire.given import (
     Given,
@@ -101,8 +102,12 @@ class Latents:
         """See `Compressed.deltas`."""
         return self._run(method="deltas")
 
+    def from_digits(self, digits):
+        """The latents that digits of a discrete wire stand for."""
+        return self._run(jnp.asarray(digits), method="from_digits")
+
     def _run(self, *args, method, **options):
-        return self.module.apply({"params": self.params}, *args, method=method, **options)
+        return self.module.apply(as_variables(self.params), *args, method=method, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("name",))

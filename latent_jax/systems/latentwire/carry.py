@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -20,7 +21,12 @@ from latent_jax.systems.latentwire.latents import Wire
 
 
 def carried(
-    model: Any, frozen: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], segments: int
+    model: Any,
+    frozen: Any,
+    ids: Int[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    segments: int,
+    train: bool = False,
 ) -> Wire:
     """Compresses texts segment by segment, each behind the latents of those before it.
 
@@ -30,6 +36,7 @@ def carried(
       ids: right-padded texts of whole segments.
       mask: which tokens are real.
       segments: how many there are.
+      train: as of `Compressor.compress`.
     """
     each, parts = ids.shape[1] // segments, []
     for number in range(segments):
@@ -38,18 +45,15 @@ def carried(
         before = None
         if parts:
             before = shown(model, frozen, parts[-model.config.encoder.carry :])
-        z, valid, positions = model.encoded(frozen, ids[:, at], mask[:, at], start, before)
-        parts.append(Wire(z, valid, positions, mask[:, at].sum(-1)))
+        parts.append(model.encoded(frozen, ids[:, at], mask[:, at], train, start, before))
     return joined(parts)
 
 
 def joined(parts: Sequence[Wire]) -> Wire:
     """The wire of texts whose segments' wires these are."""
-    z, mask, positions = (
-        jnp.concatenate([getattr(part, name) for part in parts], axis=1)
-        for name in ("z", "mask", "positions")
-    )
-    return Wire(z, mask, positions, sum(part.length for part in parts))
+    alone = [part._replace(length=None) for part in parts]
+    wire = jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *alone)
+    return wire._replace(length=sum(part.length for part in parts))
 
 
 def shown(model: Any, frozen: Any, parts: Sequence[Wire]) -> KV:

@@ -145,6 +145,9 @@ class LossConfig:
         default=0.0, help="how sure the first prediction is: log of the vocabulary's size less "
         "entropy, nats; a bonus on staying undecided",
     )  # fmt: skip
+    commitment: float | ScheduleConfig = field(
+        default=0.25, help="squared distance of a latent's numbers to its codes (wire.codes)"
+    )
     label_smoothing: float = field(
         default=0.0, ge=0, lt=1, help="share of every target spread over the vocabulary"
     )

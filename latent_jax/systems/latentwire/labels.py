@@ -24,6 +24,7 @@ LABELS = (
 #: Loss terms that only the main reader has.
 OF_MAIN = (
     "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
+    "commitment",
 )  # fmt: skip
 #: Path of a parameter -> its logical axes.
 RULES = (

@@ -19,13 +19,15 @@ class Wire(NamedTuple):
     """Latents of a batch of texts; everything another process needs to read them.
 
     ``z[i, j]`` stands at ``positions[i, j]`` of a text of ``length[i]`` tokens; keys are stored
-    before rotation, so a wire can be moved to another place in a longer context.
+    before rotation, so a wire can be moved to another place in a longer context. Of a discrete wire
+    there are the ``digits`` that ``z`` is made of; -1 at padding.
     """
 
     z: Float[Array, "b m z"]
     mask: Bool[Array, "b m"]
     positions: Int[Array, "b m"]
     length: Int[Array, " b"]
+    digits: Int[Array, "b m s"] | None = None
 
 
 class Prefix(NamedTuple):

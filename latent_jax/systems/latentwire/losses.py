@@ -21,6 +21,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core.types import Mean
+from latent_jax.systems.latentwire import codes
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
@@ -130,6 +131,7 @@ def batch_terms(
     key: jax.Array | None,
     readers: Mapping[str, Reader] | None = None,
     rates: Mapping[str, Any] | None = None,
+    collections: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any], dict[str, Any]]:
     """Cross-entropy of the supervised tokens per task (nats), what is distilled, and what the
     guards watch; of further readers as ``<term>.<reader>``.
@@ -142,19 +144,26 @@ def batch_terms(
       batch: of `recipe.train_stream`.
       key: of the randomised inputs; None leaves them as they are.
       readers: further readers by name; those read the batch whose inputs are in it.
+      collections: Linen's, beside the parameters; without ``key`` they stay as they are.
       rates: what scheduled rates are now (`rates.Rates`); as at step 0 where it is not given.
 
     Returns:
       As `latent_jax.train.protocol.System.loss_terms`.
     """
-    apply = functools.partial(model.apply, {"params": params})
-    terms, aux, wire = {}, {}, None
+    terms, aux, wire, moved = {}, {}, None, {}
     now = Rates.of(config.losses, rates)
     # Which entries are kept has no gradient; the heads' factors learn from what the reader teaches.
     # Other tasks learn to read the entries that are kept.
     softened = model.config.encoder.slots == "heads" and bool({"asked", "recalled"} & set(batch))
     if "raw" not in batch and not softened:
-        wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
+        variables, texts = {"params": params, **(collections or {})}, batch["context"]
+        wire, found = model.apply(
+            variables, frozen["reader"], texts, batch["context_mask"], key is not None,
+            method="compress", mutable=[codes.TOLD, *([] if key is None else collections or {})],
+        )  # fmt: skip
+        terms, figures = codes.told(found)
+        moved = {name: tree for name, tree in found.items() if name != codes.TOLD}
+        aux |= figures
         aux["latent_cosine"] = cosine_between(model, wire)
         if key is not None and now.drops:
             wire = dropped(jax.random.fold_in(key, 1), wire, now.keep)
@@ -167,7 +176,7 @@ def batch_terms(
             found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire, now)
             for out, new in zip((terms, aux), found, strict=True):
                 out |= {f"{name}.{label}": value for name, value in new.items()}
-    return terms, {}, aux
+    return terms, moved, aux
 
 
 def _main_terms(model, config, params, reader, batch, key, wire, now):

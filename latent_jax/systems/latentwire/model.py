@@ -19,11 +19,12 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.backbones.sink import behind, repeat, sink_kv
+from latent_jax.core.types import Mean
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention
 from latent_jax.ops.fsq import fsq_bound
 from latent_jax.ops.vq import straight_through
-from latent_jax.systems.latentwire import heads, reader_lora
+from latent_jax.systems.latentwire import codes, heads, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
 from latent_jax.systems.latentwire.carry import carried
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig
@@ -106,6 +107,8 @@ class Compressor(nn.Module):
             if c.wire.levels:
                 spread = nn.initializers.ones
                 self.level_scale = self.param("level_scale", spread, (c.wire.d_z,))
+            if c.wire.codes:
+                self.rvq = codes.quantiser(c.wire.d_z, c.wire.codes, c.wire.stages)
             out = r.kv_floats_per_token if c.adapter.kind == "kv" else r.hidden_size
             out *= c.adapter.entries
             self.up = self.param("up", nn.initializers.orthogonal(), (c.wire.d_z, out))
@@ -243,33 +246,32 @@ class Compressor(nn.Module):
         out = self.body.apply({"params": frozen}, x, where, both, seen, first, lora)
         return KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid), out.hidden[:, t:]
 
-    def compress(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
+    def compress(
+        self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], train: bool = False
+    ) -> Wire:
         """Compresses right-padded texts.
 
         Texts longer than ``segment`` tokens are cut into segments that are compressed
         independently, or one after another (``encoder.carry``); ``t`` must then be a multiple of
-        ``segment``.
+        ``segment``. In training codebooks move, where their collection is mutable.
         """
         c = self.config
         b, t = ids.shape
         n = max(1, t // c.segment)
         if c.encoder.carry and n > 1:
-            return carried(self, frozen, ids, mask, n)
+            return carried(self, frozen, ids, mask, n, train)
         cut = lambda x: x.reshape(b * n, t // n)  # noqa: E731
-        z, valid, positions = self.encoded(frozen, cut(ids), cut(mask))
-        m = z.shape[1]
-        offset = (jnp.arange(n) * (t // n))[None, :, None]
-        positions = positions.reshape(b, n, m) + offset
-        return Wire(
-            z.reshape(b, n * m, -1),
-            valid.reshape(b, n * m),
-            positions.reshape(b, n * m),
-            mask.sum(-1),
-        )
+        wire = self.encoded(frozen, cut(ids), cut(mask), train)
+        offset = jnp.tile(jnp.arange(n) * (t // n), b)[:, None]
+        wire = wire._replace(positions=wire.positions + offset, length=None)
+        joined = lambda x: x.reshape(b, n * x.shape[1], *x.shape[2:])  # noqa: E731
+        return jax.tree.map(joined, wire)._replace(length=mask.sum(-1))
 
-    def encoded(self, frozen, ids, mask, start: int = 0, before: KV | None = None):
-        """Latents of one segment each, which of them are real, and their positions; see `_raw`."""
-        c = self.config
+    def encoded(
+        self, frozen, ids, mask, train: bool = False, start: int = 0, before: KV | None = None
+    ) -> Wire:
+        """The wire of one segment each; see `_raw`."""
+        c, digits = self.config, None
         z, valid, positions = self._raw(frozen, ids, mask, start, before)
         if c.wire.d_z is not None:
             z = ((z - self.in_mean) * self.in_scale) @ self.down
@@ -277,7 +279,24 @@ class Compressor(nn.Module):
             z = self.refiner(z, valid, positions - start)
         if c.wire.levels:
             z = self._rounded(z)
-        return z, valid, positions
+        if c.wire.codes:
+            z, digits = self._coded(z, valid, train)
+        return Wire(z, valid, positions, mask.sum(-1), digits)
+
+    def _coded(self, z: Float[Array, "b m z"], valid: Bool[Array, "b m"], train: bool):
+        """Latents as sums of codes, and the digits of these."""
+        out = self.rvq(z, valid, train=train)
+        if not train:  # to the last bit what whoever has only the digits makes of them
+            return self.from_digits(out.indices), out.indices
+        power = jnp.sum(jnp.square(z.astype(jnp.float32)) * valid[..., None])
+        self.sow(codes.TOLD, "commitment", out.losses["commitment"])
+        self.sow(codes.TOLD, "wire_error", Mean(out.metrics["quantisation_error"].sum, power))
+        self.sow(codes.TOLD, "codes_used", out.metrics["perplexity"][0])
+        return out.quantized, out.indices
+
+    def from_digits(self, digits: Int[Array, "b m s"]) -> Float[Array, "b m z"]:
+        """The latents that digits stand for; -1 adds nothing."""
+        return self.rvq.decode(digits)
 
     def _rounded(self, z: Float[Array, "b m z"]) -> Float[Array, "b m z"]:
         """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale."""

@@ -295,7 +295,8 @@ class ModelConfig:
 
 # What compressors could not be told when the first of their wires were written.
 _LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner", "layers", "carry"), "wire": ("fit", "levels"),
+    "encoder": ("pooler", "byte_layers", "refiner", "layers", "carry"),
+    "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
         "codes",

@@ -205,6 +205,8 @@ def wire_cost(wire: LatentWire) -> dict[str, Any]:
     c, bits_each = wire.config, {}
     if c.wire.levels:
         bits_each["wire.bits_per_token"] = wire.width * math.log2(c.wire.levels) / c.ratio
+    if c.wire.codes:
+        bits_each["wire.bits_per_token"] = c.wire.stages * math.log2(c.wire.codes) / c.ratio
     return bits_each | {
         "wire.d_z": wire.width,
         "wire.floats_per_token": wire.width / wire.config.ratio,

@@ -39,6 +39,7 @@ from latent_jax.systems.latentwire.assets import (
 )
 from latent_jax.systems.latentwire.baselines import Compressed, Latents
 from latent_jax.systems.latentwire.bits import mean_latent
+from latent_jax.systems.latentwire.codes import as_params, as_variables
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
@@ -110,7 +111,7 @@ class LatentWireSystem:
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters, or those of ``model.start``; a fresh bottleneck is fitted to data."""
         reader = self.frozen["reader"]
-        make = jax.jit(lambda r, i, m: self.model.init(rngs["params"], r, i, m)["params"])
+        make = jax.jit(lambda r, i, m: as_params(self.model.init(rngs["params"], r, i, m)))
         ids = jnp.zeros(batch["context"].shape, jnp.int32)
         params = make(reader, ids, jnp.ones(ids.shape, bool))
         model = self.config.model
@@ -146,7 +147,7 @@ class LatentWireSystem:
                 self.readers, encoder, self.backbone.tokenizer, adapters, theirs,
                 lambda: self.train_data("main", None),
             )  # fmt: skip
-        return {"params": params}
+        return as_variables(params)
 
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns: neither a start's weights nor the data are read."""
@@ -160,7 +161,7 @@ class LatentWireSystem:
             params["readers"] = jax.eval_shape(
                 lambda: reader_start.fresh(self.readers, jax.random.key(0))
             )
-        return {"params": params}
+        return {**found, "params": params}
 
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`."""
@@ -183,6 +184,7 @@ class LatentWireSystem:
         return batch_terms(
             self.model, self.config, variables["params"], frozen, batch,
             rngs["corrupt"] if train else None, self.readers, rates,
+            {name: tree for name, tree in variables.items() if name != "params"},
         )  # fmt: skip
 
     def train_data(self, phase: str, start_state: Any):
@@ -240,7 +242,7 @@ class LatentWireSystem:
         n = self.config.eval.quick_segments
         if not n or not self.config.data.mix.get("reconstruct"):
             return {}
-        return quick_eval(self, variables["params"], frozen, self.eval_data()[:n])
+        return quick_eval(self, as_params(variables), frozen, self.eval_data()[:n])
 
     def wire(self, variables, frozen) -> LatentWire:
         """The compressor with these weights, as users hold it.
@@ -251,7 +253,7 @@ class LatentWireSystem:
         context = jax.ShapeDtypeStruct((1, self.config.model.segment), jnp.int32)
         check_parts(variables["params"], self.init_shapes({"context": context})["params"])
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
-        params, tasks = with_every_task(variables["params"]), trained_tasks(self.config)
+        params, tasks = with_every_task(as_params(variables)), trained_tasks(self.config)
         params = heads.folded(params)
         return LatentWire(backbone, self.config.model, params, self.builder, tasks)
 
@@ -299,7 +301,7 @@ class LatentWireSystem:
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
         """Writes the compressor, large matrices as int8, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
-        params, tasks = heads.folded(variables["params"]), trained_tasks(self.config)
+        params, tasks = heads.folded(as_params(variables)), trained_tasks(self.config)
         config = self.config
         if (note := reader_lora.note(config.model, params)) is not None:
             record["reader"] = note
@@ -309,7 +311,7 @@ class LatentWireSystem:
         )  # fmt: skip
         # Of the weights as they are stored, which are what will be loaded.
         stored = jax.tree.map(jnp.asarray, load_compressor(out, self.backbone).params)
-        centre = self.centre(self.wire({"params": stored}, frozen).latents)
+        centre = self.centre(self.wire(as_variables(stored), frozen).latents)
         if centre is not None:
             save_centre(out, centre, f"the first training texts of {config.name}")
         size = sum(f.stat().st_size for f in out.iterdir())

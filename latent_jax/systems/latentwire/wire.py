@@ -12,23 +12,26 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.errors import WireError
 from latent_jax.core.files import parse_json
 from latent_jax.ops import wire as codec
+from latent_jax.systems.latentwire.codes import digit_bytes, pack_digits, unpack_digits
 from latent_jax.systems.latentwire.model import Wire, num_latents
 
 SIGNATURE = b"\x89LWIRE\r\n"  # damaged by what damages text files, as PNG's is
 VERSION = 1
 _PREAMBLE = struct.Struct("<HI")
 _CHECKSUM = 16
+#: The format of latents that are sums of codes: their digits, exactly.
+CODES = "codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Header:
       latents: latents of each text, ``M``.
       positions: of each text's latents, where they are not the middles of their spans.
       private: latents of each segment that only single readers are given.
+      codes: of each stage of a residual VQ, in the format `CODES`; else 0.
+      digits: of each latent, in that format; else 0.
     """
 
     origin: Origin
@@ -77,6 +82,8 @@ class Header:
     latents: tuple[int, ...]
     positions: tuple[tuple[int, ...], ...] | None = None
     private: int = 0
+    codes: int = 0
+    digits: int = 0
 
 
 class Bytes(NamedTuple):
@@ -126,6 +133,7 @@ def pack(
     group: int = codec.GROUP,
     centre: Float[np.ndarray, " z"] | None = None,
     private: int = 0,
+    codes: int = 0,
 ) -> tuple[bytes, Bytes]:
     """A wire as bytes, and what each part of them takes.
 
@@ -134,10 +142,11 @@ def pack(
       origin: who made them.
       ratio: tokens per latent.
       segment: tokens compressed at once.
-      form: of `ops.wire.FORMATS`.
+      form: of `ops.wire.FORMATS`, or `CODES`.
       group: numbers that share a scale, in the integer formats.
       centre: the encoder's centre, which integer formats take off; it does not travel.
       private: latents of each segment that only single readers are given.
+      codes: of each stage of the encoder's residual VQ; 0: it has none.
 
     Raises:
       WireError: unknown format, or latents that it cannot hold.
@@ -146,13 +155,18 @@ def pack(
     mask = np.asarray(wire.mask)
     z = np.asarray(wire.z, np.float32)[mask]
     peak = float(np.abs(z).max(initial=0.0))
-    if not peak <= codec.largest(form):
+    if form != CODES and not peak <= codec.largest(form):
         raise WireError(
             f"latents reach {peak:.3g}, which {form} cannot hold; use bf16"
             if np.isfinite(peak) else "latents are not finite: nothing can be sent"
         )  # fmt: skip
-    centred = centre is not None and not form.startswith(("fp", "bf"))
-    scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
+    centred = centre is not None and form.startswith("int")
+    stages = 0
+    if form == CODES:
+        scales, (payload, stages) = b"", _digits(wire, mask, codes)
+    else:
+        codes = 0
+        scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
     where, lengths = np.asarray(wire.positions), np.asarray(wire.length).tolist()
     # Widths follow from the slots: all segments have equally many.
     slots = num_latents(segment, ratio) + private
@@ -163,25 +177,39 @@ def pack(
         origin, float(ratio), int(segment), int(z.shape[-1]), form, group, centred,
         tuple(lengths), tuple(mask.sum(1).tolist()),
         None if usual else tuple(tuple(w[m].tolist()) for w, m in zip(where, mask, strict=True)),
-        private,
+        private, codes, stages,
     )  # fmt: skip
     fields = dataclasses.asdict(header)
-    if not private:  # such wires are written as they were before there were private latents
-        del fields["private"]
+    for name in ("private", "codes", "digits"):
+        if not fields[name]:  # such wires are written as they were before there was such a thing
+            del fields[name]
     text = json.dumps(fields, separators=(",", ":")).encode()
     data = SIGNATURE + _PREAMBLE.pack(VERSION, len(text)) + text + scales + payload
     data += _digest(data)
     return data, Bytes(len(data) - len(scales) - len(payload), len(scales), len(payload))
 
 
+def _digits(wire: Wire, mask: np.ndarray, codes: int) -> tuple[bytes, int]:
+    """Digits of the real latents as bytes, and how many each has."""
+    if not codes or wire.digits is None:
+        raise WireError(
+            "format codes: these latents are not made of codes (wire.codes=0); known: "
+            + ", ".join(codec.FORMATS)
+        )
+    digits = np.asarray(wire.digits)[mask]
+    if digits.size and digits.min() < 0:
+        raise WireError("format codes: codebooks that never saw a text have no codes; train first")
+    return pack_digits(digits, codes), digits.shape[-1]
+
+
 def check_form(form: str) -> None:
-    """Refuses unknown number formats.
+    """Refuses unknown formats.
 
     Raises:
       WireError: naming the known ones.
     """
-    if form not in codec.FORMATS:
-        raise WireError(f"no wire format {form!r}; known: {', '.join(codec.FORMATS)}")
+    if form not in (*codec.FORMATS, CODES):
+        raise WireError(f"no wire format {form!r}; known: {', '.join((*codec.FORMATS, CODES))}")
 
 
 def check_origin(theirs: Origin, ours: Origin, name: str) -> None:
@@ -257,9 +285,10 @@ def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
         )
     try:
         header = _parse(parse_json(data[start : start + length]))
-        scales, payload = codec.sizes(
-            sum(header.latents), header.width, header.form, header.group
-        )
+        count = sum(header.latents)
+        scales, payload = 0, digit_bytes(count * header.digits, max(header.codes, 2))
+        if header.form != CODES:
+            scales, payload = codec.sizes(count, header.width, header.form, header.group)
         parts = Bytes(start + length + _CHECKSUM, scales, payload)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -272,7 +301,10 @@ def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
 
 
 def unpack(
-    data: bytes, centre: Float[np.ndarray, " z"] | None = None, name: str = "wire"
+    data: bytes,
+    centre: Float[np.ndarray, " z"] | None = None,
+    name: str = "wire",
+    decode: Callable[[Int[Array, "n s"]], Float[Array, "n z"]] | None = None,
 ) -> tuple[Wire, Header, Bytes]:
     """Inverse of `pack`: latents, as near as their format is.
 
@@ -280,19 +312,26 @@ def unpack(
       data: all bytes of a stored wire.
       centre: the encoder's, if the wire was made with one.
       name: of its file, for messages.
+      decode: the encoder's digits → latents, if it has a residual VQ.
 
     Raises:
-      WireError: as `read_header`, or centred latents without their centre.
+      WireError: as `read_header`; codes without their codebooks, or centred latents without their
+        centre.
     """
     header, parts = read_header(data, name)
     if header.centred and (centre is None or centre.shape != (header.width,)):
         raise WireError(f"{name}: needs the centre of {header.origin.encoder}, which is not here")
     begin = parts.header - _CHECKSUM
     middle = begin + parts.scales
-    rows = codec.from_bytes(
-        data[begin:middle], data[middle : middle + parts.payload],
-        sum(header.latents), header.width, header.form, header.group,
-    )  # fmt: skip
+    scales, payload = data[begin:middle], data[middle : middle + parts.payload]
+    count, digits = sum(header.latents), None
+    if header.form == CODES:
+        digits = _read_digits(payload, header, name)
+        if decode is None:
+            raise WireError(f"{name}: needs the codebooks of {header.origin.encoder}")
+        rows = np.asarray(decode(digits))
+    else:
+        rows = codec.from_bytes(scales, payload, count, header.width, header.form, header.group)
     if header.centred:
         rows = rows + np.asarray(centre)
     segment = header.segment
@@ -308,7 +347,21 @@ def unpack(
     z = np.zeros((*mask.shape, header.width), np.float32)
     z[mask] = rows
     arrays = (z, mask, positions.astype(np.int32), np.asarray(header.lengths, np.int32))
-    return Wire(*map(jnp.asarray, arrays)), header, parts
+    wire = Wire(*map(jnp.asarray, arrays))
+    if digits is not None:
+        places_of = np.full((*mask.shape, header.digits), -1, np.int32)
+        places_of[mask] = digits
+        wire = wire._replace(digits=jnp.asarray(places_of))
+    return wire, header, parts
+
+
+def _read_digits(payload: bytes, header: Header, name: str) -> Int[np.ndarray, "n s"]:
+    count = sum(header.latents)
+    try:
+        found = unpack_digits(payload, count * header.digits, header.codes)
+    except ValueError as error:
+        raise WireError(f"{name}: its payload makes no sense ({error})") from None
+    return found.reshape(count, header.digits)
 
 
 def _digest(data: bytes) -> bytes:
@@ -325,11 +378,15 @@ def _parse(tree: dict[str, Any]) -> Header:
         if tuple(map(len, where)) != numbers["latents"]:
             raise ValueError("positions and latents do not match")
     header = Header(origin=origin, positions=where, **numbers, **tree)
-    if header.form not in codec.FORMATS:
+    if header.form not in (*codec.FORMATS, CODES):
         raise ValueError(f"format {header.form!r}")
+    if (header.form == CODES) != (header.codes > 1) or (header.digits > 0) != (header.codes > 1):
+        raise ValueError(f"format {header.form} with {header.digits} digits of {header.codes}")
     if not header.lengths or len(header.lengths) != len(header.latents) or min(header.lengths) < 1:
         raise ValueError("lengths and latents do not match")
-    sizes = (header.segment, header.width, header.group, header.private)
+    sizes = (
+        header.segment, header.width, header.group, header.private, header.codes, header.digits
+    )  # fmt: skip
     if not all(type(n) is int for n in (*sizes, *header.lengths)) or header.centred not in (0, 1):
         raise TypeError("sizes are whole numbers")
     if min(*sizes[:3], header.private + 1) < 1 or not 1 <= header.ratio < math.inf:
