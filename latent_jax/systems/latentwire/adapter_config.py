@@ -58,6 +58,10 @@ class AdapterConfig:
     entries: int = field(
         default=1, ge=1, help="soft tokens that are made of one latent (pool, then expand)"
     )
+    onto_soft: bool = field(
+        default=False, help="a deep prefix is added, at first with no weight, to the keys and "
+        "values of soft tokens that are made of the same latents (adapter.kind=kv, wire.d_z)",
+    )  # fmt: skip
     residual: Literal["none", "affine", "film", "mlp"] = field(
         default="none",
         help="what is learned on top of the linear map: a factor and a shift per dimension, the "
@@ -87,6 +91,8 @@ class AdapterConfig:
         }  # fmt: skip
         if self.kind != "soft" and (wrong := [name for name, on in soft.items() if on]):
             raise ConfigError(f"adapter.{', '.join(wrong)}: only adapter.kind=soft has soft tokens")
+        if self.onto_soft and self.kind != "kv":
+            raise ConfigError("adapter.onto_soft is of a deep prefix: adapter.kind=kv")
 
     @property
     def plain(self) -> bool:

@@ -15,6 +15,9 @@ from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig
 from latent_jax.systems.latentwire.codes import as_variables
 
+#: Weight of the squared error beside the cosine, in losses on embeddings.
+ERROR = 0.1
+
 
 def rms(x: Float[Array, "*b d"], mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:
     """Root of the mean square over all (masked) rows."""

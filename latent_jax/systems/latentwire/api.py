@@ -199,11 +199,12 @@ class LatentWire:
         # Readers are not the encoder's: one that is added later reads what was written before. Only
         # the layout of private latents is.
         del shape["readers"], shape["private"], shape["rebuild_entries"]
-        shape.pop("reader_lora", None)
+        for name in ("reader_lora", "gist_layers"):
+            shape.pop(name, None)
         if any(self.config.private_slots.values()):
             shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
         digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        reads = ("readers", "asking", reader_lora.PART)
+        reads = ("readers", "asking", "gist", reader_lora.PART)
         flat = trees.flatten({k: v for k, v in self.params.items() if k not in reads})
         if self.centre is not None:
             flat["centre"] = self.centre

@@ -145,6 +145,13 @@ class LossConfig:
         default=0.0, help="how sure the first prediction is: log of the vocabulary's size less "
         "entropy, nats; a bonus on staying undecided",
     )  # fmt: skip
+    gist: float | ScheduleConfig = field(
+        default=0.0, help="what model.gist_layers say of masked tokens, to their embeddings: 1 - "
+        "cosine + 0.1 squared error over variance",
+    )  # fmt: skip
+    gist_mask: float = field(
+        default=0.85, gt=0, le=1, help="share of a text's tokens that are masked; 1: all"
+    )
     commitment: float | ScheduleConfig = field(
         default=0.25, help="squared distance of a latent's numbers to its codes (wire.codes)"
     )
@@ -271,6 +278,8 @@ class LatentWireRun(RunBase):
                 f"losses.embeddings: model.ratio={self.model.ratio} is no multiple of "
                 f"adapter.entries={self.model.adapter.entries}: soft tokens stand for no tokens"
             )
+        if (self.losses.gist != 0) != (self.model.gist_layers > 0):
+            raise ConfigError("losses.gist and model.gist_layers go together: set both, or none")
         latents = self.losses.contrast != 0 or self.losses.keep != 1
         if latents and self.model.encoder.slots == "heads":
             raise ConfigError(

@@ -13,18 +13,19 @@ LABELS = (
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),
     (r"^adapter/", "adapter"),
-    (r"^gate$", "gate"),
+    (r"^(gate|onto)$", "gate"),
+    (r"^gist/", "gist"),
     (r"^(memory|private|tasks|asking)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
     (r"^(profile|centre|spread|spelling|level_scale)$", "frozen"),
     (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
-    (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
+    (r"^(down|up|soft|soft_mean|out_mean|out_scale)$", "bottleneck"),
 )
 #: Loss terms that only the main reader has.
 OF_MAIN = (
     "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
-    "commitment",
+    "commitment", "gist",
 )  # fmt: skip
 #: Path of a parameter -> its logical axes.
 RULES = (

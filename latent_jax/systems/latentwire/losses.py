@@ -21,7 +21,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core.types import Mean
-from latent_jax.systems.latentwire import codes
+from latent_jax.systems.latentwire import codes, gist_head
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
@@ -213,6 +213,13 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
         terms["distil_states"] = unexplained(*states, real)
     more = extra_terms(model, losses, body, reader, batch, wire, prefix, hidden, supervised)
     terms, aux = terms | more[0], aux | more[1]
+    if wire is not None and losses.gist != 0:
+        told = batch["context"], batch["context_mask"]
+        draw = jax.random.fold_in(jax.random.key(0) if key is None else key, gist_head.STREAM)
+        terms["gist"], aux["gist_cosine"] = gist_head.gist_term(
+            model, params, wire, jnp.asarray(reader["embed"])[told[0]], told[1], reader["embed"],
+            losses.gist_mask, draw,
+        )  # fmt: skip
     full = None if teacher is None else teacher.hidden
     if asked:  # few of the tokens are supervised: only those meet the vocabulary
         places = supervised, config.data.max_answer

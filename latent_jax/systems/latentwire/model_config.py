@@ -206,6 +206,10 @@ class ModelConfig:
         help="where a prompt's positions begin: after the last segment, so that a token is always "
         "as far from the latent that holds it, or after the text",
     )
+    gist_layers: int = field(
+        default=0, ge=0, help="layers of a head that fills in a text's masked tokens from its "
+        "latents, for losses.gist alone; 0: none",
+    )  # fmt: skip
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
         default=None,
@@ -258,6 +262,10 @@ class ModelConfig:
             )
         if self.encoder.refiner and (self.wire.d_z or 2) % 2:
             raise ConfigError(f"encoder.refiner needs an even wire.d_z, not {self.wire.d_z}")
+        if self.adapter.onto_soft and self.wire.d_z is None:
+            raise ConfigError("adapter.onto_soft needs a map of its own: set wire.d_z")
+        if self.gist_layers and self.encoder.slots == "heads":
+            raise ConfigError("model.gist_layers: encoder.slots=heads has no latents to train")
         if self.adapter.entries > 1 and self.wire.d_z is None:
             raise ConfigError("adapter.entries > 1 needs a map of its own: set wire.d_z")
         if self.wire.fit == "vocabulary" and not (
@@ -299,7 +307,7 @@ _LATER = {
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes",
+        "codes", "onto_soft",
     ),
 }  # fmt: skip
 
@@ -313,7 +321,7 @@ def as_first(shape: Mapping[str, Any]) -> dict[str, Any]:
         found[part] = {
             k: v for k, v in shape[part].items() if k not in names or v != own[part][k]
         }
-    for name in ("follow", "reader_lora"):
+    for name in ("follow", "reader_lora", "gist_layers"):
         if found[name] == own[name]:
             del found[name]
     return found

@@ -20,6 +20,7 @@ from latent_jax.systems.latentwire import (
     asking,
     bottleneck,
     heads,
+    onto_soft,
     reader_lora,
     reader_start,
     recipe,
@@ -138,6 +139,8 @@ class LatentWireSystem:
             params |= asking.start(self.model, params, reader, self.backbone.tokenizer, texts)
         if model.wire.d_z is not None and "down" not in start:
             params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
+        if model.adapter.onto_soft and "soft" not in start:
+            params = onto_soft.fit(self.model, params, reader, self.train_data("main", None))
         if model.adapter.calibration == "colour" and "adapter" not in start:
             params = fit_colour(self.model, params, reader, self.train_data("main", None))
         if self.readers:
@@ -169,8 +172,8 @@ class LatentWireSystem:
 
     def param_labels(self, params):
         """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
-        ``memory``, ``prompt``, ``heads``, ``bottleneck`` and ``reader_lora``, and ``reader_<name>``
-        of each further reader; input statistics are frozen.
+        ``memory``, ``prompt``, ``heads``, ``bottleneck``, ``gist`` and ``reader_lora``, and
+        ``reader_<name>`` of each further reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
         return trees.match_tree((*LABELS, *own), params)
