@@ -28,10 +28,10 @@ from latent_jax.systems.latentwire.assets import load_compressor, read_compresso
 from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
+from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
-from latent_jax.systems.latentwire.model_config import as_first
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
 from latent_jax.systems.latentwire.scoring import context_width, decode

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from latent_jax.backbones.config import PROJECTIONS
-from latent_jax.core.config import field, to_dict
+from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire.adapter_config import (
     AdapterConfig,
@@ -299,29 +298,3 @@ class ModelConfig:
     def private_slots(self) -> dict[str, int]:
         """Private latents per segment of each reader, in the order in which they are sent."""
         return {MAIN: self.private, **{name: r.private for name, r in self.readers.items()}}
-
-
-# What compressors could not be told when the first of their wires were written.
-_LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner", "layers", "carry"),
-    "wire": ("fit", "levels", "codes", "stages"),
-    "adapter": (
-        "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes", "onto_soft",
-    ),
-}  # fmt: skip
-
-
-def as_first(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A `ModelConfig` as a mapping, without later settings where they are as they always were: the
-    wires of a compressor that has none of them stay readable.
-    """
-    own, found = to_dict(ModelConfig()), dict(shape)
-    for part, names in _LATER.items():
-        found[part] = {
-            k: v for k, v in shape[part].items() if k not in names or v != own[part][k]
-        }
-    for name in ("follow", "reader_lora", "gist_layers"):
-        if found[name] == own[name]:
-            del found[name]
-    return found

@@ -17,16 +17,13 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import (
-    asking,
-    bottleneck,
+    beginning,
     heads,
-    onto_soft,
     reader_lora,
     reader_start,
     recipe,
     suite,
 )
-from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
@@ -38,7 +35,7 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
     with_every_task,
 )
-from latent_jax.systems.latentwire.baselines import Compressed, Latents
+from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.codes import as_params, as_variables
 from latent_jax.systems.latentwire.config import LatentWireRun
@@ -52,8 +49,7 @@ from latent_jax.systems.latentwire.quick import make_quick, quick_eval
 from latent_jax.systems.latentwire.readers import open_reader
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
-from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
-from latent_jax.systems.latentwire.vectors import spelling
+from latent_jax.systems.latentwire.tuned import train_controls
 
 
 class LatentWireSystem:
@@ -111,46 +107,7 @@ class LatentWireSystem:
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters, or those of ``model.start``; a fresh bottleneck is fitted to data."""
-        reader = self.frozen["reader"]
-        make = jax.jit(lambda r, i, m: as_params(self.model.init(rngs["params"], r, i, m)))
-        ids = jnp.zeros(batch["context"].shape, jnp.int32)
-        params = make(reader, ids, jnp.ones(ids.shape, bool))
-        model = self.config.model
-        if model.prompt_tokens:
-            tokenizer = self.backbone.tokenizer
-            params |= init_prompt(reader["embed"], tokenizer, model.prompt_tokens)
-        start, theirs = {}, {}
-        if model.start is not None:
-            stored = load_compressor(model.start, self.backbone)
-            reader_start.check_layout(model.start, stored.config, model)
-            start = dict(stored.params)
-            theirs = start.pop("readers", {})
-            params = bottleneck.adopt(params, start, model.start)
-        if "profile" in params and "profile" not in start:
-            params |= heads.calibrate(
-                self.body, reader, self.train_data("main", None), self.sink,
-                self.config.data.calibration,
-            )._asdict()  # fmt: skip
-        if "spelling" in params and "spelling" not in start:
-            spelt = spelling(self.backbone.tokenizer, self.backbone.config.vocab_size)
-            params["spelling"] = jnp.asarray(spelt, jnp.float32)
-        if model.rebuild_entries and "asking" not in start:
-            texts = next(self.train_data("main", None))
-            params |= asking.start(self.model, params, reader, self.backbone.tokenizer, texts)
-        if model.wire.d_z is not None and "down" not in start:
-            params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
-        if model.adapter.onto_soft and "soft" not in start:
-            params = onto_soft.fit(self.model, params, reader, self.train_data("main", None))
-        if model.adapter.calibration == "colour" and "adapter" not in start:
-            params = fit_colour(self.model, params, reader, self.train_data("main", None))
-        if self.readers:
-            encoder = Latents(self.model, params, reader)
-            adapters = reader_start.fresh(self.readers, rngs["params"])
-            params["readers"] = reader_start.start(
-                self.readers, encoder, self.backbone.tokenizer, adapters, theirs,
-                lambda: self.train_data("main", None),
-            )  # fmt: skip
-        return as_variables(params)
+        return beginning.fresh(self, rngs, batch)
 
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns: neither a start's weights nor the data are read."""

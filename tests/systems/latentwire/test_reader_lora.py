@@ -16,7 +16,7 @@ from latent_jax.core.fields import to_dict
 from latent_jax.systems.latentwire import baselines, reader_lora, suite
 from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.evaluate import evaluate_qa
-from latent_jax.systems.latentwire.model_config import as_first
+from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
 from latent_jax.systems.latentwire.system import LatentWireSystem
 
