@@ -62,6 +62,10 @@ class AdapterConfig:
         default=False, help="a deep prefix is added, at first with no weight, to the keys and "
         "values of soft tokens that are made of the same latents (adapter.kind=kv, wire.d_z)",
     )  # fmt: skip
+    task_rank: int = field(
+        default=0, ge=0, help="rank of what each task adds to the linear map that all tasks share "
+        "(content and task adapter; needs wire.d_z); 0: one map for all",
+    )  # fmt: skip
     residual: Literal["none", "affine", "film", "mlp"] = field(
         default="none",
         help="what is learned on top of the linear map: a factor and a shift per dimension, the "

@@ -396,7 +396,8 @@ class LatentWire:
         reader, stop_ids = self.reading, self._builder.stop_ids if stop_ids is None else stop_ids
         if self.by is not None:
             reader, latents = self.by.backbone, self.by.latents(latents)
-        given = _given(reader.decoder, reader.params, latents, wire)
+        known = baselines.for_task(latents, task if task in self.tasks else None)
+        given = _given(reader.decoder, reader.params, known, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         given = baselines.instructed(latents, given, task if task in self.tasks else None)
         return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)

@@ -66,6 +66,9 @@ class Compressed(Protocol):
         """With the learned keys and values, if any, that a task has in front of those."""
 
 
+    def for_task(self, name: str) -> Compressed:
+        """The same, of which the reader gets what a task makes of the latents."""
+
     def deltas(self) -> Any:
         """Deltas of the reader's projections that are trained with it; None of a frozen reader."""
 
@@ -77,6 +80,7 @@ class Latents:
     module: Any = flax.struct.field(pytree_node=False)
     params: Any
     frozen: Any
+    about: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def compress(self, ids, mask):
         """See `Compressed.compress`."""
@@ -84,7 +88,10 @@ class Latents:
 
     def prefix(self, wire):
         """See `Compressed.prefix`."""
-        return self._run(wire, frozen=self.frozen, method="prefix")
+        number = None
+        if self.about is not None:
+            number = jnp.full(len(wire.mask), self.about, jnp.int32)
+        return self._run(wire, frozen=self.frozen, task=number, method="prefix")
 
     def task(self, name, batch):
         """See `Compressed.task`."""
@@ -98,6 +105,12 @@ class Latents:
         number = jnp.full(given.start.shape, TASKS.index(name), jnp.int32)
         return self._run(given, number, method="instructed")
 
+    def for_task(self, name):
+        """See `Compressed.for_task`."""
+        if not self.module.config.adapter.task_rank:
+            return self
+        return self.replace(about=TASKS.index(name))
+
     def deltas(self):
         """See `Compressed.deltas`."""
         return self._run(method="deltas")
@@ -108,6 +121,11 @@ class Latents:
 
     def _run(self, *args, method, **options):
         return self.module.apply(as_variables(self.params), *args, method=method, **options)
+
+
+def for_task(latents: Compressed | None, name: str | None) -> Compressed | None:
+    """A compressor as a task reads it; what all tasks share where there is none."""
+    return latents if latents is None or name is None else latents.for_task(name)
 
 
 @functools.partial(jax.jit, static_argnames=("name",))

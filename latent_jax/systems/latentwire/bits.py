@@ -80,6 +80,10 @@ class Rounded:
         """See `Compressed.instructed`."""
         return self.inner.instructed(given, name)
 
+    def for_task(self, name):
+        """See `Compressed.for_task`."""
+        return self.replace(inner=self.inner.for_task(name))
+
     def deltas(self):
         """See `Compressed.deltas`."""
         return self.inner.deltas()

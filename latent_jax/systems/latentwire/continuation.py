@@ -85,7 +85,7 @@ def evaluate_continuation(
     first = None if sink is None else jnp.int32(sink)
     losses = {arm: np.zeros(n) for arm in arms}
     plan, done = list(batches([length] * n, batch_size)), 0
-    behind = reading(latents, reader)
+    behind, going_on = reading(latents, reader), baselines.for_task(latents, task)
     for at in plan:
         real = len(dict.fromkeys(at.tolist()))
         shown = pad_rows(windows[at, :length], width)
@@ -101,7 +101,7 @@ def evaluate_continuation(
                 sent = neighbours(latents, wire, windows[:, :length], at, real, width)
             given = baselines.build(
                 arm, llm.decoder, llm.params, *shown, *begin, at.astype(np.int32),
-                ratio=ratio, latents=latents if sent is not None else None, wire=sent,
+                ratio=ratio, latents=going_on if sent is not None else None, wire=sent,
                 key=jax.random.key(seed), sink=first,
             )  # fmt: skip
             lead = task_embedding(latents, arm, task, len(at))

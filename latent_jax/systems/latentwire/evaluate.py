@@ -207,7 +207,7 @@ def evaluate_qa(
         raise ConfigError(
             f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)"
         )
-    behind = reading(latents, reader)
+    behind, asked_of = reading(latents, reader), baselines.for_task(latents, task)
     rows, dropped = prepare(builder, examples, max_context, source)
     partner = partners(rows, seed) if "shuffled" in arms else None
     widths = (
@@ -269,7 +269,7 @@ def evaluate_qa(
             given = baselines.build(
                 base, llm.decoder, llm.params, *shown, *prompt, at.astype(np.int32),
                 ratio=ratio, context=cache if base in baselines.CACHED else None,
-                latents=latents if base in baselines.LATENT_ARMS else None, wire=sent,
+                latents=asked_of if base in baselines.LATENT_ARMS else None, wire=sent,
                 anchor_ids=anchor, key=jax.random.key(seed), sink=first,
             )  # fmt: skip
             if base == "latent":

@@ -54,11 +54,12 @@ def rebuilt(
     made = baselines.encode(latents, ids, mask)
     if arm == "shuffled":
         made = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), made)
+    trained = "reconstruct" in wire.tasks
+    latents = baselines.for_task(latents, "reconstruct" if trained else None)
     given = baselines.latent_given(
         arm, reader.decoder, reader.params, latents, made, np.arange(len(ids), dtype=np.int32),
         jax.random.key(0),
     )  # fmt: skip
-    trained = "reconstruct" in wire.tasks
     # Where no embedding was trained to ask for the text, words do.
     asking = [] if trained else reader.tokenizer.encode(AGAIN)
     prompt = pad_rows([asking] * len(ids), len(asking), wire.builder.pad_id)

@@ -193,7 +193,7 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
         raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
     )
     if wire is not None:
-        prefix = apply(wire, reader["embed"].dtype, reader, method="prefix")
+        prefix = apply(wire, reader["embed"].dtype, reader, task, method="prefix")
     elif "raw" in batch:
         prefix = text()
     else:

@@ -35,6 +35,7 @@ from latent_jax.systems.latentwire.latents import (
 )
 from latent_jax.systems.latentwire.pool import num_latents
 from latent_jax.systems.latentwire.reading import read
+from latent_jax.systems.latentwire.task_adapter import TaskAdapter
 from latent_jax.systems.latentwire.vectors import Refiner
 
 __all__ = [
@@ -86,6 +87,8 @@ class Compressor(Encoder):
             self.in_scale = self.param("in_scale", ones, (width,))
             self.out_mean = self.param("out_mean", zeros, (out,))
             self.out_scale = self.param("out_scale", ones, (out,))
+            if c.adapter.task_rank:
+                self.task_adapter = TaskAdapter(len(TASKS), out, c.adapter.task_rank)
             if c.adapter.onto_soft:
                 self.soft = self.param("soft", start, (c.wire.d_z, r.hidden_size))
                 self.soft_mean = self.param("soft_mean", zeros, (r.hidden_size,))
@@ -149,19 +152,24 @@ class Compressor(Encoder):
         x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], levels)[..., 0]
         return straight_through(x, jnp.round(x)) / (levels[0] // 2) * scale
 
-    def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None) -> Prefix:
+    def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None, task=None) -> Prefix:
         """Wire → what the reader gets.
 
         Args:
           wire: of `compress`.
           dtype: of what the reader gets.
           frozen: the LLM's parameters, for adapters that look at its vocabulary or run it.
+          task: number of each text's, where tasks add something of their own; None: what they
+            all share.
         """
         c, r = self.config, self.reader
         wire = own_slots(wire, c)
         z = wire.z
         if c.wire.d_z is not None:
-            z = (z @ self.up) * self.out_scale + self.out_mean
+            y = z @ self.up
+            if task is not None and c.adapter.task_rank:
+                y = y + self.task_adapter(z, task)
+            z = y * self.out_scale + self.out_mean
         if c.adapter.entries > 1:
             wire, z = expanded(wire, z, c.adapter.entries, c.ratio)
         if not c.adapter.plain:
@@ -255,5 +263,5 @@ class Compressor(Encoder):
             one = split_segments(wire, self.config.segment, self.config.ratio, private)
             real = jnp.ones((len(one.z), width), bool)
             self.filled_in(one, jnp.zeros((*real.shape, self.reader.hidden_size)), real, real)
-        return self.instructed(self.prefix(wire, frozen=frozen), task)
+        return self.instructed(self.prefix(wire, frozen=frozen, task=task), task)
 

@@ -261,8 +261,9 @@ class ModelConfig:
             )
         if self.encoder.refiner and (self.wire.d_z or 2) % 2:
             raise ConfigError(f"encoder.refiner needs an even wire.d_z, not {self.wire.d_z}")
-        if self.adapter.onto_soft and self.wire.d_z is None:
-            raise ConfigError("adapter.onto_soft needs a map of its own: set wire.d_z")
+        if (self.adapter.onto_soft or self.adapter.task_rank) and self.wire.d_z is None:
+            name = "onto_soft" if self.adapter.onto_soft else "task_rank"
+            raise ConfigError(f"adapter.{name} needs a map of its own: set wire.d_z")
         if self.gist_layers and self.encoder.slots == "heads":
             raise ConfigError("model.gist_layers: encoder.slots=heads has no latents to train")
         if self.adapter.entries > 1 and self.wire.d_z is None:

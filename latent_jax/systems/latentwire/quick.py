@@ -40,7 +40,7 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
         lora = apply(method="deltas") if name == MAIN else None
 
         def score(wire):
-            table = {"frozen": reader} if name == MAIN else {}
+            table = {"frozen": reader, "task": task} if name == MAIN else {}
             prefix = apply(wire, reader["embed"].dtype, **table, method="prefix")
             if name == MAIN:
                 prefix = apply(prefix, task, method="instructed")

@@ -161,6 +161,10 @@ class ReaderLatents:
         """See `Compressed.instructed`: a further reader has none."""
         return given
 
+    def for_task(self, name):
+        """See `Compressed.for_task`: a further reader has one adapter for all tasks."""
+        return self
+
     def deltas(self):
         """See `Compressed.deltas`: a further reader is always frozen."""
         return None

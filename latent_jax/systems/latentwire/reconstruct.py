@@ -90,6 +90,7 @@ def evaluate_ae(
             f"LLM, those of text with {PROMPTED}; got {arms}"
         )
     first, behind = None if sink is None else jnp.int32(sink), reading(latents, reader)
+    repeating = baselines.for_task(latents, task)
     width = length if length <= segment else -(-length // segment) * segment
     empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
     scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
@@ -116,7 +117,7 @@ def evaluate_ae(
                 )
             given = baselines.build(
                 base, llm.decoder, llm.params, ids, mask, *empty, at.astype(np.int32),
-                latents=latents, wire=sent, key=jax.random.key(seed), ratio=ratio, sink=first,
+                latents=repeating, wire=sent, key=jax.random.key(seed), ratio=ratio, sink=first,
             )  # fmt: skip
             asking = "latent" if arm in of_text else arm  # both have the compressor's embedding
             lead = task_embedding(latents, asking, task, len(at))
@@ -176,7 +177,7 @@ def rebuild(
     n = rows // b
     empty = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), bool)
     given = baselines.latent_given(
-        "latent", reader.decoder, reader.params, latents, parts,
+        "latent", reader.decoder, reader.params, baselines.for_task(latents, task), parts,
         np.arange(rows, dtype=np.int32), jax.random.key(0),
     )  # fmt: skip
     given = baselines.instructed(latents, given, task)

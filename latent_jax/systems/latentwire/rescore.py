@@ -95,7 +95,7 @@ def log_probabilities(
         prompt = pad_rows([prompts[i] for i in rows], widths[0], builder.pad_id, left=True)
         wire = baselines.encode(judge.latents, ids, mask)
         given = baselines.latent_given(
-            "latent", reader.decoder, reader.params, judge.latents, wire,
+            "latent", reader.decoder, reader.params, baselines.for_task(judge.latents, task), wire,
             at.astype(np.int32), jax.random.key(0),
         )  # fmt: skip
         lead = task_embedding(judge.latents, "latent", task, len(at))

@@ -99,6 +99,8 @@ class Selected(Compressor):
         positions = jnp.broadcast_to(positions, kept.mask.shape)
         return flatten_kv(kept, inverse_frequencies(self.reader), positions), kept.mask, positions
 
-    def prefix(self, wire: Wire, dtype=jnp.float32, frozen: Any = None) -> Prefix:
+    def prefix(
+        self, wire: Wire, dtype=jnp.float32, frozen: Any = None, task: Any = None
+    ) -> Prefix:
         """As a trained compressor's, but the prompt continues where the text ends."""
-        return super().prefix(wire, dtype, frozen)._replace(start=wire.length)
+        return super().prefix(wire, dtype, frozen, task)._replace(start=wire.length)
