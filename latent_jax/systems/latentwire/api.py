@@ -235,8 +235,9 @@ class LatentWire:
         wire = self._compress(latents, texts, c.segment)
         private = sum(c.private_slots.values())
         made = Message(
-            wire, self.origin, c.ratio, c.segment, self.centre, private=private, codes=c.wire.codes
-        )
+            wire, self.origin, c.ratio, c.segment, self.centre, private=private,
+            codes=c.wire.codes or c.wire.levels,
+        )  # fmt: skip
         if ratio is not None:
             for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
                 m -= private * math.ceil(tokens / c.segment)
@@ -311,11 +312,12 @@ class LatentWire:
         """
         header, _ = read_header(data, name)
         check_origin(header.origin, self.origin, name)
-        decode = self.latents.from_digits if self.config.wire.codes else None
+        codes = self.config.wire.codes or self.config.wire.levels
+        decode = self.latents.from_digits if codes else None
         wire, header, _ = unpack(data, self.centre, name, decode)
         return Message(
             wire, self.origin, header.ratio, header.segment, self.centre, header.form,
-            header.private, self.config.wire.codes,
+            header.private, codes,
         )  # fmt: skip
 
     def open(self, path: str | Path) -> Message:

@@ -1,4 +1,4 @@
-"""A discrete wire: latents as sums of codes (residual VQ), and codebooks beside the parameters.
+"""A discrete wire: latents as digits, of codes (residual VQ) or of levels (FSQ).
 
 Codebooks are averages and not parameters: they live in Linen's collection ``codebook``. While a
 compressor trains it is one of the trainer's collections; whoever only uses a compressor holds one
@@ -11,9 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
@@ -50,6 +51,19 @@ def as_variables(params: Mapping[str, Any]) -> dict[str, Any]:
     }
     rest = {k: v for k, v in params.items() if k != COLLECTION}
     return {"params": rest, COLLECTION: trees.unflatten(typed)}
+
+
+def straight(x: Float[Array, "*b z"], y: Float[Array, "*b z"]) -> Float[Array, "*b z"]:
+    """``y`` to the last bit, with the gradient of ``x``."""
+    return jax.lax.stop_gradient(y) + (x - jax.lax.stop_gradient(x))
+
+
+def level_values(levels: int) -> Float[Array, " l"]:
+    """What each level of FSQ stands for, before its scale; a table, since a compiled division may
+    be rounded otherwise.
+    """
+    half = levels // 2
+    return jnp.asarray((np.arange(levels) - half) / half, jnp.float32)
 
 
 def told(found: Mapping[str, Any]) -> tuple[dict[str, Mean], dict[str, Any]]:

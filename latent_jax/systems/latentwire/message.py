@@ -26,7 +26,7 @@ class Message:
       centre: the compressor's centre, which integer formats take off before rounding.
       bits: number format in which they came, ``fp32`` if they never travelled.
       private: latents of each segment that only single readers are given.
-      codes: of each stage of the compressor's residual VQ; 0: it has none.
+      codes: of each stage of the compressor's residual VQ, or levels of a number; 0: neither.
     """
 
     wire: Wire = dataclasses.field(repr=False)

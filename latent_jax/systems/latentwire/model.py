@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.core.types import Mean
 from latent_jax.ops.fsq import fsq_bound
-from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire import codes, heads, onto_soft, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
 from latent_jax.systems.latentwire.carry import carried
@@ -126,7 +125,7 @@ class Compressor(Encoder):
         if c.encoder.refiner:
             z = self.refiner(z, valid, positions - start)
         if c.wire.levels:
-            z = self._rounded(z)
+            z, digits = self._rounded(z, valid)
         if c.wire.codes:
             z, digits = self._coded(z, valid, train)
         return Wire(z, valid, positions, mask.sum(-1), digits)
@@ -134,23 +133,33 @@ class Compressor(Encoder):
     def _coded(self, z: Float[Array, "b m z"], valid: Bool[Array, "b m"], train: bool):
         """Latents as sums of codes, and the digits of these."""
         out = self.rvq(z, valid, train=train)
-        if not train:  # to the last bit what whoever has only the digits makes of them
-            return self.from_digits(out.indices), out.indices
-        power = jnp.sum(jnp.square(z.astype(jnp.float32)) * valid[..., None])
-        self.sow(codes.TOLD, "commitment", out.losses["commitment"])
-        self.sow(codes.TOLD, "wire_error", Mean(out.metrics["quantisation_error"].sum, power))
-        self.sow(codes.TOLD, "codes_used", out.metrics["perplexity"][0])
-        return out.quantized, out.indices
+        if train:
+            power = jnp.sum(jnp.square(z.astype(jnp.float32)) * valid[..., None])
+            self.sow(codes.TOLD, "commitment", out.losses["commitment"])
+            error = Mean(out.metrics["quantisation_error"].sum, power)
+            self.sow(codes.TOLD, "wire_error", error)
+            self.sow(codes.TOLD, "codes_used", out.metrics["perplexity"][0])
+            return out.quantized, out.indices
+        return codes.straight(z, self.from_digits(out.indices)), out.indices
 
-    def from_digits(self, digits: Int[Array, "b m s"]) -> Float[Array, "b m z"]:
-        """The latents that digits stand for; -1 adds nothing."""
-        return self.rvq.decode(digits)
+    def _rounded(self, z: Float[Array, "b m z"], valid: Bool[Array, "b m"]):
+        """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale; and
+        which level, from 0.
+        """
+        scale, levels = jax.lax.stop_gradient(self.level_scale), self.config.wire.levels
+        x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], (levels,))[..., 0]
+        half = levels // 2
+        digits = (jnp.round(x) + half).astype(jnp.int32)
+        z = codes.straight(x / half * scale, self.from_digits(digits))
+        return z, jnp.where(valid[..., None], digits, -1)
 
-    def _rounded(self, z: Float[Array, "b m z"]) -> Float[Array, "b m z"]:
-        """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale."""
-        scale, levels = jax.lax.stop_gradient(self.level_scale), (self.config.wire.levels,)
-        x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], levels)[..., 0]
-        return straight_through(x, jnp.round(x)) / (levels[0] // 2) * scale
+    def from_digits(self, digits: Int[Array, "*b s"]) -> Float[Array, "*b z"]:
+        """The latents that digits stand for: codes, of which -1 adds nothing, or levels."""
+        if self.config.wire.codes:
+            return self.rvq.decode(digits)
+        return codes.level_values(self.config.wire.levels)[digits] * jax.lax.stop_gradient(
+            self.level_scale
+        )
 
     def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None, task=None) -> Prefix:
         """Wire → what the reader gets.

@@ -68,7 +68,7 @@ def pack(
       group: numbers that share a scale, in the integer formats.
       centre: the encoder's centre, which integer formats take off; it does not travel.
       private: latents of each segment that only single readers are given.
-      codes: of each stage of the encoder's residual VQ; 0: it has none.
+      codes: of each stage of the encoder's residual VQ, or levels of a number; 0: neither.
 
     Raises:
       WireError: unknown format, or latents that it cannot hold.
@@ -115,8 +115,8 @@ def _digits(wire: Wire, mask: np.ndarray, codes: int) -> tuple[bytes, int]:
     """Digits of the real latents as bytes, and how many each has."""
     if not codes or wire.digits is None:
         raise WireError(
-            "format codes: these latents are not made of codes (wire.codes=0); known: "
-            + ", ".join(codec.FORMATS)
+            "format codes: these latents are not made of codes (wire.codes, wire.levels are 0); "
+            f"known: {', '.join(codec.FORMATS)}"
         )
     digits = np.asarray(wire.digits)[mask]
     if digits.size and digits.min() < 0:

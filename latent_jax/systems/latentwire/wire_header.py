@@ -51,7 +51,7 @@ class Header:
       latents: latents of each text, ``M``.
       positions: of each text's latents, where they are not the middles of their spans.
       private: latents of each segment that only single readers are given.
-      codes: of each stage of a residual VQ, in the format `CODES`; else 0.
+      codes: of each stage of a residual VQ, or levels, in the format `CODES`; else 0.
       digits: of each latent, in that format; else 0.
     """
 

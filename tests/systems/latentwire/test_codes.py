@@ -164,6 +164,25 @@ def test_what_has_no_codes_cannot_send_any_and_others_cannot_read_them(wire, sys
     assert "codes" not in str(files.read_header(z.pack("fp32"))[0].form)
 
 
+def test_levels_travel_as_digits_too(batches):
+    model = {**RUN["model"], "wire": {"d_z": 6, "levels": 7}}
+    system = LatentWireSystem(parse(LatentWireRun, {**RUN, "model": model}), byte_reader())
+    variables = system.init({"params": jax.random.key(1)}, batches[0])
+    assert set(variables) == {"params"}
+    wire = system.wire(variables, system.frozen)
+    z = wire.compress(TEXTS)
+    back = wire.unpack(z.pack("codes"))
+    np.testing.assert_array_equal(real(back), real(z))
+    assert z.size("codes").payload == -(-sum(z.latents) * 6 * 3 // 8)
+    # Exactly what is sent, with the gradient of what was rounded.
+    args = system.frozen["reader"], batches[0]["context"], batches[0]["context_mask"]
+
+    def size(params):
+        return jnp.square(system.model.apply({"params": params}, *args, method="compress").z).sum()
+
+    assert float(jnp.abs(jax.grad(size)(variables["params"])["down"]).max()) > 0
+
+
 def test_digits_are_packed_to_the_bit():
     rng = np.random.default_rng(0)
     for size in (2, 5, 256, 1024, 4097):
