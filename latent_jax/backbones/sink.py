@@ -63,6 +63,7 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
         jnp.concatenate([first.v, then.v], axis=2),
         jnp.concatenate([first.mask, then.mask], axis=-1),
         joined_bias(first, then),
+        then.cross if first.cross is None else first.cross,
     )
 
 

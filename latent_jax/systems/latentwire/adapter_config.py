@@ -52,8 +52,15 @@ class AdapterConfig:
     ``residual``, then ``calibration``, then ``transform``.
     """
 
-    kind: Literal["kv", "soft"] = field(
-        default="kv", help="deep prefix of keys and values, or soft tokens before the prompt"
+    kind: Literal["kv", "soft", "cross"] = field(
+        default="kv", help="deep prefix of keys and values, soft tokens before the prompt, or "
+        "gated cross-attention blocks that read the latents in front of some layers",
+    )  # fmt: skip
+    depths: tuple[int, ...] = field(
+        default=(), ge=0, help="the layers, from 0, that have such a block in front (kind=cross)"
+    )
+    gate: float = field(
+        default=0.0, help="where the gates of such blocks start; 0: the reader is as it was"
     )
     entries: int = field(
         default=1, ge=1, help="soft tokens that are made of one latent (pool, then expand)"
@@ -71,7 +78,9 @@ class AdapterConfig:
         help="what is learned on top of the linear map: a factor and a shift per dimension, the "
         "same from the latent, or a two-layer residual",
     )
-    hidden: int = field(default=64, ge=1, help="width of the two-layer residual")
+    hidden: int = field(
+        default=64, ge=1, help="width of the two-layer residual, or of a block's MLP"
+    )
     calibration: Literal["none", "embed_rms", "token_rms", "distribution", "colour"] = field(
         default="none",
         help="size of soft tokens, from the vocabulary's statistics: one factor for a text, one "
@@ -95,6 +104,13 @@ class AdapterConfig:
         }  # fmt: skip
         if self.kind != "soft" and (wrong := [name for name, on in soft.items() if on]):
             raise ConfigError(f"adapter.{', '.join(wrong)}: only adapter.kind=soft has soft tokens")
+        if (self.kind == "cross") != bool(self.depths) or len(set(self.depths)) < len(self.depths):
+            raise ConfigError(
+                f"adapter.depths={list(self.depths)}: adapter.kind=cross wants different layers, "
+                "the other kinds none"
+            )
+        if self.kind == "cross" and (self.residual != "none" or self.task_rank):
+            raise ConfigError("adapter.residual, task_rank: adapter.kind=cross has blocks alone")
         if self.onto_soft and self.kind != "kv":
             raise ConfigError("adapter.onto_soft is of a deep prefix: adapter.kind=kv")
 

@@ -65,6 +65,7 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     """
     config = model.config
     foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
+    foreign = foreign and config.adapter.kind != "cross"  # which has no way back
     if foreign or config.wire.fit == "random":
         return dict(params)
     if config.wire.fit == "vocabulary":
@@ -74,7 +75,7 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     run = jax.jit(lambda p, r, i, m: model.apply({"params": p}, r, i, m, method="encoder_output"))
     found, whole, count = [], [], 0
     segment = config.segment
-    deeper = config.encoder.layers > 0 and config.encoder.output == "kv"
+    deeper = config.encoder.layers > 0 and config.encoder.output == "kv" and "up" in params
     for batch in batches:
         ids, mask = np.asarray(batch["context"]), np.asarray(batch["context_mask"])
         if ids.shape[1] > segment:
@@ -128,7 +129,8 @@ def _started(config, params, fitted, found) -> dict[str, Any]:
     if (n := config.adapter.entries) > 1:
         for name in ("up", "out_mean", "out_scale"):
             fitted[name] = np.tile(fitted[name], n)
-    return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
+    own = {k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items() if k in params}
+    return {**params, **own}
 
 
 def adopt(params: Mapping[str, Any], start: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -107,10 +107,12 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     if wire.method is not None and soft:  # embeddings only: no layer runs
         read = slots = [0] * len(latents)
     # Heads that keep few entries are padded to the places of those that keep many.
-    held = lengths if heads else latents
+    held, per_latent = lengths if heads else latents, per_token
+    if wire.config.adapter.kind == "cross":  # keys and values of the blocks alone
+        per_latent = per_token // reader.num_layers * len(wire.config.adapter.depths)
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
-        sum(lengths) * per_token, sum(held) * per_token,
+        sum(lengths) * per_token, sum(held) * per_latent,
         text_flops=sum(prefill_flops(reader, n) for n in lengths),
         latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
         encode_flops=sum(

@@ -14,7 +14,7 @@ _LATER = {
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes", "onto_soft", "task_rank",
+        "codes", "onto_soft", "task_rank", "depths", "gate",
     ),
 }  # fmt: skip
 

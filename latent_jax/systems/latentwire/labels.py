@@ -12,7 +12,7 @@ LABELS = (
     (r"^pool/", "pool"),
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),
-    (r"^(adapter|task_adapter)/", "adapter"),
+    (r"^(adapter|task_adapter|cross)/", "adapter"),
     (r"^(gate|onto)$", "gate"),
     (r"^gist/", "gist"),
     (r"^(memory|private|tasks|asking)$", "memory"),

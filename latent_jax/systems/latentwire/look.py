@@ -106,8 +106,13 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
     which in the reader depend on a token alone and not on its place.
 
     Raises:
-      DataError: an empty or too long text.
+      DataError: an empty or too long text, or latents that only blocks read.
     """
+    if wire.config.adapter.kind == "cross":
+        raise DataError(
+            "latents that blocks read are near no token: with adapter.kind=cross there are neither "
+            "soft tokens nor values in the first layer"
+        )
     ids, mask = _rows(wire, [text])
     latents, reader = wire.latents, wire.backbone
     made = baselines.encode(latents, ids, mask)

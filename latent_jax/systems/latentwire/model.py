@@ -21,6 +21,7 @@ from latent_jax.systems.latentwire import codes, heads, onto_soft, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
 from latent_jax.systems.latentwire.carry import carried
 from latent_jax.systems.latentwire.config import TASKS
+from latent_jax.systems.latentwire.cross_adapter import CrossAdapter
 from latent_jax.systems.latentwire.encoder import Encoder
 from latent_jax.systems.latentwire.gist_head import GistHead
 from latent_jax.systems.latentwire.latents import (
@@ -59,6 +60,8 @@ class Compressor(Encoder):
             self.refiner = Refiner(c.encoder.refiner)
         if not c.adapter.plain:
             self.adapter = Adapter(c.adapter)
+        if c.adapter.kind == "cross":
+            self.cross = CrossAdapter(c.adapter, r)
         if c.gist_layers:
             self.gist = GistHead(r.hidden_size, c.gist_layers, c.segment)
         if c.reader_lora.rank:
@@ -75,17 +78,19 @@ class Compressor(Encoder):
                 self.level_scale = self.param("level_scale", spread, (c.wire.d_z,))
             if c.wire.codes:
                 self.rvq = codes.quantiser(c.wire.d_z, c.wire.codes, c.wire.stages)
-            out = r.kv_floats_per_token if c.adapter.kind == "kv" else r.hidden_size
-            out *= c.adapter.entries
-            self.up = self.param("up", start, (c.wire.d_z, out))
+            deep, crossed = c.adapter.kind == "kv", c.adapter.kind == "cross"
+            out = (r.kv_floats_per_token if deep else r.hidden_size) * c.adapter.entries
+            if not crossed:
+                self.up = self.param("up", start, (c.wire.d_z, out))
             # Per-dimension centre and spread of the encoder's output and of what the reader
             # expects; keys are an order of magnitude larger than values, so neither PCA nor a
             # linear map works on raw numbers.
             zeros, ones = nn.initializers.zeros, nn.initializers.ones
             self.in_mean = self.param("in_mean", zeros, (width,))
             self.in_scale = self.param("in_scale", ones, (width,))
-            self.out_mean = self.param("out_mean", zeros, (out,))
-            self.out_scale = self.param("out_scale", ones, (out,))
+            if not crossed:
+                self.out_mean = self.param("out_mean", zeros, (out,))
+                self.out_scale = self.param("out_scale", ones, (out,))
             if c.adapter.task_rank:
                 self.task_adapter = TaskAdapter(len(TASKS), out, c.adapter.task_rank)
             if c.adapter.onto_soft:
@@ -173,6 +178,13 @@ class Compressor(Encoder):
         """
         c, r = self.config, self.reader
         wire = own_slots(wire, c)
+        sink = None if self.sink is None else jnp.int32(self.sink)
+        start = wire.length
+        if c.follow == "segment":
+            start = -(-wire.length // c.segment) * c.segment
+        if c.adapter.kind == "cross":
+            kv = self.cross(wire, dtype)
+            return Prefix(kv, None, wire.mask, wire.positions, start, sink)
         z = wire.z
         if c.wire.d_z is not None:
             y = z @ self.up
@@ -184,7 +196,6 @@ class Compressor(Encoder):
         if not c.adapter.plain:
             z = self.adapter(wire.z, z, wire.mask, None if frozen is None else frozen["embed"])
         z = z.astype(dtype)
-        sink = None if self.sink is None else jnp.int32(self.sink)
         if c.encoder.slots == "heads":
             # Its entries stand where their tokens stood: what follows them is at the text's end.
             kv = heads.decode(r, self._known(), wire._replace(z=z), c.segment, c.ratio)
@@ -198,9 +209,6 @@ class Compressor(Encoder):
                 kv = onto_soft.onto(body, frozen, soft, wire, kv, self.onto, self.sink)
         else:
             embeds = z
-        start = wire.length
-        if c.follow == "segment":
-            start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
 
     def softened(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Prefix:

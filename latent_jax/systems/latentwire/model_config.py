@@ -217,12 +217,15 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Refuses combinations that cannot be wired together."""
-        if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
+        other = (self.encoder.output == "kv") != (self.adapter.kind == "kv")
+        if self.wire.d_z is None and other and self.adapter.kind != "cross":
             raise ConfigError(
                 f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
                 f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
                 "kv, hidden with soft"
             )
+        if self.encoder.carry and self.adapter.kind == "cross":
+            raise ConfigError("encoder.carry reads latents as a prefix: adapter.kind=cross is none")
         if self.encoder.layers and self.encoder.output == "kv" and self.wire.d_z is None:
             raise ConfigError(
                 f"encoder.layers={self.encoder.layers} leaves keys and values of so many layers, "
