@@ -25,8 +25,8 @@ from latent_jax.core.config import parse, to_dict
 from latent_jax.core.errors import CheckpointError, DataError, WireError
 from latent_jax.systems.latentwire import baselines, reader_lora
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
-from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
+from latent_jax.systems.latentwire.compressed import Compressed, Latents, for_task
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
@@ -175,11 +175,11 @@ class LatentWire:
         return sink_token(self.backbone.tokenizer) if self.config.sink else None
 
     @property
-    def latents(self) -> baselines.Latents:
+    def latents(self) -> Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
         shape = self.config, self.backbone.config, self.sink
         model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
-        return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
+        return Latents(module=model, params=self.params, frozen=self.backbone.params)
 
     @functools.cached_property
     def reading(self) -> backbones.Backbone:
@@ -398,7 +398,7 @@ class LatentWire:
         reader, stop_ids = self.reading, self._builder.stop_ids if stop_ids is None else stop_ids
         if self.by is not None:
             reader, latents = self.by.backbone, self.by.latents(latents)
-        known = baselines.for_task(latents, task if task in self.tasks else None)
+        known = for_task(latents, task if task in self.tasks else None)
         given = _given(reader.decoder, reader.params, known, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         given = baselines.instructed(latents, given, task if task in self.tasks else None)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from latent_jax.systems.latentwire import asking, bottleneck, heads, onto_soft, reader_start
 from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.assets import load_compressor
-from latent_jax.systems.latentwire.baselines import Latents
 from latent_jax.systems.latentwire.codes import as_params, as_variables
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.tuned import init_prompt
 from latent_jax.systems.latentwire.vectors import spelling
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.ops import wire as codec
 from latent_jax.ops.bootstrap import difference_interval
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed
 
 #: Scores that are compared between formats; of answers and of reconstructions.
 _QA = ("f1", "em")

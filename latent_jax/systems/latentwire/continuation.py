@@ -14,7 +14,7 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.reader_lora import reading
@@ -85,7 +85,7 @@ def evaluate_continuation(
     first = None if sink is None else jnp.int32(sink)
     losses = {arm: np.zeros(n) for arm in arms}
     plan, done = list(batches([length] * n, batch_size)), 0
-    behind, going_on = reading(latents, reader), baselines.for_task(latents, task)
+    behind, going_on = reading(latents, reader), for_task(latents, task)
     for at in plan:
         real = len(dict.fromkeys(at.tolist()))
         shown = pad_rows(windows[at, :length], width)

@@ -16,7 +16,7 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
@@ -207,7 +207,7 @@ def evaluate_qa(
         raise ConfigError(
             f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)"
         )
-    behind, asked_of = reading(latents, reader), baselines.for_task(latents, task)
+    behind, asked_of = reading(latents, reader), for_task(latents, task)
     rows, dropped = prepare(builder, examples, max_context, source)
     partner = partners(rows, seed) if "shuffled" in arms else None
     widths = (

@@ -17,6 +17,7 @@ from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.api import AGAIN, LatentWire
+from latent_jax.systems.latentwire.compressed import for_task
 from latent_jax.systems.latentwire.diagnose import nearest_tokens
 from latent_jax.systems.latentwire.given import Asked, answer_hidden, embed
 from latent_jax.systems.latentwire.prompts import pad_rows
@@ -55,7 +56,7 @@ def rebuilt(
     if arm == "shuffled":
         made = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), made)
     trained = "reconstruct" in wire.tasks
-    latents = baselines.for_task(latents, "reconstruct" if trained else None)
+    latents = for_task(latents, "reconstruct" if trained else None)
     given = baselines.latent_given(
         arm, reader.decoder, reader.params, latents, made, np.arange(len(ids), dtype=np.int32),
         jax.random.key(0),

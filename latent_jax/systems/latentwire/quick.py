@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_jax.backbones.cross_entropy import token_cross_entropy
-from latent_jax.systems.latentwire.baselines import Latents
 from latent_jax.systems.latentwire.codes import as_variables
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import MAIN, TASKS
 from latent_jax.systems.latentwire.losses import cosine_between, forced
 from latent_jax.systems.latentwire.prompts import pad_rows

@@ -57,7 +57,7 @@ def reading(latents: Any, reader: Backbone) -> Backbone:
     """The LLM as it reads behind latents: itself, or with the deltas that were trained for them.
 
     Args:
-      latents: a compressor (`baselines.Compressed`), or None.
+      latents: a compressor (`compressed.Compressed`), or None.
       reader: the LLM.
     """
     deltas = None if latents is None else latents.deltas()

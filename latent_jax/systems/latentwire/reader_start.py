@@ -21,8 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import inverse_frequencies
 from latent_jax.core.errors import ConfigError, DataError
-from latent_jax.systems.latentwire.baselines import Latents, encode
+from latent_jax.systems.latentwire.baselines import encode
 from latent_jax.systems.latentwire.bottleneck import adopt
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import ModelConfig
 from latent_jax.systems.latentwire.given import embed, prefill
 from latent_jax.systems.latentwire.model import Wire, flatten_kv, num_latents

@@ -14,7 +14,7 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Wire, split_segments
@@ -90,7 +90,7 @@ def evaluate_ae(
             f"LLM, those of text with {PROMPTED}; got {arms}"
         )
     first, behind = None if sink is None else jnp.int32(sink), reading(latents, reader)
-    repeating = baselines.for_task(latents, task)
+    repeating = for_task(latents, task)
     width = length if length <= segment else -(-length // segment) * segment
     empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
     scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
@@ -177,7 +177,7 @@ def rebuild(
     n = rows // b
     empty = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), bool)
     given = baselines.latent_given(
-        "latent", reader.decoder, reader.params, baselines.for_task(latents, task), parts,
+        "latent", reader.decoder, reader.params, for_task(latents, task), parts,
         np.arange(rows, dtype=np.int32), jax.random.key(0),
     )  # fmt: skip
     given = baselines.instructed(latents, given, task)

@@ -23,7 +23,7 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.data.squad import QAExample
 from latent_jax.ops.bootstrap import mean_interval, ratio_interval
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reader_lora import reading
@@ -95,7 +95,7 @@ def log_probabilities(
         prompt = pad_rows([prompts[i] for i in rows], widths[0], builder.pad_id, left=True)
         wire = baselines.encode(judge.latents, ids, mask)
         given = baselines.latent_given(
-            "latent", reader.decoder, reader.params, baselines.for_task(judge.latents, task), wire,
+            "latent", reader.decoder, reader.params, for_task(judge.latents, task), wire,
             at.astype(np.int32), jax.random.key(0),
         )  # fmt: skip
         lead = task_embedding(judge.latents, "latent", task, len(at))

@@ -35,9 +35,9 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
     with_every_task,
 )
-from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.codes import as_params, as_variables
+from latent_jax.systems.latentwire.compressed import Compressed
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples

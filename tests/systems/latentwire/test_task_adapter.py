@@ -10,8 +10,8 @@ import pytest
 from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import baselines
 from latent_jax.systems.latentwire.bits import Rounded
+from latent_jax.systems.latentwire.compressed import for_task
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.continuation import evaluate_continuation
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae
@@ -134,11 +134,11 @@ def test_a_person_gets_each_tasks_own(system, moved, params):
     wire, plain = (system.wire({"params": p}, system.frozen) for p in (moved, params))
     z = wire.encode("a b c d")
     latents = wire.latents
-    asked = baselines.for_task(latents, "reconstruct")
-    assert asked.about == REBUILD and baselines.for_task(latents, None) is latents
+    asked = for_task(latents, "reconstruct")
+    assert asked.about == REBUILD and for_task(latents, None) is latents
     own, shared = asked.prefix(z), latents.prefix(z)
     assert float(jnp.abs(own.kv.v - shared.kv.v).max()) > 1e-3
-    same = baselines.for_task(plain.latents, "reconstruct").prefix(z)
+    same = for_task(plain.latents, "reconstruct").prefix(z)
     np.testing.assert_array_equal(same.kv.v, plain.latents.prefix(z).kv.v)
     assert len(wire.rebuild_ids(z)[0]) == int(z.length[0])
 
