@@ -16,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.backbones import cross_blocks
 from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.cross_blocks import CrossBlocks
 from latent_jax.ops import attention, rope
 from latent_jax.sharding.rules import constrain
 
@@ -26,13 +28,15 @@ class KV(NamedTuple):
 
     As a prefix its mask may also be ``[b t m]``: what each of the call's tokens sees of it. A
     prefix may weigh its entries: ``bias`` is added to their logits, and `MASKED` hides an entry
-    from one head of one layer, so that heads may hold different numbers of them.
+    from one head of one layer, so that heads may hold different numbers of them. ``cross`` are
+    blocks in front of some layers that read a memory of their own, beside the entries.
     """
 
     k: Float[Array, "l b m g d"]
     v: Float[Array, "l b m g d"]
     mask: Bool[Array, "b m"] | Bool[Array, "b t m"]
     bias: Float[Array, "l b m g"] | None = None
+    cross: CrossBlocks | None = None
 
 
 class DecoderOutput(NamedTuple):
@@ -81,9 +85,12 @@ class _Layer(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x, lora, prefix_k, prefix_v, prefix_bias, inv_freq, shared):
+    def __call__(self, x, lora, prefix_k, prefix_v, prefix_bias, inv_freq, cross, shared):
         c = self.config
-        positions, mask, prefix_mask = shared
+        positions, mask, prefix_mask, memory_mask = shared
+        if cross is not None:
+            own = cross_blocks.CrossBlocks(*cross, memory_mask)
+            x = cross_blocks.apply(x, own, positions, inv_freq, c.norm_eps)
         b, t, _ = x.shape
         lora = lora or {}
 
@@ -157,7 +164,7 @@ class Decoder(nn.Module):
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, 0, 0, 0, nn.broadcast),
+            in_axes=(0, 0, 0, 0, 0, 0, nn.broadcast),
             length=c.num_layers,
         )(c)
         self.final_norm = _Norm(c.norm_eps)
@@ -194,12 +201,13 @@ class Decoder(nn.Module):
             mask = jnp.ones((b, t), bool)
         if attention_mask is None:
             attention_mask = attention.causal_mask(mask)
-        pk, pv, pm, bias = prefix if prefix is not None else (None, None, None, None)
+        pk, pv, pm, bias, cross = (None,) * 5 if prefix is None else prefix
         waves = jnp.asarray(self.inv_freq)
         waves = jnp.broadcast_to(waves, (self.config.num_layers, waves.shape[-1]))
         inputs_embeds = constrain(inputs_embeds, *_STREAM)
-        shared = (positions, attention_mask, pm)
-        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, bias, waves, shared)
+        shared = (positions, attention_mask, pm, None if cross is None else cross.mask)
+        blocks = None if cross is None else (cross.on, cross.weights, cross.k, cross.v)
+        x, (k, v) = self.layers(inputs_embeds, lora, pk, pv, bias, waves, blocks, shared)
         return DecoderOutput(self.final_norm(x), KV(k, v, mask))
 
     def embed(self, ids: Int[Array, "b t"], dtype=None) -> Float[Array, "b t d"]:

@@ -91,7 +91,8 @@ def prefill(
     if prefix is not None and prefix.bias is not None:
         after = k.shape[2] - prefix.bias.shape[2]
         bias = jnp.pad(prefix.bias, [(0, 0), (0, 0), (0, after), (0, 0)])
-    return out.hidden[:, -1], KV(k, v, valid, bias), start + jnp.sum(mask, axis=1)
+    cross = None if prefix is None else prefix.cross
+    return out.hidden[:, -1], KV(k, v, valid, bias, cross), start + jnp.sum(mask, axis=1)
 
 
 def decode_step(
@@ -127,6 +128,7 @@ def decode_step(
         jax.lax.dynamic_update_slice(cache.v, out.kv.v, at),
         jax.lax.dynamic_update_slice(cache.mask, out.kv.mask, (0, slot)),
         cache.bias,
+        cache.cross,
     )
     return out.hidden[:, 0], cache
 
@@ -293,7 +295,7 @@ def generate_ids(
     if prefix is not None:
         prefix = (
             None
-            if prefix.mask.shape[1] == 0
+            if prefix.mask.shape[1] == 0 and prefix.cross is None
             else pad_prefix(prefix, bucket(prefix.mask.shape[1], 8))
         )
     if isinstance(rng, int):
@@ -305,7 +307,8 @@ def generate_ids(
     stops = np.full((padded,), -1, np.int32)
     stops[: len(stop_ids)] = list(stop_ids)
     layers = None
-    if decode_cpu.pays(decoder.config, params, b, max_new_tokens):
+    plain = prefix is None or prefix.cross is None  # its step knows no blocks
+    if plain and decode_cpu.pays(decoder.config, params, b, max_new_tokens):
         layers = decode_cpu.laid_out(decoder.config, params, lora, inputs_embeds.dtype)
     out = _generate(
         decoder,

@@ -91,10 +91,11 @@ def pad_prefix(prefix: KV, width: int) -> KV:
     room = [(0, 0), (0, 0), (0, extra), (0, 0), (0, 0)]
     bias = None if prefix.bias is None else jnp.pad(prefix.bias, room[:-1])
     mask = jnp.pad(prefix.mask, [(0, 0), (0, extra)])
-    return KV(jnp.pad(prefix.k, room), jnp.pad(prefix.v, room), mask, bias)
+    return KV(jnp.pad(prefix.k, room), jnp.pad(prefix.v, room), mask, bias, prefix.cross)
 
 
 def take_rows(prefix: KV, rows: np.ndarray) -> KV:
     """The prefixes of some rows of the batch."""
     bias = None if prefix.bias is None else prefix.bias[:, rows]
-    return KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows], bias)
+    cross = None if prefix.cross is None else prefix.cross.rows(rows)
+    return KV(prefix.k[:, rows], prefix.v[:, rows], prefix.mask[rows], bias, cross)

@@ -31,11 +31,22 @@ def sink_token(tokenizer: Any) -> int:
     return token
 
 
-def sink_kv(decoder: Decoder, params: Any, token: Int[Array, ""], batch: int) -> KV:
-    """Keys and values of the one token at position -1, for a batch."""
+def sink_kv(
+    decoder: Decoder, params: Any, token: Int[Array, ""], batch: int, lora: Any = None
+) -> KV:
+    """Keys and values of the one token at position -1, for a batch; a constant, without gradient.
+
+    Args:
+      decoder: the LLM.
+      params: its parameters.
+      token: of the vocabulary.
+      batch: rows.
+      lora: deltas of an LLM that is trained.
+    """
     x = decoder.apply({"params": params}, jnp.reshape(token, (1, 1)), method="embed")
     where, real = jnp.full((1, 1), -1, jnp.int32), jnp.ones((1, 1), bool)
-    kv = jax.lax.stop_gradient(decoder.apply({"params": params}, x, where, real).kv)
+    kv = decoder.apply({"params": params}, x, where, real, lora=lora).kv
+    kv = jax.lax.stop_gradient(kv)
 
     def wide(x):
         return jnp.broadcast_to(x, (x.shape[0], batch, *x.shape[2:]))
@@ -52,6 +63,7 @@ def behind(first: KV | None, then: KV | None) -> KV | None:
         jnp.concatenate([first.v, then.v], axis=2),
         jnp.concatenate([first.mask, then.mask], axis=-1),
         joined_bias(first, then),
+        then.cross if first.cross is None else first.cross,
     )
 
 

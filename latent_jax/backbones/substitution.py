@@ -17,7 +17,7 @@ class Substituted(NamedTuple):
     """Per token, nats.
 
     Attributes:
-      kl: ``KL(full || given)``.
+      kl: ``KL(full || given)`` at the temperature, times its square.
       nll: cross-entropy behind the substitute.
       full_nll: cross-entropy behind the text itself.
       hit: whether the greedy choice behind the substitute is the target.
@@ -38,6 +38,7 @@ def substitution(
     given: Float[Array, "b t d"],
     targets: Int[Array, "b t"],
     chunk: int | None = None,
+    temperature: float = 1.0,
 ) -> Substituted:
     """Divergence and cross-entropies of two readings.
 
@@ -45,6 +46,8 @@ def substitution(
       full: hidden states on the raw text; the divergence sends no gradient there.
       given: hidden states behind what replaces it.
       chunk: rows of the vocabulary products done at once, recomputed in the backward pass.
+      temperature: of both distributions whose divergence is taken. Its square keeps the size of
+        the gradient (Hinton et al. 2015); cross-entropies and hits are at 1.
     """
 
     def rows(args):
@@ -53,7 +56,10 @@ def substitution(
         logits = decoder.apply({"params": params}, jnp.stack([f, g], axis=1), method="unembed")
         target, log = jnp.unstack(jax.nn.log_softmax(logits), axis=1)
         target = jax.lax.stop_gradient(target)
-        kl = optax.losses.kl_divergence_with_log_targets(log, target)
+        soft, goal = log, target
+        if temperature != 1:
+            soft, goal = (jax.nn.log_softmax(x / temperature) for x in (log, target))
+        kl = temperature**2 * optax.losses.kl_divergence_with_log_targets(soft, goal)
         pick = lambda x: -jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731
         hit = lambda x: jnp.argmax(x, -1) == y  # noqa: E731
         return Substituted(kl, pick(log), pick(target), hit(log), hit(target))

@@ -104,8 +104,8 @@ def random_params(config: DecoderConfig, key: Array, dtype: Any = jnp.float32) -
 
 
 @functools.cache
-def byte_reader() -> Backbone:
-    """A random reader of two layers whose tokens are bytes, made once."""
-    config = tiny_config(num_layers=2, vocab_size=262)
+def byte_reader(layers: int = 2) -> Backbone:
+    """A random reader whose tokens are bytes, made once."""
+    config = tiny_config(num_layers=layers, vocab_size=262)
     params = random_params(config, jax.random.key(0))
     return Backbone("tiny", config, params, ByteTokenizer(), "0" * 64, Decoder(config))

@@ -86,7 +86,9 @@ def compress(
     )],
     text: Annotated[list[str], typer.Option(help="Text file, - for standard input; repeatable.")],
     out: Annotated[str, typer.Option(help="File to write.")],
-    bits: Annotated[str, typer.Option(help="fp32, bf16, fp16, int8, int6 or int4.")] = "fp32",
+    bits: Annotated[str, typer.Option(
+        help="fp32, bf16, fp16, int8, int6, int4; codes of a discrete wire."
+    )] = "fp32",
     ratio: Annotated[
         float | None, typer.Option(help="Tokens per latent; default the compressor's.")
     ] = None,

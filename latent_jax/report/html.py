@@ -135,6 +135,8 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
         facts.append(("data", " · ".join(plain)))
     if _reader(config):
         facts.append(("backbone", _reader(config)))
+    if files.results.get("reader.frozen") == 0:
+        facts.append(("reader", "NOT frozen: deltas of it were trained with the compressor"))
     steps = [row["step"] for row in rows if isinstance(row.get("step"), (int, float))]
     if steps:
         facts.append(("steps trained", tables.number(int(max(steps)))))

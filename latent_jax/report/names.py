@@ -43,6 +43,7 @@ TITLES = {
     "eval": "Rows and segments",
     "latent": "Latent statistics",
     "latents": "Latent statistics",
+    "reader": "The reader (frozen 0: it was trained with the compressor)",
     "telemetry": "Latent statistics",
     "diagnostics": "Diagnostics",
     "throughput": "Cost",
@@ -95,6 +96,7 @@ MEASURES = frozenset(
 FIRST = ("f1", "em", "f1_share", "f1_gain", "token_accuracy", "exact_match", "exact_prefix")
 # What stands on top of a page, where the run has it.
 HEADLINES = (
+    "reader.frozen",  # there only where it is not
     "squad.f1.latent",
     "squad.f1.full_text",
     "squad.f1.no_context",

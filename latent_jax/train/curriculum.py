@@ -125,6 +125,11 @@ def as_config(schedule: Schedule | ScheduleFn) -> ScheduleConfig | ScheduleFn:
     return schedule
 
 
+def values_at(schedules: Mapping[str, Any], step: Any) -> dict[str, Float[Array, ""]]:
+    """What several schedules are at a step."""
+    return {name: make_schedule(schedule)(step) for name, schedule in schedules.items()}
+
+
 def make_schedule(schedule: Schedule | ScheduleFn) -> ScheduleFn:
     """Returns ``fn(step) -> float32 scalar`` (jit-able) for a schedule in any of its forms.
 
@@ -158,6 +163,24 @@ def make_schedule(schedule: Schedule | ScheduleFn) -> ScheduleFn:
         return jnp.asarray(cfg.value, jnp.float32)
 
     return fn
+
+
+def extremes(schedule: Schedule) -> tuple[float, float]:
+    """Least and largest value that a schedule ever has, apart from gates and factors.
+
+    Example:
+      >>> extremes(ScheduleConfig(kind="taper", value=1.0, end=0.85, steps=10)), extremes(0.5)
+      ((0.85, 1.0), (0.5, 0.5))
+    """
+    cfg = as_config(schedule)
+    ends = {"constant": (cfg.value,), "taper": (cfg.value, cfg.end)}
+    found = ends.get(cfg.kind, (cfg.start, cfg.value))
+    if cfg.kind == "staged":
+        found = tuple(stage.value for stage in cfg.stages)
+        first = cfg.stages[0]
+        # What comes before the first stage counts only if there are steps before it, or a ramp.
+        found += (cfg.start,) if first.begin > 0 or first.ramp > 0 else ()
+    return min(found), max(found)
 
 
 def init_gates(*tables: Mapping[str, Any]) -> GateStates:

@@ -14,7 +14,7 @@ from latent_jax.core.types import PyTree
 from latent_jax.train.curriculum import make_schedule
 from latent_jax.train.optimizers import FROZEN
 from latent_jax.train.protocol import System
-from latent_jax.train.step import DEFAULT_RNGS
+from latent_jax.train.step import DEFAULT_RNGS, rates_at
 
 
 def term_gradients(
@@ -35,7 +35,7 @@ def term_gradients(
       variables: ``{"params": …, **collections}``.
       frozen: the frozen argument.
       batch: a training batch.
-      step: where the weights' schedules are read.
+      step: where the schedules of weights and rates are read.
       seed: of the random streams.
 
     Returns:
@@ -48,11 +48,13 @@ def term_gradients(
     labels = system.param_labels(variables["params"])
     others = {k: v for k, v in variables.items() if k != "params"}
     rngs = rng_lib.named(seed, tuple(getattr(system, "rng_names", DEFAULT_RNGS)), step)
+    now = rates_at(system, step)
 
     @jax.jit
     def gradients(params: PyTree, frozen: PyTree, batch: Any) -> dict[str, Any]:
         def values(params: PyTree) -> dict[str, jax.Array]:
-            terms, _, _ = system.loss_terms({"params": params, **others}, frozen, batch, rngs, True)
+            whole = {"params": params, **others}
+            terms, _, _ = system.loss_terms(whole, frozen, batch, rngs, True, **now)
             return {n: weights[n] * terms[n].value for n in names if n in terms}
 
         out, pullback = jax.vjp(values, params)

@@ -30,7 +30,7 @@ from latent_jax.train.phases import active_labels
 from latent_jax.train.protocol import BatchSpec, System
 from latent_jax.train.setup import abstract_state
 from latent_jax.train.state import TrainState
-from latent_jax.train.step import DEFAULT_RNGS, weighted
+from latent_jax.train.step import DEFAULT_RNGS, rates_at, weighted
 
 
 class ArrayRow(NamedTuple):
@@ -229,7 +229,8 @@ def _cost(
         def loss(part: PyTree) -> Any:
             variables = {**rest, "params": trees.merge(part, held)}
             rngs = rng_lib.named(0, names)
-            terms, _, _ = system.loss_terms(variables, frozen, batch, rngs, True)
+            now = rates_at(system, 0)
+            terms, _, _ = system.loss_terms(variables, frozen, batch, rngs, True, **now)
             return sum(term.value for term in weighted(terms, used).values())
 
         value, pull = jax.vjp(loss, trained)

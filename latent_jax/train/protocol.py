@@ -63,6 +63,9 @@ class System(Protocol):
 
     * ``rng_names: tuple[str, ...]``: names of the keys in ``rngs`` (default
       ``("dropout", "sample")``); a fresh key per name, step and micro-batch.
+    * ``rates: Mapping[str, ScheduleConfig | fn(step)]``: other numbers that change over the steps,
+      such as a dropout rate. Where there are any, ``loss_terms`` gets the present ones as the
+      keyword ``rates`` (``{name: scalar}``), and each is logged as ``rate.<name>``.
     * ``unit_counts(batch) -> dict[str, int]``: what a (numpy) batch holds, e.g.
       ``{"tokens": 4096}``, for throughput.
     * ``quick_eval(variables, frozen) -> dict[str, float]``: called every ``train.eval_every``

@@ -53,8 +53,9 @@ def make_train_step(
       The step. ``metrics`` holds float32 scalars: ``loss``, ``term.<name>`` (mean),
       ``weight.<name>``, ``share.<name>`` (part of Σ|weight·mean|), ``grad_norm``,
       ``grad_norm.<label>``, ``lr`` and ``lr.<label>``, ``skipped``, ``skipped_total``,
-      ``gate.<name>``, the system's aux values under their own names, and ``count.<name>`` of every
-      term and aux that is a `Mean` (0: nothing of it was in the batch, its mean says nothing).
+      ``gate.<name>``, ``rate.<name>``, the system's aux values under their own names, and
+      ``count.<name>`` of every term and aux that is a `Mean` (0: nothing of it was in the batch,
+      its mean says nothing).
 
     A non-finite loss or gradient leaves params, collections, optimizer and gates untouched; only
     ``step`` and the guard's counters move.
@@ -63,6 +64,7 @@ def make_train_step(
     table = system.weights if weights is None else weights
     weights = {name: w for name, w in table.items() if w is not None}
     rng_names = tuple(getattr(system, "rng_names", DEFAULT_RNGS))
+    changing = getattr(system, "rates", {})
 
     def forward(params: PyTree, state: TrainState, collections: Any, frozen: PyTree, batch: Any,
                 micro: Any) -> tuple[dict[str, Mean], Any, dict[str, Any]]:
@@ -70,7 +72,8 @@ def make_train_step(
         if accumulate > 1:
             rngs = {k: jax.random.fold_in(v, micro) for k, v in rngs.items()}
         variables = {"params": params, **collections}
-        terms, new, aux = system.loss_terms(variables, frozen, batch, rngs, True)
+        now = rates_at(system, state.step)
+        terms, new, aux = system.loss_terms(variables, frozen, batch, rngs, True, **now)
         return terms, {**collections, **new}, aux
 
     def step(state: TrainState, frozen: PyTree, batch: Any) -> tuple[TrainState, dict[str, Any]]:
@@ -132,6 +135,7 @@ def make_train_step(
             "loss": loss,
             **{f"term.{n}": v for n, v in means.items()},
             **_shares(scale, means),
+            **{f"rate.{n}": r for n, r in curriculum.values_at(changing, state.step).items()},
             **{f"gate.{n}": g["factor"] for n, g in state.gates.items() if "factor" in g},
             **norms,
             "lr": optimizer.schedule(state.step),
@@ -148,6 +152,12 @@ def make_train_step(
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, metric_sharding))
+
+
+def rates_at(system: System, step: Any) -> dict[str, Any]:
+    """What ``loss_terms`` is told beside its batch: the system's rates at a step, if it has any."""
+    changing = getattr(system, "rates", {})
+    return {"rates": curriculum.values_at(changing, step)} if changing else {}
 
 
 def weighted(terms: Mapping[str, Mean], weights: Iterable[str]) -> dict[str, Mean]:

@@ -13,6 +13,10 @@ from jaxtyping import Array, Bool, Float
 
 from latent_jax.ops.vq import straight_through
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig
+from latent_jax.systems.latentwire.codes import as_variables
+
+#: Weight of the squared error beside the cosine, in losses on embeddings.
+ERROR = 0.1
 
 
 def rms(x: Float[Array, "*b d"], mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:
@@ -134,7 +138,7 @@ def fit_colour(
       batches: of training.
       rows: soft tokens to look at.
     """
-    run = jax.jit(lambda p, f, i, m: model.apply({"params": p}, f, i, m)[1:3])
+    run = jax.jit(lambda p, f, i, m: model.apply(as_variables(p), f, i, m)[1:3])
     found, count = [], 0
     for batch in batches:
         soft, mask = run(params, frozen, batch["context"], batch["context_mask"])

@@ -23,15 +23,15 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.config import parse, to_dict
 from latent_jax.core.errors import CheckpointError, DataError, WireError
-from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import baselines, reader_lora
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
-from latent_jax.systems.latentwire.baselines import Compressed
 from latent_jax.systems.latentwire.bits import mean_latent
+from latent_jax.systems.latentwire.compressed import Compressed, Latents, for_task
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
+from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
-from latent_jax.systems.latentwire.model_config import as_first
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
 from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
 from latent_jax.systems.latentwire.scoring import context_width, decode
@@ -175,11 +175,21 @@ class LatentWire:
         return sink_token(self.backbone.tokenizer) if self.config.sink else None
 
     @property
-    def latents(self) -> baselines.Latents:
+    def latents(self) -> Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
         shape = self.config, self.backbone.config, self.sink
         model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
-        return baselines.Latents(module=model, params=self.params, frozen=self.backbone.params)
+        return Latents(module=model, params=self.params, frozen=self.backbone.params)
+
+    @functools.cached_property
+    def reading(self) -> backbones.Backbone:
+        """The LLM as it reads behind latents; other than ``backbone`` where it is not frozen."""
+        return reader_lora.reading(self.latents, self.backbone)
+
+    @property
+    def not_frozen(self) -> str | None:
+        """What of the LLM was trained, in words; None: nothing, it is frozen."""
+        return reader_lora.note(self.config, self.params)
 
     @functools.cached_property
     def origin(self) -> Origin:
@@ -189,11 +199,13 @@ class LatentWire:
         # Readers are not the encoder's: one that is added later reads what was written before. Only
         # the layout of private latents is.
         del shape["readers"], shape["private"], shape["rebuild_entries"]
+        for name in ("reader_lora", "gist_layers"):
+            shape.pop(name, None)
         if any(self.config.private_slots.values()):
             shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
         digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        reading = ("readers", "asking")
-        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reading})
+        reads = ("readers", "asking", "gist", reader_lora.PART)
+        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reads})
         if self.centre is not None:
             flat["centre"] = self.centre
         for name, leaf in sorted(flat.items()):
@@ -222,7 +234,10 @@ class LatentWire:
         latents = dataclasses.replace(self, config=c).latents
         wire = self._compress(latents, texts, c.segment)
         private = sum(c.private_slots.values())
-        made = Message(wire, self.origin, c.ratio, c.segment, self.centre, private=private)
+        made = Message(
+            wire, self.origin, c.ratio, c.segment, self.centre, private=private,
+            codes=c.wire.codes or c.wire.levels,
+        )  # fmt: skip
         if ratio is not None:
             for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
                 m -= private * math.ceil(tokens / c.segment)
@@ -297,10 +312,12 @@ class LatentWire:
         """
         header, _ = read_header(data, name)
         check_origin(header.origin, self.origin, name)
-        wire, header, _ = unpack(data, self.centre, name)
+        codes = self.config.wire.codes or self.config.wire.levels
+        decode = self.latents.from_digits if codes else None
+        wire, header, _ = unpack(data, self.centre, name, decode)
         return Message(
             wire, self.origin, header.ratio, header.segment, self.centre, header.form,
-            header.private,
+            header.private, codes,
         )  # fmt: skip
 
     def open(self, path: str | Path) -> Message:
@@ -378,10 +395,11 @@ class LatentWire:
         return wire.wire, dataclasses.replace(self, config=c).latents
 
     def _decode(self, latents, wire, task, prompt, max_new_tokens, stop_ids=None):
-        reader, stop_ids = self.backbone, self._builder.stop_ids if stop_ids is None else stop_ids
+        reader, stop_ids = self.reading, self._builder.stop_ids if stop_ids is None else stop_ids
         if self.by is not None:
             reader, latents = self.by.backbone, self.by.latents(latents)
-        given = _given(reader.decoder, latents, wire)
+        known = for_task(latents, task if task in self.tasks else None)
+        given = _given(reader.decoder, reader.params, known, wire)
         lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
         given = baselines.instructed(latents, given, task if task in self.tasks else None)
         return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)
@@ -396,5 +414,5 @@ def compress_ids(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _given(decoder: Decoder, latents: Any, wire: Wire) -> Given:
-    return prefix_to_given(decoder, latents.frozen, latents.prefix(wire))
+def _given(decoder: Decoder, params: Any, latents: Any, wire: Wire) -> Given:
+    return prefix_to_given(decoder, params, latents.prefix(wire))

@@ -21,6 +21,7 @@ from latent_jax.core.config import parse, read_yaml, to_dict
 from latent_jax.core.errors import CheckpointError, ConfigError
 from latent_jax.core.files import make_dir, write_bytes, write_json
 from latent_jax.systems.latentwire import heads
+from latent_jax.systems.latentwire.codes import COLLECTION, as_params
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.prompts import PromptConfig
 
@@ -80,13 +81,13 @@ def save_compressor(
     """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
 
     Matrices of over 100,000 numbers are stored as int8 with a scale per column (tensor
-    ``<name>.scale``), all else as fp32.
+    ``<name>.scale``), codebooks and all else as fp32.
     """
     out = make_dir(directory)
     flat = {}
     for name, leaf in trees.flatten(dict(params)).items():
         x = np.asarray(leaf, np.float32)
-        if x.ndim >= 2 and x.size > 100_000:
+        if x.ndim >= 2 and x.size > 100_000 and not name.startswith(f"{COLLECTION}/"):
             x, flat[name + SCALE] = _quantise(x)
         flat[name] = x
     metadata = {
@@ -267,7 +268,7 @@ def read_compressor(name: str | Path) -> Stored:
         run = parse(LatentWireRun, tree, str(name))
         variables, _ = load_variables(name)
         reader = {"name": run.backbone.name, "sha256": ""}
-        params = heads.folded(with_every_task(variables["params"]))
+        params = heads.folded(with_every_task(as_params(variables)))
         return Stored(run.model, params, reader, trained_tasks(run), {}, run.prompt)
     raise CheckpointError(
         f"{name}: no packaged compressor ({', '.join(packaged()) or 'none'}), no directory with "

@@ -9,9 +9,8 @@ leave it where that text ends.
 from __future__ import annotations
 
 import functools
-from typing import Any, Protocol
+from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.systems.latentwire import selection
-from latent_jax.systems.latentwire.config import TASKS
+from latent_jax.systems.latentwire.compressed import Compressed
 from latent_jax.systems.latentwire.given import (
     Given,
     embed,
@@ -47,54 +46,6 @@ BUDGETED = frozenset(
 )
 #: Arms that start from the frozen cache of the whole text.
 CACHED = frozenset({"full_text", "kv_stride", "kv_topk", "kv_question"})
-
-
-class Compressed(Protocol):
-    """A trained compressor bound to its weights: a pytree, so weights are an argument of jit."""
-
-    def compress(self, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Any:
-        """Right-padded texts → wire (a pytree of arrays with a leading batch axis)."""
-
-    def prefix(self, wire: Any) -> Prefix:
-        """Wire → what the reader gets."""
-
-    def task(self, name: str, batch: int) -> Float[Array, "b n d"] | None:
-        """Learned embeddings between the latents and the prompt, if any."""
-
-    def instructed(self, given: Given, name: str) -> Given:
-        """With the learned keys and values, if any, that a task has in front of those."""
-
-
-@flax.struct.dataclass
-class Latents:
-    """A `Compressor` module with its parameters and its frozen body; implements `Compressed`."""
-
-    module: Any = flax.struct.field(pytree_node=False)
-    params: Any
-    frozen: Any
-
-    def compress(self, ids, mask):
-        """See `Compressed.compress`."""
-        return self._run(self.frozen, ids, mask, method="compress")
-
-    def prefix(self, wire):
-        """See `Compressed.prefix`."""
-        return self._run(wire, frozen=self.frozen, method="prefix")
-
-    def task(self, name, batch):
-        """See `Compressed.task`."""
-        number = jnp.full((batch,), TASKS.index(name), jnp.int32)
-        return self._run(number, asked=name == "answer", method="lead")
-
-    def instructed(self, given, name):
-        """See `Compressed.instructed`."""
-        if name != "reconstruct":
-            return given
-        number = jnp.full(given.start.shape, TASKS.index(name), jnp.int32)
-        return self._run(given, number, method="instructed")
-
-    def _run(self, *args, method, **options):
-        return self.module.apply({"params": self.params}, *args, method=method, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("name",))

@@ -31,10 +31,11 @@ def beside_text(
     Returns:
       ``value_ratio`` (mean norm of the values ÷ that of the text's tokens), or for soft tokens
       ``norm_ratio`` and the rest of `diagnose.embedding_statistics` against the vocabulary; and
-      ``span_mean_cosine``, to the mean of each latent's span. Nothing for the text's own entries.
+      ``span_mean_cosine``, to the mean of each latent's span. Nothing for the text's own entries,
+      and for what is no entry of a cache.
     """
-    if wire.config.encoder.slots == "heads":
-        return {}  # they are the text's own, and stand for no span
+    if wire.config.encoder.slots == "heads" or wire.config.adapter.kind == "cross":
+        return {}  # the text's own entries, which stand for no span; or no entries
     prefix, each = wire.latents.prefix(z), wire.config.adapter.entries
     if each > 1:  # several soft tokens stand for a span
         mean = prefix.embeds.reshape(len(ids), -1, each, prefix.embeds.shape[-1]).mean(2)

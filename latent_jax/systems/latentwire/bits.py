@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.ops import wire as codec
 from latent_jax.ops.bootstrap import difference_interval
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed
 
 #: Scores that are compared between formats; of answers and of reconstructions.
 _QA = ("f1", "em")
@@ -79,6 +79,14 @@ class Rounded:
     def instructed(self, given, name):
         """See `Compressed.instructed`."""
         return self.inner.instructed(given, name)
+
+    def for_task(self, name):
+        """See `Compressed.for_task`."""
+        return self.replace(inner=self.inner.for_task(name))
+
+    def deltas(self):
+        """See `Compressed.deltas`."""
+        return self.inner.deltas()
 
 
 def mean_latent(

@@ -8,9 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.core.errors import CheckpointError, DataError
-from latent_jax.systems.latentwire.model import Compressor
+from latent_jax.systems.latentwire.given import prefill
+from latent_jax.systems.latentwire.model import Compressor, flatten_kv, num_latents
+from latent_jax.systems.latentwire.pool import span_means
+from latent_jax.systems.latentwire.ridge import regression
 
 #: Standard deviations of a number at which its rounding (behind a tanh) is a third of the range.
 LEVELS_AT = 1.5
@@ -54,10 +59,13 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
 
     Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise
     the random start stays. Of several soft tokens per latent each starts as all would.
-    ``wire.fit=vocabulary`` takes the directions of the LLM's input embeddings instead.
+    ``wire.fit=vocabulary`` takes the directions of the LLM's input embeddings instead. Where only
+    the LLM's first layers encode, ``up`` is a regression: from their latents to the mean keys and
+    values of each span in all layers.
     """
     config = model.config
     foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
+    foreign = foreign and config.adapter.kind != "cross"  # which has no way back
     if foreign or config.wire.fit == "random":
         return dict(params)
     if config.wire.fit == "vocabulary":
@@ -65,20 +73,52 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
         return _started(config, params, principal_map(found[0], config.wire.d_z), found)
     rows = rows or 2 * config.wire.d_z
     run = jax.jit(lambda p, r, i, m: model.apply({"params": p}, r, i, m, method="encoder_output"))
-    found, count = [], 0
+    found, whole, count = [], [], 0
     segment = config.segment
+    deeper = config.encoder.layers > 0 and config.encoder.output == "kv" and "up" in params
     for batch in batches:
         ids, mask = np.asarray(batch["context"]), np.asarray(batch["context_mask"])
         if ids.shape[1] > segment:
             ids, mask = ids.reshape(-1, segment), mask.reshape(-1, segment)
         raw, valid = run(params, reader, jnp.asarray(ids), jnp.asarray(mask))
         found.append(np.asarray(raw, np.float32)[np.asarray(valid)])
+        if deeper:  # private latents stand for no span
+            own = np.asarray(_of_spans(model, reader, jnp.asarray(ids), jnp.asarray(mask)))
+            real = np.asarray(valid)[:, : own.shape[1]]
+            found[-1] = np.asarray(raw, np.float32)[:, : own.shape[1]][real]
+            whole.append(own.astype(np.float32)[real])
         count += len(found[-1])
         if count >= rows:
             break
     if count < 2:
         raise DataError("the training data holds fewer than 2 latents: no bottleneck can be fitted")
-    return _started(config, params, principal_map(np.concatenate(found), config.wire.d_z), found)
+    fitted = principal_map(np.concatenate(found), config.wire.d_z)
+    if deeper:
+        fitted |= _deeper(fitted, np.concatenate(found), np.concatenate(whole))
+    return _started(config, params, fitted, found)
+
+
+def _of_spans(
+    model: Compressor, frozen: Any, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
+) -> Float[Array, "b m f"]:
+    """Mean keys (before rotation) and values of each span, in all layers of the LLM."""
+    sink = None if model.sink is None else jnp.int32(model.sink)
+    kv = prefill(Decoder(model.reader), frozen, ids, mask, sink)
+    where = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    flat = flatten_kv(kv, jnp.asarray(inverse_frequencies(model.reader)), where)
+    ratio = model.config.ratio
+    return span_means(flat, mask, num_latents(ids.shape[1], ratio), ratio)
+
+
+def _deeper(
+    fitted: Mapping[str, np.ndarray], raw: Float[np.ndarray, "n f"], whole: Float[np.ndarray, "n e"]
+) -> dict[str, np.ndarray]:
+    """The way back from latents of the first layers to what all layers have."""
+    z = ((raw - fitted["in_mean"]) * fitted["in_scale"]) @ fitted["down"]
+    back = regression(z, whole)
+    up = back["in_scale"][:, None] * back["map"]
+    mean = back["out_mean"] - back["in_mean"] @ up * back["out_scale"]
+    return {"up": up, "out_mean": mean, "out_scale": back["out_scale"]}
 
 
 def _started(config, params, fitted, found) -> dict[str, Any]:
@@ -89,7 +129,8 @@ def _started(config, params, fitted, found) -> dict[str, Any]:
     if (n := config.adapter.entries) > 1:
         for name in ("up", "out_mean", "out_scale"):
             fitted[name] = np.tile(fitted[name], n)
-    return {**params, **{k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items()}}
+    own = {k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items() if k in params}
+    return {**params, **own}
 
 
 def adopt(params: Mapping[str, Any], start: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.loss_config import LossConfig
 from latent_jax.systems.latentwire.model_config import (
     MAIN,
     EncoderConfig,
@@ -18,7 +19,6 @@ from latent_jax.systems.latentwire.model_config import (
 )
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
-from latent_jax.train.curriculum import ScheduleConfig
 
 __all__ = [
     "MAIN", "PHASES", "TASKS", "TAUGHT", "AdapterConfig", "DataConfig", "EncoderConfig",
@@ -94,58 +94,6 @@ class DataConfig:
         wrong = [n for n in self.lengths if n < 1 or self.length % n]
         if wrong:
             raise ConfigError(f"data.lengths: {wrong} do not divide data.length={self.length}")
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the loss terms, each a number or a schedule of the step."""
-
-    reconstruct: float | ScheduleConfig = field(default=1.0, help="rebuild the text (nats/token)")
-    recall: float | ScheduleConfig = field(default=1.0, help="go on from a cue (nats/token)")
-    proceed: float | ScheduleConfig = field(default=1.0, help="continue the text (nats/token)")
-    answer: float | ScheduleConfig = field(default=1.0, help="answer tokens and stop (nats/token)")
-    first_token: float | ScheduleConfig = field(
-        default=0.0, help="extra weight on the first supervised token of each example"
-    )
-    distil_logits: float | ScheduleConfig = field(
-        default=0.0, help="KL from the reader on the text to the reader on its latents, nats per "
-        "token of an answer or of recalled text",
-    )  # fmt: skip
-    distil_states: float | ScheduleConfig = field(
-        default=0.0, help="share of the variance of the reader's keys and values, in every layer, "
-        "on question and answer or on recalled text, that its latents leave unexplained",
-    )  # fmt: skip
-    corrupt: float = field(
-        default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised"
-    )
-    embeddings: float | ScheduleConfig = field(
-        default=0.0, help="soft tokens to the mean embedding of what they stand for: 1 - cosine + "
-        "0.1 squared error over variance",
-    )  # fmt: skip
-    contrast: float | ScheduleConfig = field(
-        default=0.0, help="squared cosine between the mean latents of different texts"
-    )
-    magnitude: float | ScheduleConfig = field(
-        default=0.0, help="squared log of a soft token's size over that of embeddings"
-    )
-    first_entropy: float | ScheduleConfig = field(
-        default=0.0, help="how sure the first prediction is: log of the vocabulary's size less "
-        "entropy, nats; a bonus on staying undecided",
-    )  # fmt: skip
-    label_smoothing: float = field(
-        default=0.0, ge=0, lt=1, help="share of every target spread over the vocabulary"
-    )
-    keep: float = field(
-        default=1.0, gt=0, le=1, help="share of the latents that the reader is shown in training"
-    )
-    chunk: int | None = field(
-        default=None, ge=1, help="tokens whose logits exist at once; none: all"
-    )
-
-    @property
-    def distils(self) -> bool:
-        """Whether the reader on the text itself is a teacher."""
-        return any(w != 0 for w in (self.distil_logits, self.distil_states))
 
 
 @dataclass(frozen=True)
@@ -231,7 +179,9 @@ class LatentWireRun(RunBase):
                 f"losses.embeddings: model.ratio={self.model.ratio} is no multiple of "
                 f"adapter.entries={self.model.adapter.entries}: soft tokens stand for no tokens"
             )
-        latents = self.losses.contrast != 0 or self.losses.keep < 1
+        if (self.losses.gist != 0) != (self.model.gist_layers > 0):
+            raise ConfigError("losses.gist and model.gist_layers go together: set both, or none")
+        latents = self.losses.contrast != 0 or self.losses.keep != 1
         if latents and self.model.encoder.slots == "heads":
             raise ConfigError(
                 "losses.contrast, losses.keep: heads are trained on the whole cache, which has no "

@@ -14,9 +14,10 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import pad_rows
+from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.reconstruct import neighbours
 from latent_jax.systems.latentwire.scoring import Progress, batches, score_answers, task_embedding
 from latent_jax.systems.latentwire.tally import base_arm
@@ -84,6 +85,7 @@ def evaluate_continuation(
     first = None if sink is None else jnp.int32(sink)
     losses = {arm: np.zeros(n) for arm in arms}
     plan, done = list(batches([length] * n, batch_size)), 0
+    behind, going_on = reading(latents, reader), for_task(latents, task)
     for at in plan:
         real = len(dict.fromkeys(at.tolist()))
         shown = pad_rows(windows[at, :length], width)
@@ -94,16 +96,17 @@ def evaluate_continuation(
             wire = baselines.encode(latents, *shown)
         for arm in arms:
             sent = wire if arm in baselines.LATENT_ARMS else None
+            llm = reader if sent is None else behind
             if arm == "shuffled":
                 sent = neighbours(latents, wire, windows[:, :length], at, real, width)
             given = baselines.build(
-                arm, reader.decoder, reader.params, *shown, *begin, at.astype(np.int32),
-                ratio=ratio, latents=latents if sent is not None else None, wire=sent,
+                arm, llm.decoder, llm.params, *shown, *begin, at.astype(np.int32),
+                ratio=ratio, latents=going_on if sent is not None else None, wire=sent,
                 key=jax.random.key(seed), sink=first,
             )  # fmt: skip
             lead = task_embedding(latents, arm, task, len(at))
             forced = score_answers(
-                reader.decoder, reader.params, Asked(given, *begin, lead), *gold
+                llm.decoder, llm.params, Asked(given, *begin, lead), *gold
             )
             losses[arm][at[:real]] = np.asarray(forced["nll"])[:real]
             done += 1

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 
 def corrupt_tokens(
-    key: jax.Array, ids: Int[Array, "b t"], rate: float, vocab_size: int
+    key: jax.Array, ids: Int[Array, "b t"], rate: float | Float[Array, ""], vocab_size: int
 ) -> Int[Array, "b t"]:
     """Replaces a share of the teacher-forced inputs with random tokens.
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.first_layers import first_config
 from latent_jax.backbones.head_entries import elimination_flops
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.message import Message
@@ -98,22 +99,24 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     slots = {"pooled": [0] * len(latents), "heads": lengths}.get(
         wire.config.encoder.slots, latents
     )
-    segment = wire.config.segment
+    segment, encoder = wire.config.segment, first_config(reader, wire.config.encoder.layers)
     # Segments are compressed alone.
     parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)] * heads
-    soft = wire.config.adapter.kind == "soft"
+    soft = wire.config.adapter.kind == "soft" or wire.config.adapter.onto_soft
     read = lengths
     if wire.method is not None and soft:  # embeddings only: no layer runs
         read = slots = [0] * len(latents)
     # Heads that keep few entries are padded to the places of those that keep many.
-    held = lengths if heads else latents
+    held, per_latent = lengths if heads else latents, per_token
+    if wire.config.adapter.kind == "cross":  # keys and values of the blocks alone
+        per_latent = per_token // reader.num_layers * len(wire.config.adapter.depths)
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
-        sum(lengths) * per_token, sum(held) * per_token,
+        sum(lengths) * per_token, sum(held) * per_latent,
         text_flops=sum(prefill_flops(reader, n) for n in lengths),
         latent_flops=sum(prefill_flops(reader, m) for m in latents) if soft else 0.0,
         encode_flops=sum(
-            prefill_flops(reader, n) + prefill_flops(reader, m, n)
+            prefill_flops(encoder, n) + prefill_flops(encoder, m, n)
             for n, m in zip(read, slots, strict=True)
         ) + sum(elimination_flops(reader, n) for n in parts),
     )  # fmt: skip

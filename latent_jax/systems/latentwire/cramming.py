@@ -45,6 +45,7 @@ def cram(
       rate: learning rate, in units of each dimension's RMS over the batch.
     """
     b = ids.shape[0]
+    latents = latents.for_task("reconstruct")
     lead = latents.task("reconstruct", b)
     none = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0), bool)
     real = wire.mask[..., None]

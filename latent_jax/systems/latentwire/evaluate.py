@@ -16,10 +16,11 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae, rebuild
 from latent_jax.systems.latentwire.scoring import (
     Progress,
@@ -206,6 +207,7 @@ def evaluate_qa(
         raise ConfigError(
             f"eval.arms: {', '.join(missing)} needs a trained soft prompt (eval.tuned)"
         )
+    behind, asked_of = reading(latents, reader), for_task(latents, task)
     rows, dropped = prepare(builder, examples, max_context, source)
     partner = partners(rows, seed) if "shuffled" in arms else None
     widths = (
@@ -251,22 +253,23 @@ def evaluate_qa(
         if bases & from_wire and latents is not None:
             wire = baselines.encode(latents, *sources(at))
         if baselines.REBUILT in bases:
-            again = rebuild(reader, latents, wire, segment, ratio, rebuild_task)
+            again = rebuild(behind, latents, wire, segment, ratio, rebuild_task)
         for arm in arms:
             base = base_arm(arm)
+            llm = behind if base in baselines.LATENT_ARMS else reader
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
             if base == "shuffled":
                 shown, sent = texts(partner[at]), None
                 if source is not None:
                     sent = baselines.encode(latents, *sources(partner[at]))
             elif base == "cramming":
-                sent = cram(reader.decoder, reader.params, latents, wire, *own, cramming_steps)
+                sent = cram(llm.decoder, llm.params, latents, wire, *own, cramming_steps)
             elif base == baselines.REBUILT:
                 shown = again
             given = baselines.build(
-                base, reader.decoder, reader.params, *shown, *prompt, at.astype(np.int32),
+                base, llm.decoder, llm.params, *shown, *prompt, at.astype(np.int32),
                 ratio=ratio, context=cache if base in baselines.CACHED else None,
-                latents=latents if base in baselines.LATENT_ARMS else None, wire=sent,
+                latents=asked_of if base in baselines.LATENT_ARMS else None, wire=sent,
                 anchor_ids=anchor, key=jax.random.key(seed), sink=first,
             )  # fmt: skip
             if base == "latent":
@@ -275,14 +278,14 @@ def evaluate_qa(
             if given.embeds is None:
                 held = 0 if given.kv is None else given.kv.mask.shape[1]
                 places = max(wide + (sink is not None), held)
-                given = widen(reader.decoder, reader.params, given, places)
+                given = widen(llm.decoder, llm.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))
             asked = Asked(given, *prompt, *common_lead(lead, lead_width, len(at), size))
-            ids, lengths = decode(reader, asked, max_new_tokens, builder.stop_ids)
+            ids, lengths = decode(llm, asked, max_new_tokens, builder.stop_ids)
             forced = {}
             if score:
-                forced = score_answers(reader.decoder, reader.params, asked, *gold)
+                forced = score_answers(llm.decoder, llm.params, asked, *gold)
                 forced = {k: np.asarray(v) for k, v in forced.items()}
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])

@@ -103,7 +103,7 @@ def widen(decoder: Decoder, params: Any, given: Given, width: int) -> Given:
     # A weakly typed mask (of a comparison) would be another signature, hence another compilation.
     mask = jnp.pad(kv.mask.astype(bool), [(0, 0), (0, room)])
     bias = None if kv.bias is None else jnp.pad(kv.bias, pad[:-1])
-    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask, bias)
+    kv = KV(jnp.pad(kv.k, pad), jnp.pad(kv.v, pad), mask, bias, kv.cross)
     return given._replace(kv=kv)
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones import head_budgets, head_entries
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.backbones.sink import behind
 from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire.pool import num_latents
@@ -164,6 +165,35 @@ def soften(
     threshold = threshold + (over - jax.lax.stop_gradient(over)) / jnp.maximum(slope, 1e-6)
     bias = jax.nn.log_sigmoid((value - threshold[None, :, None, None]) / TEMPERATURE)
     return KV(cache.k, cache.v, mask, jnp.where(real, bias, MASKED))
+
+
+def asked(
+    reader: DecoderConfig,
+    known: Calibration,
+    rows: Float[Array, "l n g e"],
+    given: Any,
+    wanted: Bool[Array, " b"],
+) -> Any:
+    """What a reader is given, behind it learned keys and values that ask for the text (prefix
+    tuning, Li & Liang 2021): a vector in front of the frozen layers says too little to make them
+    copy.
+
+    Args:
+      reader: architecture of the LLM.
+      known: whose units the entries are in.
+      rows: the entries, a key and a value each.
+      given: anything with ``kv`` and ``start``.
+      wanted: which texts are asked for.
+    """
+    rows = rows * known.spread[:, None] + known.centre[:, None]
+    b, n = len(wanted), rows.shape[1]
+    k, v = jnp.split(jnp.broadcast_to(rows[:, None], (len(rows), b, *rows.shape[1:])), 2, -1)
+    where = given.start[:, None] + jnp.arange(n)
+    k = rope.rotate_layers(k, where, jnp.asarray(inverse_frequencies(reader)))
+    kv = KV(k, v, jnp.broadcast_to(wanted[:, None], (b, n)))
+    if given.kv is not None:
+        kv = KV(k.astype(given.kv.k.dtype), v.astype(given.kv.v.dtype), kv.mask)
+    return given._replace(kv=behind(given.kv, kv), start=given.start + n * wanted)
 
 
 def folded(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,21 +8,24 @@ from latent_jax.backbones.sharding import DECODER_RULES
 LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
+    (r"^reader_lora/", "reader_lora"),
     (r"^pool/", "pool"),
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),
-    (r"^adapter/", "adapter"),
-    (r"^gate$", "gate"),
+    (r"^(adapter|task_adapter|cross)/", "adapter"),
+    (r"^(gate|onto)$", "gate"),
+    (r"^gist/", "gist"),
     (r"^(memory|private|tasks|asking)$", "memory"),
     (r"^prompt$", "prompt"),
     (r"^factor$", "heads"),
     (r"^(profile|centre|spread|spelling|level_scale)$", "frozen"),
     (r"^(readers/\w+/)?(in_mean|in_scale|stretch)$", "frozen"),
-    (r"^(down|up|out_mean|out_scale)$", "bottleneck"),
+    (r"^(down|up|soft|soft_mean|out_mean|out_scale)$", "bottleneck"),
 )
 #: Loss terms that only the main reader has.
 OF_MAIN = (
     "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
+    "commitment", "gist",
 )  # fmt: skip
 #: Path of a parameter -> its logical axes.
 RULES = (

@@ -19,13 +19,15 @@ class Wire(NamedTuple):
     """Latents of a batch of texts; everything another process needs to read them.
 
     ``z[i, j]`` stands at ``positions[i, j]`` of a text of ``length[i]`` tokens; keys are stored
-    before rotation, so a wire can be moved to another place in a longer context.
+    before rotation, so a wire can be moved to another place in a longer context. Of a discrete wire
+    there are the ``digits`` that ``z`` is made of; -1 at padding.
     """
 
     z: Float[Array, "b m z"]
     mask: Bool[Array, "b m"]
     positions: Int[Array, "b m"]
     length: Int[Array, " b"]
+    digits: Int[Array, "b m s"] | None = None
 
 
 class Prefix(NamedTuple):
@@ -65,6 +67,18 @@ def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:
     kept = np.r_[:shared, shared + before : shared + before + own]
     at = (np.arange(n)[:, None] * each + kept).reshape(-1)
     return Wire(wire.z[:, at], wire.mask[:, at], wire.positions[:, at], wire.length)
+
+
+def expanded(
+    wire: Wire, z: Float[Array, "b m e"], entries: int, ratio: float
+) -> tuple[Wire, Float[Array, "b n d"]]:
+    """Several soft tokens of each latent, spread over its span; ``z`` has them side by side."""
+    aside = ((jnp.arange(entries) + 0.5) / entries - 0.5) * ratio
+    places = jnp.maximum(jnp.floor(wire.positions[..., None] + 0.5 + aside), 0)
+    each = lambda x: jnp.repeat(x, entries, axis=1)  # noqa: E731
+    places = places.astype(jnp.int32).reshape(len(z), -1)
+    wide = Wire(each(wire.z), each(wire.mask), places, wire.length)
+    return wide, z.reshape(*wide.mask.shape, -1)
 
 
 def split_segments(wire: Wire, segment: int, ratio: float, private: int = 0) -> Wire:

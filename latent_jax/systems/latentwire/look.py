@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -14,9 +13,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import Decoder
+from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.api import AGAIN, LatentWire
+from latent_jax.systems.latentwire.compressed import for_task
 from latent_jax.systems.latentwire.diagnose import nearest_tokens
 from latent_jax.systems.latentwire.given import Asked, answer_hidden, embed
 from latent_jax.systems.latentwire.prompts import pad_rows
@@ -50,15 +51,16 @@ def rebuilt(
     ids, mask = _rows(wire, texts)
     if arm == "shuffled" and len(texts) < 2:
         raise DataError("one text has no other to be read with: give at least two")
-    latents, reader = wire.latents, wire.backbone
+    latents, reader = wire.latents, wire.reading
     made = baselines.encode(latents, ids, mask)
     if arm == "shuffled":
         made = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), made)
+    trained = "reconstruct" in wire.tasks
+    latents = for_task(latents, "reconstruct" if trained else None)
     given = baselines.latent_given(
         arm, reader.decoder, reader.params, latents, made, np.arange(len(ids), dtype=np.int32),
         jax.random.key(0),
     )  # fmt: skip
-    trained = "reconstruct" in wire.tasks
     # Where no embedding was trained to ask for the text, words do.
     asking = [] if trained else reader.tokenizer.encode(AGAIN)
     prompt = pad_rows([asking] * len(ids), len(asking), wire.builder.pad_id)
@@ -105,8 +107,13 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
     which in the reader depend on a token alone and not on its place.
 
     Raises:
-      DataError: an empty or too long text.
+      DataError: an empty or too long text, or latents that only blocks read.
     """
+    if wire.config.adapter.kind == "cross":
+        raise DataError(
+            "latents that blocks read are near no token: with adapter.kind=cross there are neither "
+            "soft tokens nor values in the first layer"
+        )
     ids, mask = _rows(wire, [text])
     latents, reader = wire.latents, wire.backbone
     made = baselines.encode(latents, ids, mask)
@@ -128,8 +135,8 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
 
 def _first_values(decoder: Decoder, params: Any) -> Float[Array, "v d"]:
     """Values of every vocabulary entry in the first layer: the reader cut off after it."""
-    first = decoder.clone(config=dataclasses.replace(decoder.config, num_layers=1))
-    cut = {**params, "layers": jax.tree.map(lambda x: x[:1], params["layers"])}
+    first = decoder.clone(config=first_config(decoder.config, 1))
+    cut = first_params(params, 1)
 
     def values(chunk: Int[Array, " n"]) -> Float[Array, "n d"]:
         x = embed(first, cut, chunk[:, None])

@@ -21,10 +21,12 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core.types import Mean
+from latent_jax.systems.latentwire import codes, gist_head
 from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
+from latent_jax.systems.latentwire.rates import Rates
 from latent_jax.systems.latentwire.readers import Reader
 from latent_jax.systems.latentwire.regularise import dropped, extra_terms, unit_means
 from latent_jax.systems.latentwire.transcribe import field, room
@@ -49,18 +51,20 @@ def forced(
     lead: Float[Array, "b n d"],
     inputs: Int[Array, "b t"],
     mask: Bool[Array, "b t"],
+    lora: Any = None,
 ) -> Forced:
     """Reads learned embeddings and all but the last input behind a prefix.
 
     Args:
       lead: learned embeddings before the inputs, at least one.
       mask: real inputs (right-padded).
+      lora: deltas of a reader that is trained.
     """
     n, (b, t) = lead.shape[1], inputs.shape
     text = body.apply({"params": reader}, inputs[:, :-1], method="embed")
     embeds = jnp.concatenate([lead.astype(text.dtype), text], axis=1)
     seen = jnp.concatenate([jnp.ones((b, n - 1), bool), mask], axis=1)
-    out = read(body, reader, prefix, embeds, seen)
+    out = read(body, reader, prefix, embeds, seen, lora)
     where = prefix.start[:, None] + jnp.arange(n - 1 + t)
     flat = flatten_kv(out.kv, inverse_frequencies(body.config), where)[:, n - 1 :]
     width = body.config.num_kv_heads * body.config.head_dim
@@ -126,6 +130,8 @@ def batch_terms(
     batch: Mapping[str, Any],
     key: jax.Array | None,
     readers: Mapping[str, Reader] | None = None,
+    rates: Mapping[str, Any] | None = None,
+    collections: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Mean], dict[str, Any], dict[str, Any]]:
     """Cross-entropy of the supervised tokens per task (nats), what is distilled, and what the
     guards watch; of further readers as ``<term>.<reader>``.
@@ -138,47 +144,56 @@ def batch_terms(
       batch: of `recipe.train_stream`.
       key: of the randomised inputs; None leaves them as they are.
       readers: further readers by name; those read the batch whose inputs are in it.
+      collections: Linen's, beside the parameters; without ``key`` they stay as they are.
+      rates: what scheduled rates are now (`rates.Rates`); as at step 0 where it is not given.
 
     Returns:
       As `latent_jax.train.protocol.System.loss_terms`.
     """
-    apply = functools.partial(model.apply, {"params": params})
-    terms, aux, wire = {}, {}, None
+    terms, aux, wire, moved = {}, {}, None, {}
+    now = Rates.of(config.losses, rates)
     # Which entries are kept has no gradient; the heads' factors learn from what the reader teaches.
     # Other tasks learn to read the entries that are kept.
     softened = model.config.encoder.slots == "heads" and bool({"asked", "recalled"} & set(batch))
     if "raw" not in batch and not softened:
-        wire = apply(frozen["reader"], batch["context"], batch["context_mask"], method="compress")
+        variables, texts = {"params": params, **(collections or {})}, batch["context"]
+        wire, found = model.apply(
+            variables, frozen["reader"], texts, batch["context_mask"], key is not None,
+            method="compress", mutable=[codes.TOLD, *([] if key is None else collections or {})],
+        )  # fmt: skip
+        terms, figures = codes.told(found)
+        moved = {name: tree for name, tree in found.items() if name != codes.TOLD}
+        aux |= figures
         aux["latent_cosine"] = cosine_between(model, wire)
-        if key is not None and config.losses.keep < 1:
-            wire = dropped(jax.random.fold_in(key, 1), wire, config.losses.keep)
+        if key is not None and now.drops:
+            wire = dropped(jax.random.fold_in(key, 1), wire, now.keep)
     if "inputs" in batch:
-        found = _main_terms(model, config, params, frozen["reader"], batch, key, wire)
+        found = _main_terms(model, config, params, frozen["reader"], batch, key, wire, now)
         terms, aux = terms | found[0], aux | found[1]
     for label, reader in (readers or {}).items():
         if field(label, "inputs") in batch:
             own = params["readers"][label], frozen["readers"][label]
-            found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire)
+            found = _reader_terms(reader, model.config.remat, config, *own, batch, key, wire, now)
             for out, new in zip((terms, aux), found, strict=True):
                 out |= {f"{name}.{label}": value for name, value in new.items()}
-    return terms, {}, aux
+    return terms, moved, aux
 
 
-def _main_terms(model, config, params, reader, batch, key, wire):
+def _main_terms(model, config, params, reader, batch, key, wire, now):
     """Terms and aux of the reader that is the encoder's own LLM: behind a wire, on raw text, or
     behind a cache that is thinned out.
     """
     body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
     apply = functools.partial(model.apply, {"params": params})
     asked, task, targets = "asked" in batch, batch["task"], batch["inputs"]
-    inputs = _corrupted(key, batch, targets, losses, model.reader.vocab_size)
+    inputs = _corrupted(key, batch, targets, now, model.reader.vocab_size)
     lead = apply(task, asked, method="lead")
     real, supervised = batch["inputs_mask"], batch["supervised"]
     text = functools.partial(
         raw_text, body, reader, batch["context"], batch["context_mask"], model.sink
     )
     if wire is not None:
-        prefix = apply(wire, reader["embed"].dtype, reader, method="prefix")
+        prefix = apply(wire, reader["embed"].dtype, reader, task, method="prefix")
     elif "raw" in batch:
         prefix = text()
     else:
@@ -187,13 +202,24 @@ def _main_terms(model, config, params, reader, batch, key, wire):
     if not asked:
         prefix = apply(prefix, task, method="instructed")
     aux, terms = {}, {}
-    own = forced(body, reader, prefix, lead, inputs, real)
+    # On text, which teaches, the reader is as it always was.
+    lora = None if "raw" in batch else apply(method="deltas")
+    own = forced(body, reader, prefix, lead, inputs, real, lora)
     hidden, teacher = own.hidden, None
     if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
         teacher = forced(body, reader, text(), jax.lax.stop_gradient(lead), inputs, real)
-        terms["distil_states"] = unexplained(own.states, teacher.states, real)
+        kinds = 2 * losses.distil_layers or None  # keys and values of each layer
+        states = (x.states[:, :, :kinds] for x in (own, teacher))
+        terms["distil_states"] = unexplained(*states, real)
     more = extra_terms(model, losses, body, reader, batch, wire, prefix, hidden, supervised)
     terms, aux = terms | more[0], aux | more[1]
+    if wire is not None and losses.gist != 0:
+        told = batch["context"], batch["context_mask"]
+        draw = jax.random.fold_in(jax.random.key(0) if key is None else key, gist_head.STREAM)
+        terms["gist"], aux["gist_cosine"] = gist_head.gist_term(
+            model, params, wire, jnp.asarray(reader["embed"])[told[0]], told[1], reader["embed"],
+            losses.gist_mask, draw,
+        )  # fmt: skip
     full = None if teacher is None else teacher.hidden
     if asked:  # few of the tokens are supervised: only those meet the vocabulary
         places = supervised, config.data.max_answer
@@ -204,23 +230,27 @@ def _main_terms(model, config, params, reader, batch, key, wire):
             body, reader, hidden, targets, losses.chunk, losses.label_smoothing
         )
     else:
-        found = substitution(body, reader, full, hidden, targets, losses.chunk)
+        temperature = losses.distil_temperature
+        found = substitution(body, reader, full, hidden, targets, losses.chunk, temperature)
         nll, hit = found.nll, found.hit
         weight = supervised.astype(jnp.float32)
-        terms["distil_logits"] = Mean(jnp.sum(found.kl * weight), weight.sum())
+        compared = weight
+        if losses.distil_first:
+            compared = weight * (jnp.cumsum(weight, axis=1) <= losses.distil_first)
+        terms["distil_logits"] = Mean(jnp.sum(found.kl * compared), compared.sum())
         aux["teacher_nll"] = Mean(jnp.sum(found.full_nll * weight), weight.sum())
         aux["teacher_accuracy"] = Mean(jnp.sum(found.full_hit * weight), weight.sum())
     by_task = _by_task(config, task, nll, hit, supervised)
     return terms | by_task[0], aux | by_task[1]
 
 
-def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
+def _reader_terms(reader, remat, config, params, frozen, batch, key, wire, now):
     """Terms and aux of a further reader."""
     body, adapter = Decoder(reader.backbone.config, remat=remat), reader.adapter
     mine = functools.partial(field, reader.label)
     asked, task, targets = "asked" in batch, batch["task"], batch[mine("inputs")]
     real, supervised = batch[mine("inputs_mask")], batch[mine("supervised")]
-    inputs = _corrupted(key, batch, targets, config.losses, reader.backbone.config.vocab_size)
+    inputs = _corrupted(key, batch, targets, now, reader.backbone.config.vocab_size)
     apply = functools.partial(adapter.apply, {"params": params})
     prefix = apply(wire, frozen["embed"].dtype, method="prefix")
     lead = apply(task, asked, method="lead")
@@ -235,11 +265,11 @@ def _reader_terms(reader, remat, config, params, frozen, batch, key, wire):
     return _by_task(config, task, nll, hit, supervised)
 
 
-def _corrupted(key, batch, inputs, losses, vocabulary):
+def _corrupted(key, batch, inputs, now, vocabulary):
     """Teacher-forced inputs of reconstructions with a share of random tokens."""
-    if key is None or not losses.corrupt or "asked" in batch:
+    if key is None or not now.corrupts or "asked" in batch:
         return inputs
-    noisy = corrupt_tokens(key, inputs, losses.corrupt, vocabulary)
+    noisy = corrupt_tokens(key, inputs, now.corrupt, vocabulary)
     return jnp.where((batch["task"] == TASKS.index("reconstruct"))[:, None], noisy, inputs)
 
 

@@ -26,6 +26,7 @@ class Message:
       centre: the compressor's centre, which integer formats take off before rounding.
       bits: number format in which they came, ``fp32`` if they never travelled.
       private: latents of each segment that only single readers are given.
+      codes: of each stage of the compressor's residual VQ, or levels of a number; 0: neither.
     """
 
     wire: Wire = dataclasses.field(repr=False)
@@ -35,6 +36,7 @@ class Message:
     centre: Float[np.ndarray, " z"] | None = dataclasses.field(default=None, repr=False)
     bits: str = "fp32"
     private: int = 0
+    codes: int = 0
 
     @property
     def z(self) -> Float[Array, "b m z"]:
@@ -74,7 +76,8 @@ class Message:
         """All of it as bytes that another process with the same compressor can `LatentWire.unpack`.
 
         Args:
-          bits: ``fp32`` (exact), ``bf16``, ``fp16``, ``int8``, ``int6`` or ``int4``.
+          bits: ``fp32`` (exact), ``bf16``, ``fp16``, ``int8``, ``int6`` or ``int4``; ``codes``
+            (exact) are the digits of a discrete wire.
 
         Raises:
           WireError: an unknown format, or one that cannot hold these numbers.
@@ -99,5 +102,5 @@ class Message:
     def _packed(self, bits: str) -> tuple[bytes, files.Bytes]:
         return files.pack(
             self.wire, self.origin, self.ratio, self.segment, bits, centre=self.centre,
-            private=self.private,
+            private=self.private, codes=self.codes,
         )  # fmt: skip

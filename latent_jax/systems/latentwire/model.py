@@ -1,38 +1,42 @@
 """Text → latents → what a frozen reader is given.
 
-The encoder is the frozen LLM itself, with one slot per span of text: slots read the text's keys and
-values through LoRA'd projections, or pool those of their own span linearly. What the slots leave
-behind, per-layer keys and values or a last hidden state, is put on the *wire* as one vector of
-width ``d_z`` per slot, and the adapter turns the wire into a deep prefix or into soft tokens.
+What the encoder's slots leave behind, per-layer keys and values or a last hidden state, is put on
+the *wire* as one vector of width ``d_z`` per slot, and the adapter turns the wire into a deep
+prefix or into soft tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from latent_jax.backbones.config import DecoderConfig
-from latent_jax.backbones.decoder import KV, Decoder, DecoderOutput, inverse_frequencies
-from latent_jax.backbones.sink import behind, repeat, sink_kv
-from latent_jax.nn.lora import LoRA
-from latent_jax.ops import attention, rope
+from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
+from latent_jax.core.types import Mean
 from latent_jax.ops.fsq import fsq_bound
-from latent_jax.ops.vq import straight_through
-from latent_jax.systems.latentwire import heads
+from latent_jax.systems.latentwire import codes, heads, onto_soft, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
-from latent_jax.systems.latentwire.config import TASKS, ModelConfig
+from latent_jax.systems.latentwire.carry import carried
+from latent_jax.systems.latentwire.config import TASKS
+from latent_jax.systems.latentwire.cross_adapter import CrossAdapter
+from latent_jax.systems.latentwire.encoder import Encoder
+from latent_jax.systems.latentwire.gist_head import GistHead
 from latent_jax.systems.latentwire.latents import (
     Prefix,
     Wire,
+    expanded,
     flatten_kv,
     own_slots,
     split_segments,
     unflatten_kv,
 )
-from latent_jax.systems.latentwire.pool import KVPool, num_latents, spans
-from latent_jax.systems.latentwire.vectors import LONGEST, ByteEncoder, Refiner, VectorPool
+from latent_jax.systems.latentwire.pool import num_latents
+from latent_jax.systems.latentwire.reading import read
+from latent_jax.systems.latentwire.task_adapter import TaskAdapter
+from latent_jax.systems.latentwire.vectors import Refiner
 
 __all__ = [
     "Compressor", "Prefix", "Wire", "flatten_kv", "num_latents", "own_slots", "read",
@@ -40,7 +44,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Compressor(nn.Module):
+class Compressor(Encoder):
     """Encoder, wire and adapter; everything trainable of LatentWire.
 
     Attributes:
@@ -49,237 +53,149 @@ class Compressor(nn.Module):
       sink: token before the encoder's text and before the latents, usually BOS; None for none.
     """
 
-    config: ModelConfig
-    reader: DecoderConfig
-    sink: int | None = None
-
     def setup(self):
+        super().setup()
         c, r = self.config, self.reader
-        self.body = Decoder(r, remat=c.remat, parent=None)
-        if c.encoder.pools:
-            self.pool = KVPool(r, c.ratio, c.encoder.pool_start)
-        if c.encoder.slots == "both":
-            # Closed at first: the pooled slots learn undisturbed by what memory slots start with.
-            self.gate = self.param("gate", nn.initializers.zeros, (r.num_layers,))
-        if c.encoder.slots == "heads":
-            self.calibrated()
-            each = r.num_layers, r.num_kv_heads
-            self.factor = self.param("factor", nn.initializers.zeros, each)
-            if n := c.rebuild_entries:
-                shape = (r.num_layers, n, r.num_kv_heads, 2 * r.head_dim)
-                self.asking = self.param("asking", nn.initializers.normal(0.02), shape)
-        if c.encoder.vectors:
-            self.pool = VectorPool(c.encoder.pooler, c.ratio, c.segment)
-        if c.encoder.slots == "bytes":
-            blank = jnp.full((r.vocab_size, LONGEST), -1.0)
-            self.spelling = self.param("spelling", lambda _: blank)  # `vectors.spelling`, measured
-            self.bytes = ByteEncoder(r.hidden_size, c.encoder.byte_layers)
         if c.encoder.refiner:
             self.refiner = Refiner(c.encoder.refiner)
         if not c.adapter.plain:
             self.adapter = Adapter(c.adapter)
-        if c.encoder.adapts:
-            e, shapes = c.encoder, r.projection_shapes
-            self.lora = LoRA(
-                {t: shapes[t] for t in e.lora_targets}, r.num_layers, e.lora_rank, e.lora_alpha
-            )
+        if c.adapter.kind == "cross":
+            self.cross = CrossAdapter(c.adapter, r)
+        if c.gist_layers:
+            self.gist = GistHead(r.hidden_size, c.gist_layers, c.segment)
+        if c.reader_lora.rank:
+            self.reader_lora = reader_lora.make(c.reader_lora, r)
         scale = nn.initializers.normal(0.02)
-        if c.encoder.remembers:
-            self.memory = self.param("memory", scale, (r.hidden_size,))
-        if private := sum(c.private_slots.values()):
-            self.private = self.param("private", scale, (private, r.hidden_size))
         self.tasks = self.param("tasks", scale, (len(TASKS), r.hidden_size))
         if c.prompt_tokens:
             self.prompt = self.param("prompt", scale, (c.prompt_tokens, r.hidden_size))
-        width = r.kv_floats_per_token if c.encoder.output == "kv" else r.hidden_size
         if c.wire.d_z is not None:
-            self.down = self.param("down", nn.initializers.orthogonal(), (width, c.wire.d_z))
+            start, width = nn.initializers.orthogonal(), self.width
+            self.down = self.param("down", start, (width, c.wire.d_z))
             if c.wire.levels:
                 spread = nn.initializers.ones
                 self.level_scale = self.param("level_scale", spread, (c.wire.d_z,))
-            out = r.kv_floats_per_token if c.adapter.kind == "kv" else r.hidden_size
-            out *= c.adapter.entries
-            self.up = self.param("up", nn.initializers.orthogonal(), (c.wire.d_z, out))
+            if c.wire.codes:
+                self.rvq = codes.quantiser(c.wire.d_z, c.wire.codes, c.wire.stages)
+            deep, crossed = c.adapter.kind == "kv", c.adapter.kind == "cross"
+            out = (r.kv_floats_per_token if deep else r.hidden_size) * c.adapter.entries
+            if not crossed:
+                self.up = self.param("up", start, (c.wire.d_z, out))
             # Per-dimension centre and spread of the encoder's output and of what the reader
             # expects; keys are an order of magnitude larger than values, so neither PCA nor a
             # linear map works on raw numbers.
             zeros, ones = nn.initializers.zeros, nn.initializers.ones
             self.in_mean = self.param("in_mean", zeros, (width,))
             self.in_scale = self.param("in_scale", ones, (width,))
-            self.out_mean = self.param("out_mean", zeros, (out,))
-            self.out_scale = self.param("out_scale", ones, (out,))
+            if not crossed:
+                self.out_mean = self.param("out_mean", zeros, (out,))
+                self.out_scale = self.param("out_scale", ones, (out,))
+            if c.adapter.task_rank:
+                self.task_adapter = TaskAdapter(len(TASKS), out, c.adapter.task_rank)
+            if c.adapter.onto_soft:
+                self.soft = self.param("soft", start, (c.wire.d_z, r.hidden_size))
+                self.soft_mean = self.param("soft_mean", zeros, (r.hidden_size,))
+                self.onto = self.param("onto", zeros, (r.num_layers,))
 
-    def _raw(self, frozen, ids, mask) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Encoder output at the slots, their mask and positions."""
-        c, r = self.config, self.reader
-        b, t = ids.shape
-        m = num_latents(t, c.ratio)
-        slot = jnp.arange(m)
-        valid = slot[None] * c.ratio < mask.sum(-1)[:, None]
-        # Middle of the slot's span, as an integer position the reader has seen in pretraining.
-        positions = jnp.floor(slot * c.ratio + (c.ratio - 1) / 2).astype(jnp.int32)
-        positions = jnp.broadcast_to(positions, (b, m))
-        if c.encoder.slots == "heads":
-            sink = None if self.sink is None else jnp.int32(self.sink)
-            z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
-            return z, valid, positions
-        if c.encoder.slots == "bytes":
-            codes = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)
-            return self.pool(self.bytes(codes, mask), mask), valid, positions
-        text = self.body.apply({"params": frozen}, ids, method="embed")
-        if c.encoder.slots == "embedded":
-            return self.pool(text, mask), valid, positions
-        sink = None
-        if self.sink is not None:
-            sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
-        if c.encoder.slots == "states":
-            return self.pool(self._states(frozen, text, mask, sink), mask), valid, positions
-        if c.encoder.lora_on == "all" and c.encoder.slots == "memory":
-            kv, hidden = self._adapted(frozen, text, mask, valid, positions, sink)
-        else:
-            run = self.body.apply({"params": frozen}, text, mask=mask, prefix=sink)
-            kv, hidden = self._untouched(
-                frozen, jax.lax.stop_gradient(run.kv), text, valid, positions, sink
-            )
-            if any(c.private_slots.values()):
-                cache = behind(sink, jax.lax.stop_gradient(run.kv))
-                own, there, where = self._private(frozen, cache, text, mask)
-                kv = KV(
-                    jnp.concatenate([kv.k, own.kv.k], axis=2),
-                    jnp.concatenate([kv.v, own.kv.v], axis=2),
-                    jnp.concatenate([valid, there], axis=1),
-                )
-                if hidden is not None:
-                    hidden = jnp.concatenate([hidden, own.hidden], 1)
-                valid, positions = kv.mask, jnp.concatenate([positions, where], 1)
-        if c.encoder.output == "kv":
-            return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
-        return hidden, valid, positions
-
-    def _states(self, frozen, text, mask, sink) -> Float[Array, "b t d"]:
-        """The LLM's last states on texts, adapted or not."""
-        e = self.config.encoder
-        seen = None if e.causal else jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1]))
-        lora = self.lora() if e.adapts else None
-        return self.body.apply({"params": frozen}, text, None, mask, seen, sink, lora).hidden
-
-    def _private(self, frozen, cache: KV, text, mask):
-        """Slots of single readers, which see all of the segment, spread evenly over it."""
-        p, length = len(self.private), mask.sum(-1, keepdims=True)
-        where = jnp.floor((jnp.arange(p) + 0.5) * length / p).astype(jnp.int32)
-        there = jnp.broadcast_to(length > 0, where.shape)
-        slots = jnp.broadcast_to(self.private, (len(mask), *self.private.shape)).astype(text.dtype)
-        lora = self.lora() if self.config.encoder.lora_rank else None
-        seen = jnp.broadcast_to(there[:, None, :], (*where.shape, p))
-        out = self.body.apply({"params": frozen}, slots, where, there, seen, cache, lora)
-        return out, there, where
-
-    def _memory(self, text, mask, m) -> Float[Array, "b m d"]:
-        """Inputs of memory slots: the mean embedding of the span, on the embedding manifold and
-        already about its text, plus one learned vector.
-        """
-        ratio = self.config.ratio
-        span = (jnp.arange(text.shape[1]) // ratio).astype(jnp.int32)
-        weight = (span[None, :] == jnp.arange(m)[:, None])[None] & mask[:, None, :]
-        weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
-        mean = jnp.einsum("bmt,btd->bmd", weight, text)
-        return (self.memory + mean * self.config.encoder.span_mean).astype(text.dtype)
-
-    def _untouched(self, frozen, cache: KV, text, valid, positions, sink):
-        """Slots over the cache of the unadapted LLM: no backward pass over the text."""
-        c = self.config
-        b, m = valid.shape
-        pooled = kv = hidden = None
-        if c.encoder.pools:
-            pooled = self.pool(cache, valid, positions)
-        if c.encoder.remembers:
-            memory = self._memory(text, cache.mask, m)
-            lora = self.lora() if c.encoder.lora_rank else None
-            prefix, rows = behind(sink, cache), (b, m)
-            if c.encoder.view == "span":
-                # Each slot is a row of its own, behind the few tokens of its span.
-                prefix, rows = behind(repeat(sink, m), spans(cache, c.ratio)), (b * m, 1)
-            own = valid.reshape(rows)
-            seen = jnp.broadcast_to(own[:, None, :], (*rows, rows[1]))
-            out = self.body.apply(
-                {"params": frozen}, memory.reshape(*rows, -1), positions.reshape(rows), own, seen,
-                prefix, lora,
-            )  # fmt: skip
-            shape = (out.kv.k.shape[0], b, m, *out.kv.k.shape[3:])
-            kv = KV(out.kv.k.reshape(shape), out.kv.v.reshape(shape), valid)
-            hidden = out.hidden.reshape(b, m, -1)
-        if pooled is not None and kv is not None:
-            gate = self.gate[:, None, None, None, None].astype(text.dtype)
-            return KV(pooled.k + gate * kv.k, pooled.v + gate * kv.v, valid), hidden
-        return (kv if pooled is None else pooled), hidden
-
-    def _adapted(self, frozen, text, mask, valid, positions, sink):
-        """Text and slots in one pass of the adapted LLM."""
-        c = self.config
-        (b, t), m = mask.shape, valid.shape[1]
-        both = jnp.concatenate([mask, valid], axis=1)
-        own = attention.causal_mask(mask) if c.encoder.causal else mask[:, None, :]
-        own = jnp.broadcast_to(own, (b, t, t))
-        seen = jnp.zeros((b, t + m, t + m), bool)
-        seen = seen.at[:, :t, :t].set(own).at[:, t:, :].set(both[:, None, :])
-        where = jnp.concatenate([jnp.broadcast_to(jnp.arange(t), (b, t)), positions], axis=1)
-        x = jnp.concatenate([text, self._memory(text, mask, m)], axis=1)
-        lora = self.lora() if c.encoder.lora_rank else None
-        out = self.body.apply({"params": frozen}, x, where, both, seen, sink, lora)
-        return KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid), out.hidden[:, t:]
-
-    def compress(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
+    def compress(
+        self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"], train: bool = False
+    ) -> Wire:
         """Compresses right-padded texts.
 
         Texts longer than ``segment`` tokens are cut into segments that are compressed
-        independently; ``t`` must then be a multiple of ``segment``.
+        independently, or one after another (``encoder.carry``); ``t`` must then be a multiple of
+        ``segment``. In training codebooks move, where their collection is mutable.
         """
         c = self.config
         b, t = ids.shape
         n = max(1, t // c.segment)
+        if c.encoder.carry and n > 1:
+            return carried(self, frozen, ids, mask, n, train)
         cut = lambda x: x.reshape(b * n, t // n)  # noqa: E731
-        z, valid, positions = self._raw(frozen, cut(ids), cut(mask))
+        wire = self.encoded(frozen, cut(ids), cut(mask), train)
+        offset = jnp.tile(jnp.arange(n) * (t // n), b)[:, None]
+        wire = wire._replace(positions=wire.positions + offset, length=None)
+        joined = lambda x: x.reshape(b, n * x.shape[1], *x.shape[2:])  # noqa: E731
+        return jax.tree.map(joined, wire)._replace(length=mask.sum(-1))
+
+    def encoded(
+        self, frozen, ids, mask, train: bool = False, start: int = 0, before: KV | None = None
+    ) -> Wire:
+        """The wire of one segment each; see `_raw`."""
+        c, digits = self.config, None
+        z, valid, positions = self._raw(frozen, ids, mask, start, before)
         if c.wire.d_z is not None:
             z = ((z - self.in_mean) * self.in_scale) @ self.down
         if c.encoder.refiner:
-            z = self.refiner(z, valid, positions)
+            z = self.refiner(z, valid, positions - start)
         if c.wire.levels:
-            z = self._rounded(z)
-        m = z.shape[1]
-        offset = (jnp.arange(n) * (t // n))[None, :, None]
-        positions = positions.reshape(b, n, m) + offset
-        return Wire(
-            z.reshape(b, n * m, -1),
-            valid.reshape(b, n * m),
-            positions.reshape(b, n * m),
-            mask.sum(-1),
+            z, digits = self._rounded(z, valid)
+        if c.wire.codes:
+            z, digits = self._coded(z, valid, train)
+        return Wire(z, valid, positions, mask.sum(-1), digits)
+
+    def _coded(self, z: Float[Array, "b m z"], valid: Bool[Array, "b m"], train: bool):
+        """Latents as sums of codes, and the digits of these."""
+        out = self.rvq(z, valid, train=train)
+        if train:
+            power = jnp.sum(jnp.square(z.astype(jnp.float32)) * valid[..., None])
+            self.sow(codes.TOLD, "commitment", out.losses["commitment"])
+            error = Mean(out.metrics["quantisation_error"].sum, power)
+            self.sow(codes.TOLD, "wire_error", error)
+            self.sow(codes.TOLD, "codes_used", out.metrics["perplexity"][0])
+            return out.quantized, out.indices
+        return codes.straight(z, self.from_digits(out.indices)), out.indices
+
+    def _rounded(self, z: Float[Array, "b m z"], valid: Bool[Array, "b m"]):
+        """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale; and
+        which level, from 0.
+        """
+        scale, levels = jax.lax.stop_gradient(self.level_scale), self.config.wire.levels
+        x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], (levels,))[..., 0]
+        half = levels // 2
+        digits = (jnp.round(x) + half).astype(jnp.int32)
+        z = codes.straight(x / half * scale, self.from_digits(digits))
+        return z, jnp.where(valid[..., None], digits, -1)
+
+    def from_digits(self, digits: Int[Array, "*b s"]) -> Float[Array, "*b z"]:
+        """The latents that digits stand for: codes, of which -1 adds nothing, or levels."""
+        if self.config.wire.codes:
+            return self.rvq.decode(digits)
+        return codes.level_values(self.config.wire.levels)[digits] * jax.lax.stop_gradient(
+            self.level_scale
         )
 
-    def _rounded(self, z: Float[Array, "b m z"]) -> Float[Array, "b m z"]:
-        """Every number on one of a few levels (FSQ, Mentzer et al. 2023), at its own scale."""
-        scale, levels = jax.lax.stop_gradient(self.level_scale), (self.config.wire.levels,)
-        x = fsq_bound(z.astype(jnp.float32)[..., None] / scale[:, None], levels)[..., 0]
-        return straight_through(x, jnp.round(x)) / (levels[0] // 2) * scale
-
-    def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None) -> Prefix:
+    def prefix(self, wire: Wire, dtype=jnp.float32, frozen=None, task=None) -> Prefix:
         """Wire → what the reader gets.
 
         Args:
           wire: of `compress`.
           dtype: of what the reader gets.
-          frozen: the LLM's parameters, for adapters that look at its vocabulary.
+          frozen: the LLM's parameters, for adapters that look at its vocabulary or run it.
+          task: number of each text's, where tasks add something of their own; None: what they
+            all share.
         """
         c, r = self.config, self.reader
         wire = own_slots(wire, c)
+        sink = None if self.sink is None else jnp.int32(self.sink)
+        start = wire.length
+        if c.follow == "segment":
+            start = -(-wire.length // c.segment) * c.segment
+        if c.adapter.kind == "cross":
+            kv = self.cross(wire, dtype)
+            return Prefix(kv, None, wire.mask, wire.positions, start, sink)
         z = wire.z
         if c.wire.d_z is not None:
-            z = (z @ self.up) * self.out_scale + self.out_mean
+            y = z @ self.up
+            if task is not None and c.adapter.task_rank:
+                y = y + self.task_adapter(z, task)
+            z = y * self.out_scale + self.out_mean
         if c.adapter.entries > 1:
-            wire, z = self._expanded(wire, z)
+            wire, z = expanded(wire, z, c.adapter.entries, c.ratio)
         if not c.adapter.plain:
             z = self.adapter(wire.z, z, wire.mask, None if frozen is None else frozen["embed"])
         z = z.astype(dtype)
-        sink = None if self.sink is None else jnp.int32(self.sink)
         if c.encoder.slots == "heads":
             # Its entries stand where their tokens stood: what follows them is at the text's end.
             kv = heads.decode(r, self._known(), wire._replace(z=z), c.segment, c.ratio)
@@ -287,32 +203,13 @@ class Compressor(nn.Module):
         kv = embeds = None
         if c.adapter.kind == "kv":
             kv = unflatten_kv(z, r, inverse_frequencies(r), wire.positions, wire.mask)
+            if c.adapter.onto_soft:
+                soft = (wire.z @ self.soft + self.soft_mean).astype(dtype)
+                body = Decoder(r, remat=c.remat, parent=None)
+                kv = onto_soft.onto(body, frozen, soft, wire, kv, self.onto, self.sink)
         else:
             embeds = z
-        start = wire.length
-        if c.follow == "segment":
-            start = -(-wire.length // c.segment) * c.segment
         return Prefix(kv, embeds, wire.mask, wire.positions, start, sink)
-
-    def _expanded(self, wire: Wire, z: Float[Array, "b m e"]) -> tuple[Wire, Array]:
-        """Several soft tokens of each latent, spread over its span."""
-        c, n = self.config, self.config.adapter.entries
-        aside = ((jnp.arange(n) + 0.5) / n - 0.5) * c.ratio
-        places = jnp.maximum(jnp.floor(wire.positions[..., None] + 0.5 + aside), 0)
-        each = lambda x: jnp.repeat(x, n, axis=1)  # noqa: E731
-        places = places.astype(jnp.int32).reshape(len(z), -1)
-        wide = Wire(each(wire.z), each(wire.mask), places, wire.length)
-        return wide, z.reshape(*wide.mask.shape, -1)
-
-    def calibrated(self) -> None:
-        """Parameters that texts replace (`heads.calibrate`)."""
-        blank = heads.Calibration.blank(self.reader)._asdict()
-        made = {name: self.param(name, lambda _, x=x: x) for name, x in blank.items()}
-        self.measured = heads.Calibration(**made)
-
-    def _known(self) -> heads.Calibration:
-        found = jax.lax.stop_gradient(self.measured)  # measured, not trained
-        return found._replace(profile=found.profile * jnp.exp(self.factor)[..., None])
 
     def softened(self, frozen, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Prefix:
         """What latents of heads are trained as: the whole cache, weighed (`heads.soften`)."""
@@ -347,23 +244,24 @@ class Compressor(nn.Module):
         return self.tasks[task][:, None]
 
     def instructed(self, prefix, task: Int[Array, " b"]):
-        """A prefix, or anything else with ``kv`` and ``start``, behind which rows of the task
-        ``reconstruct`` have learned keys and values that ask for the text (prefix tuning, Li &
-        Liang 2021): a vector in front of the frozen layers says too little to make them copy.
+        """A prefix, or anything else with ``kv`` and ``start``, with what rows of the task
+        ``reconstruct`` have learned to ask for their text with (`heads.asked`).
         """
         if not self.config.rebuild_entries:
             return prefix
         known = jax.lax.stop_gradient(self.measured)
-        rows = self.asking * known.spread[:, None] + known.centre[:, None]
-        b, n = len(task), rows.shape[1]
-        k, v = jnp.split(jnp.broadcast_to(rows[:, None], (len(rows), b, *rows.shape[1:])), 2, -1)
-        where = prefix.start[:, None] + jnp.arange(n)
-        k = rope.rotate_layers(k, where, jnp.asarray(inverse_frequencies(self.reader)))
         asked = task == TASKS.index("reconstruct")
-        kv = KV(k, v, jnp.broadcast_to(asked[:, None], (b, n)))
-        if prefix.kv is not None:
-            kv = KV(k.astype(prefix.kv.k.dtype), v.astype(prefix.kv.v.dtype), kv.mask)
-        return prefix._replace(kv=behind(prefix.kv, kv), start=prefix.start + n * asked)
+        return heads.asked(self.reader, known, self.asking, prefix, asked)
+
+    def deltas(self) -> Any:
+        """What is added to the main reader's projections behind latents; None: it is frozen."""
+        if not self.config.reader_lora.rank:
+            return None
+        return reader_lora.for_all(self.reader_lora(), self.reader.num_layers)
+
+    def filled_in(self, wire: Wire, x: Float[Array, "b t d"], real, masked) -> Array:
+        """What `GistHead` says of the tokens of one segment each."""
+        return self.gist(wire.z, wire.mask, wire.positions, x, real, masked)
 
     def encoder_output(self, frozen, ids, mask):
         """Raw encoder output and slot mask, for fitting the bottleneck."""
@@ -374,31 +272,13 @@ class Compressor(nn.Module):
         """Touches every parameter; used for initialisation."""
         task = jnp.zeros((ids.shape[0],), jnp.int32)
         self.lead(task)
-        prefix = self.prefix(self.compress(frozen, ids, mask), frozen=frozen)
-        return self.instructed(prefix, task)
+        self.deltas()
+        wire = self.compress(frozen, ids, mask)
+        if self.config.gist_layers:
+            width = min(ids.shape[1], self.config.segment)
+            private = sum(self.config.private_slots.values())
+            one = split_segments(wire, self.config.segment, self.config.ratio, private)
+            real = jnp.ones((len(one.z), width), bool)
+            self.filled_in(one, jnp.zeros((*real.shape, self.reader.hidden_size)), real, real)
+        return self.instructed(self.prefix(wire, frozen=frozen, task=task), task)
 
-
-def read(
-    body: Decoder,
-    frozen,
-    prefix: Prefix,
-    embeds: Float[Array, "b t d"],
-    mask: Bool[Array, "b t"],
-) -> DecoderOutput:
-    """The reader on a right-padded prompt that follows the latents (teacher-forced path)."""
-    b, t, _ = embeds.shape
-    positions = prefix.start[:, None] + jnp.arange(t)
-    sink = None if prefix.sink is None else sink_kv(body, frozen, prefix.sink, b)
-    if prefix.kv is not None:
-        kv = behind(sink, prefix.kv)
-        return body.apply({"params": frozen}, embeds, positions, mask, prefix=kv)
-    m = prefix.embeds.shape[1]
-    out = body.apply(
-        {"params": frozen},
-        jnp.concatenate([prefix.embeds.astype(embeds.dtype), embeds], axis=1),
-        jnp.concatenate([prefix.positions, positions], axis=1),
-        jnp.concatenate([prefix.mask, mask], axis=1),
-        prefix=sink,
-    )
-    own = KV(out.kv.k[:, :, m:], out.kv.v[:, :, m:], mask)
-    return DecoderOutput(out.hidden[:, m:], own)

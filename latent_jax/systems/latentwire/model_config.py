@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from latent_jax.backbones.config import PROJECTIONS
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.adapter_config import (
+    AdapterConfig,
+    ReaderLoraConfig,
+    WireConfig,
+)
 from latent_jax.systems.latentwire.prompts import PromptConfig
 
 #: The reader that is also the encoder's body.
@@ -31,6 +34,13 @@ class EncoderConfig:
         "embedded, bytes: the LLM's last states, its input embeddings, or what a small transformer "
         "makes of the text's UTF-8 bytes, summed up by pooler",
     )
+    layers: int = field(
+        default=0, ge=0, help="how many of the LLM's layers encode, the first ones; 0: all"
+    )
+    carry: int = field(
+        default=0, ge=0, help="a segment is read behind the latents of so many before it; 0: every "
+        "segment is compressed alone",
+    )  # fmt: skip
     pooler: Literal["mean", "attention", "queries", "hierarchical", "convolution"] = field(
         default="mean",
         help="vectors of tokens to slots, each at first the mean of its span: mean (nothing is "
@@ -94,6 +104,13 @@ class EncoderConfig:
         if self.lora_on == "all" and self.view == "span" and self.slots == "memory":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
+        own = ("heads", "embedded", "bytes")
+        for name in (n for n in ("layers", "carry") if getattr(self, n) and self.slots in own):
+            why = {"layers": "keeps entries of all layers", "carry": "packs segments one by one"}
+            raise ConfigError(
+                f"encoder.{name}={getattr(self, name)}: encoder.slots={self.slots} "
+                f"{why[name] if self.slots == 'heads' else 'runs no layer of the LLM'}; set it to 0"
             )
         if self.pooler != "mean" and not self.vectors:
             raise ConfigError(
@@ -161,6 +178,9 @@ class ModelConfig:
     encoder: EncoderConfig = field(default_factory=EncoderConfig, help="text to slots")
     wire: WireConfig = field(default_factory=WireConfig, help="slots to latents")
     adapter: AdapterConfig = field(default_factory=AdapterConfig, help="latents to reader")
+    reader_lora: ReaderLoraConfig = field(
+        default_factory=ReaderLoraConfig, help="deltas of the main reader behind latents"
+    )
     sink: bool = field(
         default=True,
         help="BOS (else EOS) before the encoder's text and before all that the reader is shown",
@@ -185,6 +205,10 @@ class ModelConfig:
         help="where a prompt's positions begin: after the last segment, so that a token is always "
         "as far from the latent that holds it, or after the text",
     )
+    gist_layers: int = field(
+        default=0, ge=0, help="layers of a head that fills in a text's masked tokens from its "
+        "latents, for losses.gist alone; 0: none",
+    )  # fmt: skip
     remat: bool = field(default=False, help="recompute activations in the backward pass")
     start: str | None = field(
         default=None,
@@ -193,11 +217,19 @@ class ModelConfig:
 
     def validate(self) -> None:
         """Refuses combinations that cannot be wired together."""
-        if self.wire.d_z is None and (self.encoder.output == "kv") != (self.adapter.kind == "kv"):
+        other = (self.encoder.output == "kv") != (self.adapter.kind == "kv")
+        if self.wire.d_z is None and other and self.adapter.kind != "cross":
             raise ConfigError(
                 f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
                 f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "
                 "kv, hidden with soft"
+            )
+        if self.encoder.carry and self.adapter.kind == "cross":
+            raise ConfigError("encoder.carry reads latents as a prefix: adapter.kind=cross is none")
+        if self.encoder.layers and self.encoder.output == "kv" and self.wire.d_z is None:
+            raise ConfigError(
+                f"encoder.layers={self.encoder.layers} leaves keys and values of so many layers, "
+                "and the reader wants them of all: set wire.d_z"
             )
         if self.ratio > self.segment:
             raise ConfigError(
@@ -232,6 +264,11 @@ class ModelConfig:
             )
         if self.encoder.refiner and (self.wire.d_z or 2) % 2:
             raise ConfigError(f"encoder.refiner needs an even wire.d_z, not {self.wire.d_z}")
+        if (self.adapter.onto_soft or self.adapter.task_rank) and self.wire.d_z is None:
+            name = "onto_soft" if self.adapter.onto_soft else "task_rank"
+            raise ConfigError(f"adapter.{name} needs a map of its own: set wire.d_z")
+        if self.gist_layers and self.encoder.slots == "heads":
+            raise ConfigError("model.gist_layers: encoder.slots=heads has no latents to train")
         if self.adapter.entries > 1 and self.wire.d_z is None:
             raise ConfigError("adapter.entries > 1 needs a map of its own: set wire.d_z")
         if self.wire.fit == "vocabulary" and not (
@@ -265,27 +302,3 @@ class ModelConfig:
     def private_slots(self) -> dict[str, int]:
         """Private latents per segment of each reader, in the order in which they are sent."""
         return {MAIN: self.private, **{name: r.private for name, r in self.readers.items()}}
-
-
-# What compressors could not be told when the first of their wires were written.
-_LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner"), "wire": ("fit", "levels"),
-    "adapter": (
-        "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes",
-    ),
-}  # fmt: skip
-
-
-def as_first(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """A `ModelConfig` as a mapping, without later settings where they are as they always were: the
-    wires of a compressor that has none of them stay readable.
-    """
-    own, found = asdict(ModelConfig()), dict(shape)
-    for part, names in _LATER.items():
-        found[part] = {
-            k: v for k, v in shape[part].items() if k not in names or v != own[part][k]
-        }
-    if found["follow"] == own["follow"]:
-        del found["follow"]
-    return found

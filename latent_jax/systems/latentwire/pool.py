@@ -47,6 +47,16 @@ def spans(kv: KV, ratio: float) -> KV:
     return KV(kv.k[:, :, flat].reshape(shape), kv.v[:, :, flat].reshape(shape), mask)
 
 
+def span_means(
+    text: Float[Array, "b t d"], mask: Bool[Array, "b t"], slots: int, ratio: float
+) -> Float[Array, "b m d"]:
+    """The mean of each slot's span over its real tokens; 0 where there are none."""
+    span = (jnp.arange(text.shape[1]) // ratio).astype(jnp.int32)
+    weight = (span[None, :] == jnp.arange(slots)[:, None])[None] & mask[:, None, :]
+    weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
+    return jnp.einsum("bmt,btd->bmd", weight, text)
+
+
 class KVPool(nn.Module):
     """Per-layer maps from the keys and values of a slot's tokens to the slot's own.
 

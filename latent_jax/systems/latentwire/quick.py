@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Int
 
 from latent_jax.backbones.cross_entropy import token_cross_entropy
-from latent_jax.systems.latentwire.baselines import Latents
+from latent_jax.systems.latentwire.codes import as_variables
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import MAIN, TASKS
 from latent_jax.systems.latentwire.losses import cosine_between, forced
 from latent_jax.systems.latentwire.prompts import pad_rows
@@ -32,17 +33,18 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
         if name != MAIN:
             body, reader = system.readers[name].backbone.decoder, frozen["readers"][name]
             receiver, own = system.readers[name].adapter, params["readers"][name]
-        apply = functools.partial(receiver.apply, {"params": own})
+        apply = functools.partial(receiver.apply, as_variables(own))
         task = jnp.full(len(ids), TASKS.index("reconstruct"), jnp.int32)
         lead = apply(task, method="lead")
         weight = mask / mask.sum()
+        lora = apply(method="deltas") if name == MAIN else None
 
         def score(wire):
-            table = {"frozen": reader} if name == MAIN else {}
+            table = {"frozen": reader, "task": task} if name == MAIN else {}
             prefix = apply(wire, reader["embed"].dtype, **table, method="prefix")
             if name == MAIN:
                 prefix = apply(prefix, task, method="instructed")
-            hidden = forced(body, reader, prefix, lead, gold, mask).hidden
+            hidden = forced(body, reader, prefix, lead, gold, mask, lora).hidden
             nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
             return jnp.sum(nll * weight), jnp.sum(hit * weight)
 

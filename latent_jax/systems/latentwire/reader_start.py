@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,17 +21,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import inverse_frequencies
 from latent_jax.core.errors import ConfigError, DataError
-from latent_jax.systems.latentwire.baselines import Latents, encode
+from latent_jax.systems.latentwire.baselines import encode
 from latent_jax.systems.latentwire.bottleneck import adopt
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import ModelConfig
 from latent_jax.systems.latentwire.given import embed, prefill
 from latent_jax.systems.latentwire.model import Wire, flatten_kv, num_latents
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.readers import Reader
+from latent_jax.systems.latentwire.ridge import regression
 from latent_jax.systems.latentwire.tuned import init_prompt
-
-#: Ridge, as a share of the latents' own variance.
-RIDGE = 1e-3
 
 
 def check_layout(name: str, theirs: ModelConfig, ours: ModelConfig) -> None:
@@ -211,37 +209,3 @@ def _states(
     kv = prefill(backbone.decoder, backbone.params, ids, mask, sink)
     where = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return jax.jit(flatten_kv)(kv, jnp.asarray(inverse_frequencies(backbone.config)), where)
-
-
-def regression(
-    x: Float[np.ndarray, "n z"],
-    y: Float[np.ndarray, "n f"],
-    inner: Float[np.ndarray, "z h"] | None = None,
-) -> dict[str, np.ndarray]:
-    """Ridge regression of ``y`` on ``x``, both standardised per dimension, and on random features.
-
-    Args:
-      inner: weights of the features, which are GELUs of the standardised ``x``.
-
-    Returns:
-      ``in_mean, in_scale`` and ``out_mean, out_scale``, the ``map`` in between and ``outer``, that
-      of the features: with ``s = (x - in_mean) * in_scale``, ``y`` is near
-      ``(s @ map + gelu(s @ inner) @ outer) * out_scale + out_mean``.
-    """
-    in_mean, spread = x.mean(0), x.std(0) + 1e-6
-    out_mean, out_scale = y.mean(0), y.std(0) + 1e-6
-    a = (x - in_mean) / spread
-    if inner is not None:
-        a = np.concatenate([a, np.asarray(nn.gelu(jnp.asarray(a @ inner)))], axis=1)
-    a = a.astype(np.float64)
-    b = ((y - out_mean) / out_scale).astype(np.float64)
-    middle = a.mean(0)
-    a = a - middle
-    gram = a.T @ a + RIDGE * len(a) * np.eye(a.shape[1])
-    found = np.linalg.solve(gram, a.T @ b)
-    width = x.shape[1]
-    fitted = {
-        "in_mean": in_mean, "in_scale": 1 / spread, "out_scale": out_scale,
-        "out_mean": out_mean - middle @ found * out_scale, "map": found[:width],
-    }  # fmt: skip
-    return fitted if inner is None else {**fitted, "outer": found[width:]}

@@ -20,7 +20,7 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import inverse_frequencies
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import CheckpointError
-from latent_jax.systems.latentwire.baselines import Latents
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig, ReaderConfig
 from latent_jax.systems.latentwire.model import Prefix, Wire, own_slots, unflatten_kv
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
@@ -135,7 +135,7 @@ class Reader:
 
 @flax.struct.dataclass
 class ReaderLatents:
-    """A compressor whose wire another LLM reads; implements `baselines.Compressed`."""
+    """A compressor whose wire another LLM reads; implements `compressed.Compressed`."""
 
     adapter: Any = flax.struct.field(pytree_node=False)
     encoder: Latents
@@ -160,6 +160,14 @@ class ReaderLatents:
     def instructed(self, given, name):
         """See `Compressed.instructed`: a further reader has none."""
         return given
+
+    def for_task(self, name):
+        """See `Compressed.for_task`: a further reader has one adapter for all tasks."""
+        return self
+
+    def deltas(self):
+        """See `Compressed.deltas`: a further reader is always frozen."""
+        return None
 
 
 def latent_width(config: ModelConfig, encoder: DecoderConfig) -> int:

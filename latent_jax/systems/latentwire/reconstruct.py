@@ -14,11 +14,12 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops.bootstrap import mean_interval
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Wire, split_segments
 from latent_jax.systems.latentwire.prompts import pad_rows
+from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.scoring import (
     Progress,
     batches,
@@ -88,7 +89,8 @@ def evaluate_ae(
             f"reconstruction arms are {', '.join(baselines.LATENT_ARMS)} and, of the encoder's own "
             f"LLM, those of text with {PROMPTED}; got {arms}"
         )
-    first = None if sink is None else jnp.int32(sink)
+    first, behind = None if sink is None else jnp.int32(sink), reading(latents, reader)
+    repeating = for_task(latents, task)
     width = length if length <= segment else -(-length // segment) * segment
     empty = np.zeros((batch_size, 0), np.int32), np.zeros((batch_size, 0), bool)
     scores: dict[str, dict[str, np.ndarray]] = {a: {} for a in arms}
@@ -106,22 +108,23 @@ def evaluate_ae(
         for arm in arms:
             base = base_arm(arm)
             sent = None if arm in of_text else wire
+            llm = reader if arm in of_text else behind
             if arm == "shuffled":
                 sent = neighbours(latents, wire, segments, at, real, width)
             elif arm == "cramming":
                 sent = cram(
-                    reader.decoder, reader.params, latents, wire, *shown, cramming_steps
+                    llm.decoder, llm.params, latents, wire, *shown, cramming_steps
                 )
             given = baselines.build(
-                base, reader.decoder, reader.params, ids, mask, *empty, at.astype(np.int32),
-                latents=latents, wire=sent, key=jax.random.key(seed), ratio=ratio, sink=first,
+                base, llm.decoder, llm.params, ids, mask, *empty, at.astype(np.int32),
+                latents=repeating, wire=sent, key=jax.random.key(seed), ratio=ratio, sink=first,
             )  # fmt: skip
             asking = "latent" if arm in of_text else arm  # both have the compressor's embedding
             lead = task_embedding(latents, asking, task, len(at))
             given = baselines.instructed(latents, given, task)
             asked = Asked(given, *empty, lead)
-            guess, _ = decode(reader, asked, longest, ())
-            forced = score_answers(reader.decoder, reader.params, asked, *gold)
+            guess, _ = decode(llm, asked, longest, ())
+            forced = score_answers(llm.decoder, llm.params, asked, *gold)
             row = metrics.agreement(guess, *gold)
             row |= {k: np.asarray(forced[k]) for k in ("nll", "hit")}
             row["bleu"] = np.array(
@@ -164,6 +167,7 @@ def rebuild(
     """Greedy reconstructions of a wire, as many tokens as each text had, right-padded.
 
     Args:
+      reader: the LLM as it reads behind latents (`reader_lora.reading`).
       segment: tokens compressed at once.
       ratio: tokens per latent.
       task: the learned task embedding after the latents; None for none.
@@ -173,7 +177,7 @@ def rebuild(
     n = rows // b
     empty = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), bool)
     given = baselines.latent_given(
-        "latent", reader.decoder, reader.params, latents, parts,
+        "latent", reader.decoder, reader.params, for_task(latents, task), parts,
         np.arange(rows, dtype=np.int32), jax.random.key(0),
     )  # fmt: skip
     given = baselines.instructed(latents, given, task)

@@ -11,12 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from latent_jax.core.types import Mean
-from latent_jax.systems.latentwire.adapters import rms
+from latent_jax.systems.latentwire.adapters import ERROR, rms
 from latent_jax.systems.latentwire.config import LossConfig
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire
-
-#: Weight of the squared error beside the cosine.
-ERROR = 0.1
 
 
 def unit_means(model: Compressor, wire: Wire) -> Float[Array, "b z"]:
@@ -125,6 +122,6 @@ def extra_terms(
     return terms, aux
 
 
-def dropped(key: Array, wire: Wire, keep: float) -> Wire:
+def dropped(key: Array, wire: Wire, keep: float | Float[Array, ""]) -> Wire:
     """A share of the latents is hidden from the reader."""
     return wire._replace(mask=wire.mask & jax.random.bernoulli(key, keep, wire.mask.shape))

@@ -23,9 +23,10 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.data.squad import QAExample
 from latent_jax.ops.bootstrap import mean_interval, ratio_interval
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
+from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.scoring import (
     batches,
     context_width,
@@ -81,7 +82,7 @@ def log_probabilities(
       task: which learned task embedding follows the latents; None for none.
     """
     flat = [(i, a) for i, row in enumerate(answers) for a in row]
-    builder, reader = judge.builder, judge.backbone
+    builder, reader = judge.builder, reading(judge.latents, judge.backbone)
     contexts = [source.context_ids(e.context) for e in examples]
     prompts = [builder.prompt_ids(e.question) for e in examples]
     gold = [builder.answer_ids(a) for _, a in flat]
@@ -94,7 +95,7 @@ def log_probabilities(
         prompt = pad_rows([prompts[i] for i in rows], widths[0], builder.pad_id, left=True)
         wire = baselines.encode(judge.latents, ids, mask)
         given = baselines.latent_given(
-            "latent", reader.decoder, reader.params, judge.latents, wire,
+            "latent", reader.decoder, reader.params, for_task(judge.latents, task), wire,
             at.astype(np.int32), jax.random.key(0),
         )  # fmt: skip
         lead = task_embedding(judge.latents, "latent", task, len(at))

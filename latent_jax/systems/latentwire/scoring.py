@@ -16,7 +16,7 @@ from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.padding import bucket
 from latent_jax.systems.latentwire import baselines, metrics
-from latent_jax.systems.latentwire.baselines import Compressed
+from latent_jax.systems.latentwire.compressed import Compressed
 from latent_jax.systems.latentwire.given import Asked, answer_hidden, join
 
 #: Called as ``progress(what, done, total)``.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from latent_jax.systems.latentwire import annealing, bits, diagnose
+from latent_jax.systems.latentwire import annealing, bits, diagnose, reader_lora
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
@@ -79,6 +79,7 @@ def final_evaluation(
         metrics |= found
         samples += rows
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
+    metrics |= reader_lora.numbers(wire.config, wire.params)
     if e.wire_bits:
         exact = dict(metrics), [row["f1"]["latent"] for row in answered if "latent" in row["f1"]]
         metrics |= quality_against_bits(system, wire, exact, progress)
@@ -172,6 +173,7 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
         for name in ("distinct", "distinct_words", "empty", "repetitive", "commonest_share"):
             numbers[f"answers.{name}"] = told[name]
     told = {} if (judged := annealing.verdict(log)) is None else {"annealing": judged.line()}
+    told |= {} if wire.not_frozen is None else {"reader": wire.not_frozen}
     return {**numbers, **told, "findings": found or "nothing known is wrong"}
 
 
@@ -188,6 +190,8 @@ def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, 
         "rebuilt": wire.backbone.tokenizer.decode(rebuilt),
         "tokens rebuilt right": f"{right:.2f}",
     }
+    if wire.not_frozen is not None:
+        shown["reader"] = wire.not_frozen
     if question is not None:
         shown["question"] = question
         shown["answer from the latents"] = wire.answer(z, question)[0]
@@ -201,6 +205,8 @@ def wire_cost(wire: LatentWire) -> dict[str, Any]:
     c, bits_each = wire.config, {}
     if c.wire.levels:
         bits_each["wire.bits_per_token"] = wire.width * math.log2(c.wire.levels) / c.ratio
+    if c.wire.codes:
+        bits_each["wire.bits_per_token"] = c.wire.stages * math.log2(c.wire.codes) / c.ratio
     return bits_each | {
         "wire.d_z": wire.width,
         "wire.floats_per_token": wire.width / wire.config.ratio,

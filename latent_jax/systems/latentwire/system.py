@@ -16,8 +16,14 @@ from latent_jax import backbones
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import asking, bottleneck, heads, reader_start, recipe, suite
-from latent_jax.systems.latentwire.adapters import fit_colour
+from latent_jax.systems.latentwire import (
+    beginning,
+    heads,
+    reader_lora,
+    reader_start,
+    recipe,
+    suite,
+)
 from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
@@ -29,8 +35,9 @@ from latent_jax.systems.latentwire.assets import (
     training_record,
     with_every_task,
 )
-from latent_jax.systems.latentwire.baselines import Compressed, Latents
 from latent_jax.systems.latentwire.bits import mean_latent
+from latent_jax.systems.latentwire.codes import as_params, as_variables
+from latent_jax.systems.latentwire.compressed import Compressed
 from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
@@ -42,8 +49,7 @@ from latent_jax.systems.latentwire.quick import make_quick, quick_eval
 from latent_jax.systems.latentwire.readers import open_reader
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
-from latent_jax.systems.latentwire.tuned import init_prompt, train_controls
-from latent_jax.systems.latentwire.vectors import spelling
+from latent_jax.systems.latentwire.tuned import train_controls
 
 
 class LatentWireSystem:
@@ -92,6 +98,7 @@ class LatentWireSystem:
             **{name: getattr(losses, name) for name in OF_MAIN},
             **{f"{k}.{label}": w for label in self.readers for k, w in common.items()},
         }
+        self.rates = losses.scheduled
         self._held_out: np.ndarray | None = None
         self._questions: list[QAExample] | None = None
         self._tuned: dict[str, jax.Array] = {}
@@ -100,44 +107,7 @@ class LatentWireSystem:
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters, or those of ``model.start``; a fresh bottleneck is fitted to data."""
-        reader = self.frozen["reader"]
-        make = jax.jit(lambda r, i, m: self.model.init(rngs["params"], r, i, m)["params"])
-        ids = jnp.zeros(batch["context"].shape, jnp.int32)
-        params = make(reader, ids, jnp.ones(ids.shape, bool))
-        model = self.config.model
-        if model.prompt_tokens:
-            tokenizer = self.backbone.tokenizer
-            params |= init_prompt(reader["embed"], tokenizer, model.prompt_tokens)
-        start, theirs = {}, {}
-        if model.start is not None:
-            stored = load_compressor(model.start, self.backbone)
-            reader_start.check_layout(model.start, stored.config, model)
-            start = dict(stored.params)
-            theirs = start.pop("readers", {})
-            params = bottleneck.adopt(params, start, model.start)
-        if "profile" in params and "profile" not in start:
-            params |= heads.calibrate(
-                self.body, reader, self.train_data("main", None), self.sink,
-                self.config.data.calibration,
-            )._asdict()  # fmt: skip
-        if "spelling" in params and "spelling" not in start:
-            spelt = spelling(self.backbone.tokenizer, self.backbone.config.vocab_size)
-            params["spelling"] = jnp.asarray(spelt, jnp.float32)
-        if model.rebuild_entries and "asking" not in start:
-            texts = next(self.train_data("main", None))
-            params |= asking.start(self.model, params, reader, self.backbone.tokenizer, texts)
-        if model.wire.d_z is not None and "down" not in start:
-            params = bottleneck.fit(self.model, params, reader, self.train_data("main", None))
-        if model.adapter.calibration == "colour" and "adapter" not in start:
-            params = fit_colour(self.model, params, reader, self.train_data("main", None))
-        if self.readers:
-            encoder = Latents(self.model, params, reader)
-            adapters = reader_start.fresh(self.readers, rngs["params"])
-            params["readers"] = reader_start.start(
-                self.readers, encoder, self.backbone.tokenizer, adapters, theirs,
-                lambda: self.train_data("main", None),
-            )  # fmt: skip
-        return {"params": params}
+        return beginning.fresh(self, rngs, batch)
 
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns: neither a start's weights nor the data are read."""
@@ -151,7 +121,7 @@ class LatentWireSystem:
             params["readers"] = jax.eval_shape(
                 lambda: reader_start.fresh(self.readers, jax.random.key(0))
             )
-        return {"params": params}
+        return {**found, "params": params}
 
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`."""
@@ -159,8 +129,8 @@ class LatentWireSystem:
 
     def param_labels(self, params):
         """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
-        ``memory``, ``prompt``, ``heads`` and ``bottleneck``, and ``reader_<name>`` of each further
-        reader; input statistics are frozen.
+        ``memory``, ``prompt``, ``heads``, ``bottleneck``, ``gist`` and ``reader_lora``, and
+        ``reader_<name>`` of each further reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
         return trees.match_tree((*LABELS, *own), params)
@@ -169,11 +139,12 @@ class LatentWireSystem:
         """Compressed tokens in a batch."""
         return {"tokens": int(np.sum(batch["context_mask"]))}
 
-    def loss_terms(self, variables, frozen, batch, rngs, train):
+    def loss_terms(self, variables, frozen, batch, rngs, train, rates=None):
         """See `batch_terms`."""
         return batch_terms(
             self.model, self.config, variables["params"], frozen, batch,
-            rngs["corrupt"] if train else None, self.readers,
+            rngs["corrupt"] if train else None, self.readers, rates,
+            {name: tree for name, tree in variables.items() if name != "params"},
         )  # fmt: skip
 
     def train_data(self, phase: str, start_state: Any):
@@ -231,7 +202,7 @@ class LatentWireSystem:
         n = self.config.eval.quick_segments
         if not n or not self.config.data.mix.get("reconstruct"):
             return {}
-        return quick_eval(self, variables["params"], frozen, self.eval_data()[:n])
+        return quick_eval(self, as_params(variables), frozen, self.eval_data()[:n])
 
     def wire(self, variables, frozen) -> LatentWire:
         """The compressor with these weights, as users hold it.
@@ -242,7 +213,7 @@ class LatentWireSystem:
         context = jax.ShapeDtypeStruct((1, self.config.model.segment), jnp.int32)
         check_parts(variables["params"], self.init_shapes({"context": context})["params"])
         backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
-        params, tasks = with_every_task(variables["params"]), trained_tasks(self.config)
+        params, tasks = with_every_task(as_params(variables)), trained_tasks(self.config)
         params = heads.folded(params)
         return LatentWire(backbone, self.config.model, params, self.builder, tasks)
 
@@ -290,15 +261,17 @@ class LatentWireSystem:
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
         """Writes the compressor, large matrices as int8, with the record of how it was trained."""
         record = training_record(run) if run is not None else {}
-        params, tasks = heads.folded(variables["params"]), trained_tasks(self.config)
+        params, tasks = heads.folded(as_params(variables)), trained_tasks(self.config)
         config = self.config
+        if (note := reader_lora.note(config.model, params)) is not None:
+            record["reader"] = note
         out = save_compressor(
             to, params, config.model, self.backbone, tasks, record, config.prompt,
             {label: r.backbone.sha256 for label, r in self.readers.items()},
         )  # fmt: skip
         # Of the weights as they are stored, which are what will be loaded.
         stored = jax.tree.map(jnp.asarray, load_compressor(out, self.backbone).params)
-        centre = self.centre(self.wire({"params": stored}, frozen).latents)
+        centre = self.centre(self.wire(as_variables(stored), frozen).latents)
         if centre is not None:
             save_centre(out, centre, f"the first training texts of {config.name}")
         size = sum(f.stat().st_size for f in out.iterdir())

@@ -71,14 +71,15 @@ class Selected(Compressor):
 
     def setup(self):
         """Without parameters, but for what `measured` finds."""
+        self.own = self.reader
         if self.method == "kv_heads":
             self.body = Decoder(self.reader, parent=None)
             self.calibrated()
             self.factor = jnp.zeros(self.measured.centre.shape[:2])  # nothing to train
 
-    def _raw(self, frozen, ids, mask) -> tuple[Array, Array, Array]:
+    def _raw(self, frozen, ids, mask, start=0, before=None) -> tuple[Array, Array, Array]:
         if self.method == "kv_heads":
-            return super()._raw(frozen, ids, mask)
+            return super()._raw(frozen, ids, mask, start, before)
         (b, t), body = ids.shape, Decoder(self.reader, parent=None)
         ratio, sink = self.config.ratio, None if self.sink is None else jnp.int32(self.sink)
         if not self.method.startswith("kv"):
@@ -98,6 +99,8 @@ class Selected(Compressor):
         positions = jnp.broadcast_to(positions, kept.mask.shape)
         return flatten_kv(kept, inverse_frequencies(self.reader), positions), kept.mask, positions
 
-    def prefix(self, wire: Wire, dtype=jnp.float32, frozen: Any = None) -> Prefix:
+    def prefix(
+        self, wire: Wire, dtype=jnp.float32, frozen: Any = None, task: Any = None
+    ) -> Prefix:
         """As a trained compressor's, but the prompt continues where the text ends."""
-        return super().prefix(wire, dtype, frozen)._replace(start=wire.length)
+        return super().prefix(wire, dtype, frozen, task)._replace(start=wire.length)

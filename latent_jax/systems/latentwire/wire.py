@@ -10,111 +10,40 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from latent_jax.core.errors import WireError
 from latent_jax.core.files import parse_json
 from latent_jax.ops import wire as codec
-from latent_jax.systems.latentwire.model import Wire, num_latents
+from latent_jax.systems.latentwire.codes import digit_bytes, pack_digits, unpack_digits
+from latent_jax.systems.latentwire.latents import Wire
+from latent_jax.systems.latentwire.pool import num_latents
+from latent_jax.systems.latentwire.wire_header import (
+    CODES,
+    Bytes,
+    Header,
+    Origin,
+    check_form,
+    check_origin,
+    parse,
+    places,
+)
+
+__all__ = [
+    "CODES", "Bytes", "Header", "Origin", "check_form", "check_origin", "is_wire", "pack",
+    "places", "read_bytes", "read_header", "unpack",
+]  # fmt: skip
 
 SIGNATURE = b"\x89LWIRE\r\n"  # damaged by what damages text files, as PNG's is
 VERSION = 1
 _PREAMBLE = struct.Struct("<HI")
 _CHECKSUM = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """Who wrote a wire.
-
-    Attributes:
-      encoder: name that the compressor was loaded as.
-      encoder_sha256: digest of its configuration, weights, centre and frozen LLM.
-      reader: name of the LLM that it was made for.
-      family: architecture of that LLM.
-    """
-
-    encoder: str
-    encoder_sha256: str
-    reader: str
-    family: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """All that is known of a stored wire beside its numbers.
-
-    Attributes:
-      origin: who wrote it.
-      ratio: tokens per latent.
-      segment: tokens compressed at once.
-      width: numbers per latent (``d_z``).
-      form: number format, of `ops.wire.FORMATS`.
-      group: numbers that share a scale.
-      centred: whether the encoder's centre was taken off before rounding.
-      lengths: tokens of each text.
-      latents: latents of each text, ``M``.
-      positions: of each text's latents, where they are not the middles of their spans.
-      private: latents of each segment that only single readers are given.
-    """
-
-    origin: Origin
-    ratio: float
-    segment: int
-    width: int
-    form: str
-    group: int
-    centred: bool
-    lengths: tuple[int, ...]
-    latents: tuple[int, ...]
-    positions: tuple[tuple[int, ...], ...] | None = None
-    private: int = 0
-
-
-class Bytes(NamedTuple):
-    """What a stored wire takes; ``header`` includes signature and checksum."""
-
-    header: int
-    scales: int
-    payload: int
-
-    @property
-    def total(self) -> int:
-        """All of it: the size of the file."""
-        return sum(self)
-
-
-def places(
-    lengths: Sequence[int], width: int, ratio: float, segment: int, private: int = 0
-) -> tuple[Bool[np.ndarray, "b m"], Int[np.ndarray, "b m"]]:
-    """Which latents are real, and where they stand, of texts padded to ``width`` tokens.
-
-    Segments are compressed alone: each has its own ``ceil(tokens / ratio)`` latents, in the middles
-    of their spans, and then its private ones, spread evenly over it.
-    """
-    n = max(1, width // segment)
-    m = num_latents(width // n, ratio)
-    slot, start = np.arange(m), np.arange(n)[:, None] * (width // n)
-    # fp32, as the compressor computes them
-    middle = np.floor(slot * np.float32(ratio) + np.float32((ratio - 1) / 2)).astype(np.int32)
-    left = np.clip(np.asarray(lengths)[:, None, None] - start, 0, width // n)
-    mask = slot * np.float32(ratio) < left
-    where = np.broadcast_to(middle, mask.shape)
-    if private:
-        own = (np.arange(private) + np.float32(0.5)) * left.astype(np.float32)
-        own = np.floor(own / np.float32(private)).astype(np.int32)
-        mask = np.concatenate([mask, np.broadcast_to(left > 0, own.shape)], axis=-1)
-        where = np.concatenate([where, own], axis=-1)
-    shape = (len(lengths), n * (m + private))
-    return mask.reshape(shape), (start + where).reshape(shape)
 
 
 def pack(
@@ -126,6 +55,7 @@ def pack(
     group: int = codec.GROUP,
     centre: Float[np.ndarray, " z"] | None = None,
     private: int = 0,
+    codes: int = 0,
 ) -> tuple[bytes, Bytes]:
     """A wire as bytes, and what each part of them takes.
 
@@ -134,10 +64,11 @@ def pack(
       origin: who made them.
       ratio: tokens per latent.
       segment: tokens compressed at once.
-      form: of `ops.wire.FORMATS`.
+      form: of `ops.wire.FORMATS`, or `CODES`.
       group: numbers that share a scale, in the integer formats.
       centre: the encoder's centre, which integer formats take off; it does not travel.
       private: latents of each segment that only single readers are given.
+      codes: of each stage of the encoder's residual VQ, or levels of a number; 0: neither.
 
     Raises:
       WireError: unknown format, or latents that it cannot hold.
@@ -146,13 +77,18 @@ def pack(
     mask = np.asarray(wire.mask)
     z = np.asarray(wire.z, np.float32)[mask]
     peak = float(np.abs(z).max(initial=0.0))
-    if not peak <= codec.largest(form):
+    if form != CODES and not peak <= codec.largest(form):
         raise WireError(
             f"latents reach {peak:.3g}, which {form} cannot hold; use bf16"
             if np.isfinite(peak) else "latents are not finite: nothing can be sent"
         )  # fmt: skip
-    centred = centre is not None and not form.startswith(("fp", "bf"))
-    scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
+    centred = centre is not None and form.startswith("int")
+    stages = 0
+    if form == CODES:
+        scales, (payload, stages) = b"", _digits(wire, mask, codes)
+    else:
+        codes = 0
+        scales, payload = codec.to_bytes(z - np.asarray(centre) if centred else z, form, group)
     where, lengths = np.asarray(wire.positions), np.asarray(wire.length).tolist()
     # Widths follow from the slots: all segments have equally many.
     slots = num_latents(segment, ratio) + private
@@ -163,53 +99,29 @@ def pack(
         origin, float(ratio), int(segment), int(z.shape[-1]), form, group, centred,
         tuple(lengths), tuple(mask.sum(1).tolist()),
         None if usual else tuple(tuple(w[m].tolist()) for w, m in zip(where, mask, strict=True)),
-        private,
+        private, codes, stages,
     )  # fmt: skip
     fields = dataclasses.asdict(header)
-    if not private:  # such wires are written as they were before there were private latents
-        del fields["private"]
+    for name in ("private", "codes", "digits"):
+        if not fields[name]:  # such wires are written as they were before there was such a thing
+            del fields[name]
     text = json.dumps(fields, separators=(",", ":")).encode()
     data = SIGNATURE + _PREAMBLE.pack(VERSION, len(text)) + text + scales + payload
     data += _digest(data)
     return data, Bytes(len(data) - len(scales) - len(payload), len(scales), len(payload))
 
 
-def check_form(form: str) -> None:
-    """Refuses unknown number formats.
-
-    Raises:
-      WireError: naming the known ones.
-    """
-    if form not in codec.FORMATS:
-        raise WireError(f"no wire format {form!r}; known: {', '.join(codec.FORMATS)}")
-
-
-def check_origin(theirs: Origin, ours: Origin, name: str) -> None:
-    """Refuses latents that another encoder made.
-
-    Args:
-      theirs: who made them.
-      ours: who would read them.
-      name: what they are called, for messages.
-
-    Raises:
-      WireError: saying whose they are and what would read them.
-    """
-    if theirs.encoder_sha256 == ours.encoder_sha256:
-        return
-    who = f"{theirs.encoder} ({theirs.encoder_sha256[:12]})"
-    us = f"{ours.encoder} ({ours.encoder_sha256[:12]})"
-    if theirs.family != ours.family:
+def _digits(wire: Wire, mask: np.ndarray, codes: int) -> tuple[bytes, int]:
+    """Digits of the real latents as bytes, and how many each has."""
+    if not codes or wire.digits is None:
         raise WireError(
-            f"{name}: made by {who} for {theirs.reader} ({theirs.family}); {ours.reader} "
-            f"({ours.family}) has no adapter for it: compress the text with {us}"
+            "format codes: these latents are not made of codes (wire.codes, wire.levels are 0); "
+            f"known: {', '.join(codec.FORMATS)}"
         )
-    if theirs.encoder == ours.encoder:
-        raise WireError(
-            f"{name}: made by another version of {who}; this one is {us}: compress the text "
-            "again, or load that version"
-        )
-    raise WireError(f"{name}: made by the encoder {who}; this is {us}: load {theirs.encoder}")
+    digits = np.asarray(wire.digits)[mask]
+    if digits.size and digits.min() < 0:
+        raise WireError("format codes: codebooks that never saw a text have no codes; train first")
+    return pack_digits(digits, codes), digits.shape[-1]
 
 
 def is_wire(path: str | Path) -> bool:
@@ -256,10 +168,11 @@ def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
             f"{name}: damaged: cut off or changed on the way (its checksum differs); send it again"
         )
     try:
-        header = _parse(parse_json(data[start : start + length]))
-        scales, payload = codec.sizes(
-            sum(header.latents), header.width, header.form, header.group
-        )
+        header = parse(parse_json(data[start : start + length]))
+        count = sum(header.latents)
+        scales, payload = 0, digit_bytes(count * header.digits, max(header.codes, 2))
+        if header.form != CODES:
+            scales, payload = codec.sizes(count, header.width, header.form, header.group)
         parts = Bytes(start + length + _CHECKSUM, scales, payload)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -272,7 +185,10 @@ def read_header(data: bytes, name: str = "wire") -> tuple[Header, Bytes]:
 
 
 def unpack(
-    data: bytes, centre: Float[np.ndarray, " z"] | None = None, name: str = "wire"
+    data: bytes,
+    centre: Float[np.ndarray, " z"] | None = None,
+    name: str = "wire",
+    decode: Callable[[Int[Array, "n s"]], Float[Array, "n z"]] | None = None,
 ) -> tuple[Wire, Header, Bytes]:
     """Inverse of `pack`: latents, as near as their format is.
 
@@ -280,19 +196,26 @@ def unpack(
       data: all bytes of a stored wire.
       centre: the encoder's, if the wire was made with one.
       name: of its file, for messages.
+      decode: the encoder's digits → latents, if it has a residual VQ.
 
     Raises:
-      WireError: as `read_header`, or centred latents without their centre.
+      WireError: as `read_header`; codes without their codebooks, or centred latents without their
+        centre.
     """
     header, parts = read_header(data, name)
     if header.centred and (centre is None or centre.shape != (header.width,)):
         raise WireError(f"{name}: needs the centre of {header.origin.encoder}, which is not here")
     begin = parts.header - _CHECKSUM
     middle = begin + parts.scales
-    rows = codec.from_bytes(
-        data[begin:middle], data[middle : middle + parts.payload],
-        sum(header.latents), header.width, header.form, header.group,
-    )  # fmt: skip
+    scales, payload = data[begin:middle], data[middle : middle + parts.payload]
+    count, digits = sum(header.latents), None
+    if header.form == CODES:
+        digits = _read_digits(payload, header, name)
+        if decode is None:
+            raise WireError(f"{name}: needs the codebooks of {header.origin.encoder}")
+        rows = np.asarray(decode(digits))
+    else:
+        rows = codec.from_bytes(scales, payload, count, header.width, header.form, header.group)
     if header.centred:
         rows = rows + np.asarray(centre)
     segment = header.segment
@@ -308,41 +231,22 @@ def unpack(
     z = np.zeros((*mask.shape, header.width), np.float32)
     z[mask] = rows
     arrays = (z, mask, positions.astype(np.int32), np.asarray(header.lengths, np.int32))
-    return Wire(*map(jnp.asarray, arrays)), header, parts
+    wire = Wire(*map(jnp.asarray, arrays))
+    if digits is not None:
+        places_of = np.full((*mask.shape, header.digits), -1, np.int32)
+        places_of[mask] = digits
+        wire = wire._replace(digits=jnp.asarray(places_of))
+    return wire, header, parts
+
+
+def _read_digits(payload: bytes, header: Header, name: str) -> Int[np.ndarray, "n s"]:
+    count = sum(header.latents)
+    try:
+        found = unpack_digits(payload, count * header.digits, header.codes)
+    except ValueError as error:
+        raise WireError(f"{name}: its payload makes no sense ({error})") from None
+    return found.reshape(count, header.digits)
 
 
 def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=_CHECKSUM).digest()
-
-
-def _parse(tree: dict[str, Any]) -> Header:
-    """A header from JSON; anything odd is a ValueError, TypeError or KeyError."""
-    origin = Origin(**{k: str(v) for k, v in tree.pop("origin").items()})
-    numbers = {k: tuple(int(v) for v in tree.pop(k)) for k in ("lengths", "latents")}
-    where = tree.pop("positions")
-    if where is not None:
-        where = tuple(tuple(int(v) for v in row) for row in where)
-        if tuple(map(len, where)) != numbers["latents"]:
-            raise ValueError("positions and latents do not match")
-    header = Header(origin=origin, positions=where, **numbers, **tree)
-    if header.form not in codec.FORMATS:
-        raise ValueError(f"format {header.form!r}")
-    if not header.lengths or len(header.lengths) != len(header.latents) or min(header.lengths) < 1:
-        raise ValueError("lengths and latents do not match")
-    sizes = (header.segment, header.width, header.group, header.private)
-    if not all(type(n) is int for n in (*sizes, *header.lengths)) or header.centred not in (0, 1):
-        raise TypeError("sizes are whole numbers")
-    if min(*sizes[:3], header.private + 1) < 1 or not 1 <= header.ratio < math.inf:
-        raise ValueError("sizes below 1")
-    # Before anything of these sizes is made: what was sent bounds what is made of it.
-    for length, latents in zip(header.lengths, header.latents, strict=True):
-        if latents != _latents(length, header):
-            raise ValueError("latents and lengths do not match")
-    return header
-
-
-def _latents(length: int, header: Header) -> int:
-    """How many real latents a text of so many tokens has."""
-    whole, rest = divmod(length, header.segment)
-    count = whole * (num_latents(header.segment, header.ratio) + header.private)
-    return count + (num_latents(rest, header.ratio) + header.private if rest else 0)

@@ -13,7 +13,7 @@ from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines, evaluate
-from latent_jax.systems.latentwire.baselines import Latents
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import Row

@@ -17,6 +17,7 @@ from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire import asking, baselines, heads
 from latent_jax.systems.latentwire.api import LatentWire, _given
 from latent_jax.systems.latentwire.beside_text import beside_text
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import (
     TASKS,
     AdapterConfig,
@@ -170,7 +171,7 @@ def test_a_trained_factor_becomes_part_of_the_profile():
     assert float(jnp.abs(folded["factor"]).max()) == 0
 
     def compressed(params):
-        latents = baselines.Latents(Compressor(*shape), params, reader().params)
+        latents = Latents(Compressor(*shape), params, reader().params)
         made = latents.compress(jnp.asarray(ids), jnp.asarray(mask))
         return made.z, latents.prefix(made).kv.bias
 
@@ -201,7 +202,7 @@ def test_what_asks_for_a_text_begins_as_words_behind_it():
     params = asked_params(model)
     batch = {"context": ids, "context_mask": mask}
     params |= asking.start(model, params, reader().params, tokenizer, batch)
-    latents = baselines.Latents(model, params, reader().params)
+    latents = Latents(model, params, reader().params)
     text = raw_text(reader().decoder, reader().params, ids, mask, model.sink)
     given = prefix_to_given(reader().decoder, reader().params, text)
     told = baselines.instructed(latents, given, "reconstruct")
@@ -256,7 +257,7 @@ def test_rebuilding_is_learned_from_the_entries_that_are_kept():
     labels = system.param_labels(params)
     assert labels["asking"] == "memory" and labels["profile"] == "frozen"
     # By hand: the wire as it is sent, and the reader behind it.
-    latents = baselines.Latents(system.model, params, reader().params)
+    latents = Latents(system.model, params, reader().params)
     made = baselines.encode(latents, batch["context"], batch["context_mask"])
     given = baselines.latent_given(
         "latent", reader().decoder, reader().params, latents, made, np.arange(2, dtype=np.int32),

@@ -50,10 +50,18 @@ VARIANTS = {
         wire=WireConfig(d_z=6),
         adapter=AdapterConfig(kind="soft"),
     ),
+    "kv_first_layers": ModelConfig(
+        segment=8, encoder=EncoderConfig(slots="both", lora_rank=2, layers=2),
+        wire=WireConfig(d_z=6),
+    ),
+    "soft_first_layers": ModelConfig(
+        segment=8, encoder=EncoderConfig(output="hidden", lora_rank=2, layers=1),
+        adapter=AdapterConfig(kind="soft"),
+    ),
     "hidden_to_kv": ModelConfig(
         segment=8, encoder=EncoderConfig(output="hidden", lora_rank=2), wire=WireConfig(d_z=6)
     ),
-}
+}  # fmt: skip
 
 
 def _soft(slots: str, *, d_z=None, levels=0, refiner=0, pooler="mean", **adapter):

@@ -12,6 +12,7 @@ from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import baselines, evaluate
 from latent_jax.systems.latentwire.api import LatentWire, _given
+from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.cost import cost
 from latent_jax.systems.latentwire.model import Compressor, num_latents
@@ -89,7 +90,7 @@ def test_crammed_latents_hold_the_text_that_an_untrained_encoder_loses():
     )
     ids = np.ones((4, 16), np.int32)
     params = jax.jit(model.init)(jax.random.key(0), tiny.params, ids, ids > 0)["params"]
-    latents = baselines.Latents(model, params, tiny.params)
+    latents = Latents(model, params, tiny.params)
     text = tiny.tokenizer.encode("The mill at Dunmore burned down in 1911, and nobody saw it go.")
     segments = np.resize(np.asarray(text, np.int32), (4, 16))
     out, _ = evaluate.evaluate_ae(

@@ -17,9 +17,9 @@ from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import adapters, bottleneck, regularise, suite
 from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
+from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.latents import Prefix, Wire
 from latent_jax.systems.latentwire.model import Compressor
-from latent_jax.systems.latentwire.model_config import as_first
 from latent_jax.systems.latentwire.vectors import (
     LONGEST,
     VectorPool,
