@@ -134,6 +134,13 @@ def test_a_probe_finds_what_the_base_did_not_expect(gists, base):
 
 
 def test_gradient_reaches_every_weight(gists, params, base, ids):
+    """Once the maps of a slot's further reads, which start at zero, have moved."""
+    key = jax.random.key(5)
+    params = {
+        name: level | {"maps": level["maps"] + 0.01 * jax.random.normal(key, level["maps"].shape)}
+        for name, level in params.items()
+    }
+
     def total(params, level):
         found = gists.build(params, base, ids, level)
         at = jnp.arange(found.shape[0] // 2 * found.shape[1])
