@@ -172,9 +172,9 @@ def wire_file(header: Any, rest: bytes, path: Path) -> None:
 
 
 def whole_wire(got: Any) -> bool:
-    (z, mask, where, length), header, _ = got
+    (z, mask, where, length, digits), header, _ = got
     return (
-        z.shape[:2] == mask.shape == where.shape and len(length) == len(z)
+        z.shape[:2] == mask.shape == where.shape and len(length) == len(z) and digits is None
         and int(mask.sum()) == sum(header.latents) and np.isfinite(z).all()
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,7 +150,7 @@ def a_wire(folder: Path) -> None:
 
 def unpacked(path: Path) -> Any:
     got, header, parts = wire.unpack(wire.read_bytes(path), name=str(path))
-    return tuple(map(np.asarray, got)), header, parts
+    return jax.tree.map(np.asarray, tuple(got)), header, parts
 
 
 def beside(read: Callable[[Path], Any], name: str = "") -> Callable[[Path], Any]:

@@ -42,6 +42,11 @@ def wire():
     return LatentWire.training_free(reader(), "kv_heads", ratio=3, segment=16)
 
 
+def opened(own, z):
+    """What the reader is given of compressed texts."""
+    return _given(reader().decoder, reader().params, own._opened(z)[1], z.wire)
+
+
 def hidden(given, ids=(5, 6, 7)):
     body, frozen, b = reader().decoder, reader().params, given.start.shape[0]
     x = body.apply({"params": frozen}, jnp.tile(jnp.array([ids]), (b, 1)), method="embed")
@@ -54,8 +59,7 @@ def test_with_room_for_nearly_all_it_is_nearly_the_text():
     own = wire()
     z = own.compress([TEXTS[1], TEXTS[1][:5]], ratio=1)
     assert z.latents == [8, 5]
-    latents = own._opened(z)[1]
-    got = _given(reader().decoder, latents, z.wire)
+    got = opened(own, z)
     ids, mask = own._padded([TEXTS[1], TEXTS[1][:5]])
     none = np.zeros((2, 0), np.int32), np.zeros((2, 0), bool)
     text = baselines.build(
@@ -67,13 +71,13 @@ def test_with_room_for_nearly_all_it_is_nearly_the_text():
     np.testing.assert_array_equal(shown.sum((0, 2, 3)), [8 * 64 // 17, 5 * 64 // 17])
     near = np.linalg.norm(hidden(got) - hidden(text)) / np.linalg.norm(hidden(text))
     half = own.compress([TEXTS[1], TEXTS[1][:5]], ratio=2)
-    far = hidden(_given(reader().decoder, own._opened(half)[1], half.wire)) - hidden(text)
+    far = hidden(opened(own, half)) - hidden(text)
     assert near < 0.25 and near < np.linalg.norm(far) / np.linalg.norm(hidden(text))
 
 
 def test_heads_differ_and_the_budget_is_kept():
     z = wire().compress(TEXTS[0][:16], ratio=4)
-    given = _given(reader().decoder, wire()._opened(z)[1], z.wire)
+    given = opened(wire(), z)
     shown = np.asarray(given.kv.bias)[:, 0, 1:] > MASKED  # behind the sink
     each = shown.sum(1)
     assert each.sum() == z.latents[0] * 64 // 17 == 15
@@ -85,11 +89,11 @@ def test_segments_stand_where_they_stood():
     own, text = wire(), TEXTS[0][:16] + TEXTS[1]
     z = own.compress(text, ratio=2)
     assert z.latents == [num_latents(16, 2) + num_latents(8, 2)]
-    given = _given(reader().decoder, own._opened(z)[1], z.wire)
+    given = opened(own, z)
     assert int(given.start[0]) == 24
     # Moved back by a segment, the second is what it is alone.
     alone = own.compress(TEXTS[1], ratio=2)
-    single = _given(reader().decoder, own._opened(alone)[1], alone.wire)
+    single = opened(own, alone)
     v, k = (np.asarray(x)[:, 0, 17:25] for x in (given.kv.v, given.kv.k))
     np.testing.assert_allclose(v, np.asarray(single.kv.v)[:, 0, 1:9], atol=1e-5)
     assert np.abs(k - np.asarray(single.kv.k)[:, 0, 1:9]).max() > 0.1
@@ -100,7 +104,7 @@ def test_another_process_reads_it(form, far):
     own = wire()
     z = own.compress(TEXTS)
     back = own.unpack(z.pack(form))
-    ours, theirs = (hidden(_given(reader().decoder, own._opened(m)[1], m.wire)) for m in (z, back))
+    ours, theirs = (hidden(opened(own, m)) for m in (z, back))
     assert float(jnp.abs(ours - theirs).max() / jnp.abs(ours).max()) < far
 
 

@@ -27,7 +27,7 @@ def test_the_wire_holds_what_the_arm_keeps(method):
     z = wire.compress(TEXTS)
     assert z.latents == [6, 3]
     back = wire.unpack(z.pack("fp32"))
-    given = _given(reader().decoder, wire.latents, back.wire)
+    given = _given(reader().decoder, reader().params, wire.latents, back.wire)
     ids, mask = wire._padded(TEXTS)
     none = np.zeros((2, 0), np.int32), np.zeros((2, 0), bool)
     rows = np.arange(2, dtype=np.int32)
