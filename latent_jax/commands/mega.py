@@ -95,7 +95,7 @@ def ask(
     prompt: Annotated[str, typer.Argument(help="Text that follows the history, to be continued.")],
     run: Annotated[str, typer.Option(help="Trained run whose GistNet made the gists.")],
     budget: Annotated[int, typer.Option(help="Entries of the working context.")] = 512,
-    policy: Annotated[str, typer.Option(help="What scores the nodes; see the README.")] = "bm25",
+    policy: Annotated[str, typer.Option(help="What scores the nodes: bm25, attention, …")] = "bm25",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 32,
     trace: Annotated[str | None, typer.Option(help="Keep the focus here (.npz).")] = None,
 ) -> None:

@@ -11,6 +11,12 @@ _ROOT = Path(__file__).resolve().parents[2]
 _TEXTS = {
     "index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md",
     "launch.md": "launch/README.md", "benchmarks.md": "latent_jax/bench/RESULTS.md",
+    # Under their own paths, as the README links to them.
+    **{
+        page: page
+        for name in ("latentwire", "megacontext", "spacing", "abstractinator")
+        for page in [f"configs/{name}/README.md"]
+    },
 }  # fmt: skip
 
 
