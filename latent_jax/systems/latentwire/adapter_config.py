@@ -52,10 +52,14 @@ class AdapterConfig:
     ``residual``, then ``calibration``, then ``transform``.
     """
 
-    kind: Literal["kv", "soft", "cross"] = field(
-        default="kv", help="deep prefix of keys and values, soft tokens before the prompt, or "
-        "gated cross-attention blocks that read the latents in front of some layers",
+    kind: Literal["kv", "soft", "cross", "coprocessor"] = field(
+        default="kv", help="deep prefix of keys and values, soft tokens before the prompt, "
+        "gated cross-attention blocks that read the latents in front of some layers, or what is "
+        "added to the reader's own cache of fixed words",
     )  # fmt: skip
+    carrier: str = field(
+        default=" ...", help="those words, repeated to as many tokens as latents (coprocessor)"
+    )
     depths: tuple[int, ...] = field(
         default=(), ge=0, help="the layers, from 0, that have such a block in front (kind=cross)"
     )
@@ -79,8 +83,9 @@ class AdapterConfig:
         "same from the latent, or a two-layer residual",
     )
     hidden: int = field(
-        default=64, ge=1, help="width of the two-layer residual, or of a block's MLP"
-    )
+        default=64, ge=1, help="width of the two-layer residual, of a block's MLP, or of a "
+        "coprocessor",
+    )  # fmt: skip
     calibration: Literal["none", "embed_rms", "token_rms", "distribution", "colour"] = field(
         default="none",
         help="size of soft tokens, from the vocabulary's statistics: one factor for a text, one "
@@ -109,10 +114,19 @@ class AdapterConfig:
                 f"adapter.depths={list(self.depths)}: adapter.kind=cross wants different layers, "
                 "the other kinds none"
             )
-        if self.kind == "cross" and (self.residual != "none" or self.task_rank):
-            raise ConfigError("adapter.residual, task_rank: adapter.kind=cross has blocks alone")
+        if not self.linear and (self.residual != "none" or self.task_rank):
+            raise ConfigError(
+                f"adapter.residual, task_rank are of a linear map: kind={self.kind} has none"
+            )
+        if self.kind == "coprocessor" and not self.carrier:
+            raise ConfigError("adapter.carrier is empty: a coprocessor adds to the cache of words")
         if self.onto_soft and self.kind != "kv":
             raise ConfigError("adapter.onto_soft is of a deep prefix: adapter.kind=kv")
+
+    @property
+    def linear(self) -> bool:
+        """Whether a linear map makes what the reader gets."""
+        return self.kind in ("kv", "soft")
 
     @property
     def plain(self) -> bool:

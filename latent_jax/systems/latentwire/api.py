@@ -28,6 +28,7 @@ from latent_jax.systems.latentwire.assets import load_compressor, read_compresso
 from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.compressed import Compressed, Latents, for_task
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
+from latent_jax.systems.latentwire.coprocessor import carrier
 from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
@@ -177,7 +178,8 @@ class LatentWire:
     @property
     def latents(self) -> Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
-        shape = self.config, self.backbone.config, self.sink
+        words = carrier(self.config.adapter, self.backbone.tokenizer)
+        shape = self.config, self.backbone.config, self.sink, words
         model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
         return Latents(module=model, params=self.params, frozen=self.backbone.params)
 

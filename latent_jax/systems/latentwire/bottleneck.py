@@ -65,7 +65,7 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     """
     config = model.config
     foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
-    foreign = foreign and config.adapter.kind != "cross"  # which has no way back
+    foreign = foreign and config.adapter.linear  # the others have no way back
     if foreign or config.wire.fit == "random":
         return dict(params)
     if config.wire.fit == "vocabulary":

@@ -67,17 +67,17 @@ def level_values(levels: int) -> Float[Array, " l"]:
 
 
 def told(found: Mapping[str, Any]) -> tuple[dict[str, Mean], dict[str, Any]]:
-    """Term and figures of the collection `TOLD`: ``commitment``, mean squared error of a latent's
-    numbers (gradient to the latent alone); ``wire_error``, what the codes leave, over the latents'
+    """Terms and figures of the collection `TOLD`: ``commitment``, mean squared error of a latent's
+    numbers (gradient to the latent alone); ``anchor``, 1 - cosine between what a text's vector says
+    of it and its semantic anchor; ``wire_error``, what the codes leave, over the latents'
     variance; ``codes_used``, the perplexity of the first digit.
     """
-    if TOLD not in found:
-        return {}, {}
-    kept = found[TOLD]
-    commitment = kept["commitment"]
-    total = Mean(sum(m.sum for m in commitment), sum(m.count for m in commitment))
-    figures = {name: kept[name][-1] for name in ("wire_error", "codes_used")}
-    return {"commitment": total}, figures
+    kept = found.get(TOLD, {})
+    terms = {
+        name: Mean(sum(m.sum for m in kept[name]), sum(m.count for m in kept[name]))
+        for name in ("commitment", "anchor") if name in kept
+    }  # fmt: skip
+    return terms, {name: kept[name][-1] for name in ("wire_error", "codes_used") if name in kept}
 
 
 def bits(codes: int) -> int:

@@ -179,6 +179,8 @@ class LatentWireRun(RunBase):
                 f"losses.embeddings: model.ratio={self.model.ratio} is no multiple of "
                 f"adapter.entries={self.model.adapter.entries}: soft tokens stand for no tokens"
             )
+        if self.losses.anchor != 0 and self.model.encoder.slots != "anchor":
+            raise ConfigError("losses.anchor is of encoder.slots=anchor: set it, or leave it 0")
         if (self.losses.gist != 0) != (self.model.gist_layers > 0):
             raise ConfigError("losses.gist and model.gist_layers go together: set both, or none")
         latents = self.losses.contrast != 0 or self.losses.keep != 1

@@ -102,7 +102,8 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     segment, encoder = wire.config.segment, first_config(reader, wire.config.encoder.layers)
     # Segments are compressed alone.
     parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)] * heads
-    soft = wire.config.adapter.kind == "soft" or wire.config.adapter.onto_soft
+    # The reader runs over the latents' places.
+    soft = wire.config.adapter.kind in ("soft", "coprocessor") or wire.config.adapter.onto_soft
     read = lengths
     if wire.method is not None and soft:  # embeddings only: no layer runs
         read = slots = [0] * len(latents)

@@ -18,7 +18,8 @@ from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention
-from latent_jax.systems.latentwire import heads
+from latent_jax.systems.latentwire import codes, heads
+from latent_jax.systems.latentwire.anchor_encoder import AnchorEncoder, alignment, semantic_anchor
 from latent_jax.systems.latentwire.latents import flatten_kv
 from latent_jax.systems.latentwire.model_config import ModelConfig
 from latent_jax.systems.latentwire.pool import KVPool, num_latents, span_means, spans
@@ -32,11 +33,13 @@ class Encoder(nn.Module):
       config: encoder, wire and adapter options.
       reader: architecture of the frozen LLM, which is also the encoder's body.
       sink: token before the encoder's text and before the latents, usually BOS; None for none.
+      carrier: tokens of ``adapter.carrier``.
     """
 
     config: ModelConfig
     reader: DecoderConfig
     sink: int | None = None
+    carrier: tuple[int, ...] = ()
 
     def setup(self):
         c, r = self.config, self.reader
@@ -56,6 +59,9 @@ class Encoder(nn.Module):
                 self.asking = self.param("asking", nn.initializers.normal(0.02), shape)
         if c.encoder.vectors:
             self.pool = VectorPool(c.encoder.pooler, c.ratio, c.segment)
+        if c.encoder.slots == "anchor":
+            e = c.encoder
+            self.pool = AnchorEncoder(e.anchor_width, e.anchor_layers, c.ratio, c.segment)
         if c.encoder.slots == "bytes":
             blank = jnp.full((r.vocab_size, LONGEST), -1.0)
             self.spelling = self.param("spelling", lambda _: blank)  # `vectors.spelling`, measured
@@ -110,8 +116,8 @@ class Encoder(nn.Module):
             z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
             return z, valid, positions
         if c.encoder.slots == "bytes":
-            codes = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)
-            return self.pool(self.bytes(codes, mask), mask), valid, positions
+            spelled = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)
+            return self.pool(self.bytes(spelled, mask), mask), valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
         if c.encoder.slots == "embedded":
             return self.pool(text, mask), valid, positions
@@ -119,9 +125,14 @@ class Encoder(nn.Module):
         if self.sink is not None:
             sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
         first, places = behind(sink, before), jnp.broadcast_to(start + jnp.arange(t), (b, t))
-        if c.encoder.slots == "states":
+        if c.encoder.slots in ("states", "anchor"):
             states = self._states(frozen, text, mask, places, first)
-            return self.pool(states, mask), valid, positions
+            if c.encoder.slots == "states":
+                return self.pool(states, mask), valid, positions
+            anchor = semantic_anchor(states, mask)
+            z, _, said = self.pool(text, mask, anchor)
+            self.sow(codes.TOLD, "anchor", alignment(said, anchor, mask.any(-1)))
+            return z, valid, positions
         if c.encoder.lora_on == "all" and c.encoder.slots == "memory":
             kv, hidden = self._adapted(frozen, text, mask, places, valid, positions, first)
         else:

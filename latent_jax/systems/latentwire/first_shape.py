@@ -10,11 +10,13 @@ from latent_jax.systems.latentwire.model_config import ModelConfig
 
 # What compressors could not be told when the first of their wires were written.
 _LATER = {
-    "encoder": ("pooler", "byte_layers", "refiner", "layers", "carry"),
+    "encoder": (
+        "pooler", "byte_layers", "refiner", "layers", "carry", "anchor_width", "anchor_layers",
+    ),
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes", "onto_soft", "task_rank", "depths", "gate",
+        "codes", "onto_soft", "task_rank", "depths", "gate", "carrier",
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ LABELS = (
     (r"^pool/", "pool"),
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),
-    (r"^(adapter|task_adapter|cross)/", "adapter"),
+    (r"^(adapter|task_adapter|cross|coprocessor)/", "adapter"),
     (r"^(gate|onto)$", "gate"),
     (r"^gist/", "gist"),
     (r"^(memory|private|tasks|asking)$", "memory"),
@@ -25,7 +25,7 @@ LABELS = (
 #: Loss terms that only the main reader has.
 OF_MAIN = (
     "distil_logits", "distil_states", "embeddings", "contrast", "magnitude", "first_entropy",
-    "commitment", "gist",
+    "commitment", "gist", "anchor",
 )  # fmt: skip
 #: Path of a parameter -> its logical axes.
 RULES = (

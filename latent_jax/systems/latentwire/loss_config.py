@@ -65,6 +65,10 @@ class LossConfig:
     gist_mask: float = field(
         default=0.85, gt=0, le=1, help="share of a text's tokens that are masked; 1: all"
     )
+    anchor: float | ScheduleConfig = field(
+        default=0.0, help="1 - cosine between what a text's one vector says of it and the mean of "
+        "the LLM's last states on it (encoder.slots=anchor)",
+    )  # fmt: skip
     commitment: float | ScheduleConfig = field(
         default=0.25, help="squared distance of a latent's numbers to its codes (wire.codes)"
     )

@@ -21,6 +21,7 @@ from latent_jax.systems.latentwire import codes, heads, onto_soft, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
 from latent_jax.systems.latentwire.carry import carried
 from latent_jax.systems.latentwire.config import TASKS
+from latent_jax.systems.latentwire.coprocessor import Coprocessor, carried_by
 from latent_jax.systems.latentwire.cross_adapter import CrossAdapter
 from latent_jax.systems.latentwire.encoder import Encoder
 from latent_jax.systems.latentwire.gist_head import GistHead
@@ -51,6 +52,7 @@ class Compressor(Encoder):
       config: encoder, wire and adapter options.
       reader: architecture of the frozen LLM, which is also the encoder's body.
       sink: token before the encoder's text and before the latents, usually BOS; None for none.
+      carrier: tokens of ``adapter.carrier``.
     """
 
     def setup(self):
@@ -62,6 +64,8 @@ class Compressor(Encoder):
             self.adapter = Adapter(c.adapter)
         if c.adapter.kind == "cross":
             self.cross = CrossAdapter(c.adapter, r)
+        if c.adapter.kind == "coprocessor":
+            self.coprocessor = Coprocessor(r, c.adapter.hidden)
         if c.gist_layers:
             self.gist = GistHead(r.hidden_size, c.gist_layers, c.segment)
         if c.reader_lora.rank:
@@ -78,9 +82,9 @@ class Compressor(Encoder):
                 self.level_scale = self.param("level_scale", spread, (c.wire.d_z,))
             if c.wire.codes:
                 self.rvq = codes.quantiser(c.wire.d_z, c.wire.codes, c.wire.stages)
-            deep, crossed = c.adapter.kind == "kv", c.adapter.kind == "cross"
+            deep = c.adapter.kind == "kv"
             out = (r.kv_floats_per_token if deep else r.hidden_size) * c.adapter.entries
-            if not crossed:
+            if c.adapter.linear:
                 self.up = self.param("up", start, (c.wire.d_z, out))
             # Per-dimension centre and spread of the encoder's output and of what the reader
             # expects; keys are an order of magnitude larger than values, so neither PCA nor a
@@ -88,7 +92,7 @@ class Compressor(Encoder):
             zeros, ones = nn.initializers.zeros, nn.initializers.ones
             self.in_mean = self.param("in_mean", zeros, (width,))
             self.in_scale = self.param("in_scale", ones, (width,))
-            if not crossed:
+            if c.adapter.linear:
                 self.out_mean = self.param("out_mean", zeros, (out,))
                 self.out_scale = self.param("out_scale", ones, (out,))
             if c.adapter.task_rank:
@@ -184,6 +188,11 @@ class Compressor(Encoder):
             start = -(-wire.length // c.segment) * c.segment
         if c.adapter.kind == "cross":
             kv = self.cross(wire, dtype)
+            return Prefix(kv, None, wire.mask, wire.positions, start, sink)
+        if c.adapter.kind == "coprocessor":
+            body = Decoder(r, remat=c.remat, parent=None)
+            cache = carried_by(body, frozen, self.carrier, wire, self.sink, dtype)
+            kv = self.coprocessor(wire, cache)
             return Prefix(kv, None, wire.mask, wire.positions, start, sink)
         z = wire.z
         if c.wire.d_z is not None:

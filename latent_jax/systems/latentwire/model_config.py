@@ -20,19 +20,24 @@ from latent_jax.systems.latentwire.prompts import PromptConfig
 MAIN = "main"
 #: Slots that sum up one vector per token.
 VECTORS = ("states", "embedded", "bytes")
+#: Slots that leave vectors, not keys and values.
+OF_VECTORS = (*VECTORS, "anchor")
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """The frozen LLM's own layers, read at one slot per span of text."""
 
-    slots: Literal["memory", "pooled", "both", "heads", "states", "embedded", "bytes"] = field(
+    slots: Literal[
+        "memory", "pooled", "both", "heads", "states", "embedded", "bytes", "anchor"
+    ] = field(
         default="memory",
         help="memory: a slot is a position of its own that runs through the LLM; pooled: a learned "
         "linear combination of its span's keys and values; both: their (gated) sum; heads: the "
         "text's own keys and values, of which every head keeps as many as it needs; states, "
         "embedded, bytes: the LLM's last states, its input embeddings, or what a small transformer "
-        "makes of the text's UTF-8 bytes, summed up by pooler",
+        "makes of the text's UTF-8 bytes, summed up by pooler; anchor: one vector for the segment, "
+        "made of its embeddings beside the mean of the LLM's last states, expanded to all slots",
     )
     layers: int = field(
         default=0, ge=0, help="how many of the LLM's layers encode, the first ones; 0: all"
@@ -48,6 +53,8 @@ class EncoderConfig:
         "gated; hierarchical: by the prime factors of the ratio; convolution: beyond the span",
     )
     byte_layers: int = field(default=2, ge=1, help="layers of the transformer over bytes")
+    anchor_width: int = field(default=512, ge=2, help="of that one vector (slots=anchor); even")
+    anchor_layers: int = field(default=2, ge=1, help="of the transformer that makes it")
     refiner: int = field(
         default=0, ge=0, help="transformer layers over the latents of a segment; 0: none"
     )
@@ -87,12 +94,12 @@ class EncoderConfig:
             raise ConfigError(f"encoder.lora_targets: unknown {unknown}; allowed: {PROJECTIONS}")
         if not self.causal and self.lora_on == "memory":
             raise ConfigError("encoder.causal=false needs encoder.lora_on=all")
-        if self.vectors and self.output != "hidden":
+        if self.slots in OF_VECTORS and self.output != "hidden":
             raise ConfigError(
                 f"encoder.slots={self.slots} makes vectors, not keys and values: it needs "
                 "encoder.output=hidden"
             )
-        if self.slots not in ("memory", *VECTORS) and self.output != "kv":
+        if self.slots not in ("memory", *OF_VECTORS) and self.output != "kv":
             raise ConfigError(
                 f"encoder.slots={self.slots} is made of keys and values: it needs encoder.output=kv"
             )
@@ -112,6 +119,8 @@ class EncoderConfig:
                 f"encoder.{name}={getattr(self, name)}: encoder.slots={self.slots} "
                 f"{why[name] if self.slots == 'heads' else 'runs no layer of the LLM'}; set it to 0"
             )
+        if self.anchor_width % 2:
+            raise ConfigError(f"encoder.anchor_width={self.anchor_width}: use an even number")
         if self.pooler != "mean" and not self.vectors:
             raise ConfigError(
                 f"encoder.pooler={self.pooler} is of encoder.slots={', '.join(VECTORS)}; pooled "
@@ -218,7 +227,7 @@ class ModelConfig:
     def validate(self) -> None:
         """Refuses combinations that cannot be wired together."""
         other = (self.encoder.output == "kv") != (self.adapter.kind == "kv")
-        if self.wire.d_z is None and other and self.adapter.kind != "cross":
+        if self.wire.d_z is None and other and self.adapter.linear:
             raise ConfigError(
                 f"model.wire.d_z=none passes encoder.output={self.encoder.output} straight to "
                 f"adapter.kind={self.adapter.kind}: set wire.d_z, or use kv with "

@@ -39,6 +39,7 @@ from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.codes import as_params, as_variables
 from latent_jax.systems.latentwire.compressed import Compressed
 from latent_jax.systems.latentwire.config import LatentWireRun
+from latent_jax.systems.latentwire.coprocessor import carrier
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
 from latent_jax.systems.latentwire.labels import LABELS, OF_MAIN, RULES
@@ -73,7 +74,8 @@ class LatentWireSystem:
         )
         self.body = self.backbone.decoder
         self.sink = sink_token(self.backbone.tokenizer) if config.model.sink else None
-        self.model = Compressor(config.model, self.backbone.config, self.sink)
+        words = carrier(config.model.adapter, self.backbone.tokenizer)
+        self.model = Compressor(config.model, self.backbone.config, self.sink, words)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
         self.readers = {
             label: open_reader(label, config.model, self.backbone, config.prompt)
