@@ -44,8 +44,8 @@ class AnchorEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], anchor: Float[Array, "b d"]
-    ) -> tuple[Float[Array, "b m d"], Float[Array, "b w"], Float[Array, "b d"]]:
+        self, x: Float[Array, "b t d"], mask: Bool[Array, "b t"], anchor: Float[Array, "b a"]
+    ) -> tuple[Float[Array, "b m d"], Float[Array, "b w"], Float[Array, "b a"]]:
         """Encodes right-padded texts of at most ``segment`` tokens.
 
         Returns:
@@ -71,7 +71,7 @@ class AnchorEncoder(nn.Module):
         slots = num_latents(self.segment, self.ratio)
         fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", 1, 2, batch_axis=0)
         expand = self.param("expand", fan_in, (slots, n, d))[: num_latents(t, self.ratio)]
-        said = nn.Dense(d, name="aligned")(z)
+        said = nn.Dense(anchor.shape[-1], name="aligned")(z)
         return jnp.einsum("bn,mnd->bmd", z, expand), z, said
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,30 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
 
 from latent_jax import backbones
-from latent_jax.backbones.decoder import Decoder
-from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
-from latent_jax.core import trees
-from latent_jax.core.config import parse, to_dict
 from latent_jax.core.errors import CheckpointError, DataError, WireError
-from latent_jax.systems.latentwire import baselines, reader_lora
+from latent_jax.systems.latentwire import reader_lora, telling, texts_in
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
 from latent_jax.systems.latentwire.bits import mean_latent
-from latent_jax.systems.latentwire.compressed import Compressed, Latents, for_task
+from latent_jax.systems.latentwire.compressed import Compressed, Latents
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.coprocessor import carrier
-from latent_jax.systems.latentwire.first_shape import as_first
-from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
+from latent_jax.systems.latentwire.identity import origin_of
 from latent_jax.systems.latentwire.message import Message
-from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
-from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, pad_rows
+from latent_jax.systems.latentwire.model import Compressor, Wire
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
 from latent_jax.systems.latentwire.readers import Reader, latent_width, open_reader
-from latent_jax.systems.latentwire.scoring import context_width, decode
+from latent_jax.systems.latentwire.separate_encoder import Separate, beside, open_encoder
+from latent_jax.systems.latentwire.telling import AGAIN
+from latent_jax.systems.latentwire.texts_in import compress_ids
 from latent_jax.systems.latentwire.training_free import Selected, measured, model_config
-from latent_jax.systems.latentwire.transcribe import room
 from latent_jax.systems.latentwire.wire import (
     Origin,
     check_origin,
@@ -47,8 +39,7 @@ from latent_jax.systems.latentwire.wire import (
     unpack,
 )
 
-#: What asks for a text of a compressor that was never trained to rebuild one.
-AGAIN = "\nThe same text again:\n"
+__all__ = ["AGAIN", "LatentWire", "compress_ids"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +57,7 @@ class LatentWire:
       method: of a compressor without training, else None.
       readers: of each further reader, the sha256 of the LLM that its adapter was trained for.
       by: the further reader that reads; None for the frozen LLM itself.
+      separate: what encodes in place of the LLM (``encoder.backbone``); None for the LLM itself.
 
     Example:
       >>> wire = LatentWire.load("smollm2-4x")  # doctest: +SKIP
@@ -85,6 +77,7 @@ class LatentWire:
     method: str | None = None
     readers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     by: Reader | None = dataclasses.field(default=None, repr=False)
+    separate: Separate | None = dataclasses.field(default=None, repr=False)
 
     @classmethod
     def load(cls, name: str | Path, backbone: backbones.Backbone | None = None) -> LatentWire:
@@ -102,11 +95,12 @@ class LatentWire:
         stored = read_compressor(name)
         backbone = backbone or backbones.load(stored.backbone["name"])
         stored = load_compressor(name, backbone)
+        separate = open_encoder(stored.config, backbone, sha256=stored.encoder)
         params = jax.tree.map(jnp.asarray, stored.params)
         builder = PromptBuilder(backbone.tokenizer, stored.prompt)
         return cls(
             backbone, stored.config, params, builder, stored.tasks, str(name), stored.centre,
-            readers=stored.readers,
+            readers=stored.readers, separate=separate,
         )  # fmt: skip
 
     @classmethod
@@ -179,9 +173,11 @@ class LatentWire:
     def latents(self) -> Latents:
         """The compressor bound to its weights, as the evaluation takes it."""
         words = carrier(self.config.adapter, self.backbone.tokenizer)
-        shape = self.config, self.backbone.config, self.sink, words
+        other = None if self.separate is None else self.separate.body
+        shape = self.config, self.backbone.config, self.sink, words, other
         model = Compressor(*shape) if self.method is None else Selected(*shape, method=self.method)
-        return Latents(module=model, params=self.params, frozen=self.backbone.params)
+        frozen = beside(self.backbone.params, self.separate)
+        return Latents(module=model, params=self.params, frozen=frozen)
 
     @functools.cached_property
     def reading(self) -> backbones.Backbone:
@@ -196,26 +192,7 @@ class LatentWire:
     @functools.cached_property
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
-        shape = to_dict(dataclasses.replace(self.config, start=None, remat=False, readers={}))
-        shape = as_first(to_dict(parse(ModelConfig, shape)))  # a ratio of 4 is one of 4.0
-        # Readers are not the encoder's: one that is added later reads what was written before. Only
-        # the layout of private latents is.
-        del shape["readers"], shape["private"], shape["rebuild_entries"]
-        for name in ("reader_lora", "gist_layers"):
-            shape.pop(name, None)
-        if any(self.config.private_slots.values()):
-            shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
-        digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        reads = ("readers", "asking", "gist", reader_lora.PART)
-        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reads})
-        if self.centre is not None:
-            flat["centre"] = self.centre
-        for name, leaf in sorted(flat.items()):
-            x = np.asarray(leaf, np.float32)
-            digest.update(f"{name}{x.shape}".encode())
-            digest.update(x.tobytes())
-        reader = self.backbone
-        return Origin(self.name, digest.hexdigest(), reader.name, reader.config.family)
+        return origin_of(self)
 
     def compress(self, texts: str | Sequence[str], ratio: float | None = None) -> Message:
         """Texts → latents; a text longer than ``config.segment`` tokens is compressed in segments.
@@ -231,7 +208,7 @@ class LatentWire:
         """
         c = self.config
         if ratio is not None and ratio != c.ratio:
-            self._check_ratio(ratio)
+            texts_in.check_ratio(c, ratio, self.name, self.method is not None)
             c = dataclasses.replace(c, ratio=ratio)
         latents = dataclasses.replace(self, config=c).latents
         wire = self._compress(latents, texts, c.segment)
@@ -241,30 +218,12 @@ class LatentWire:
             codes=c.wire.codes or c.wire.levels,
         )  # fmt: skip
         if ratio is not None:
-            for tokens, m in zip(np.asarray(made.length).tolist(), made.latents, strict=True):
-                m -= private * math.ceil(tokens / c.segment)
-                if m != (exact := num_latents(tokens, ratio)):
-                    raise DataError(
-                        f"ratio {ratio:g} does not divide segments of {c.segment} tokens: {tokens} "
-                        f"tokens become {m} latents ({tokens / m:.3f} tokens each) and not "
-                        f"{exact}; leave ratio out to take that, or split the text"
-                    )
+            texts_in.check_count(made, c)
         return made
 
     def encode(self, texts: str | Sequence[str]) -> Wire:
         """The bare latents of `compress`, at the compressor's own ratio."""
         return self._compress(self.latents, texts, self.config.segment)
-
-    def _check_ratio(self, ratio: float) -> None:
-        c = self.config
-        if not ratio >= 1:
-            raise DataError(f"ratio {ratio:g}: a latent stands for at least 1 token")
-        if c.encoder.slots not in ("memory", "heads") and self.method is None:
-            raise DataError(
-                f"ratio {ratio:g}: {self.name or 'this compressor'} was trained at {c.ratio:g} "
-                f"tokens per latent (M = ceil(T / {c.ratio:g})) and its slots have no other; "
-                "leave ratio out, or train one with model.ratio"
-            )
 
     def _compress(self, latents: Compressed, texts: str | Sequence[str], segment: int) -> Wire:
         ids, mask = self._padded([texts] if isinstance(texts, str) else list(texts), segment)
@@ -272,23 +231,9 @@ class LatentWire:
 
     def _padded(self, texts: Sequence[str], segment: int | None = None) -> Any:
         """Token ids and mask of texts, checked, in a static width."""
-        if not texts:
-            raise DataError("no text was given: there is nothing to compress")
-        rows = [self.builder.context_ids(t) for t in texts]
-        limit = self.backbone.config.max_position
-        for number, row in enumerate(rows):
-            if not row:
-                raise DataError(f"text {number} is empty: there is nothing to compress")
-            if len(row) > limit:
-                raise DataError(
-                    f"text {number} has {len(row)} tokens, {self.backbone.name} reads {limit}: "
-                    "split it"
-                )
-        longest, segment = max(map(len, rows)), segment or self.config.segment
-        width = min(segment, bucket(longest, 64))
-        if longest > segment:
-            width = context_width(longest, segment)
-        return pad_rows(rows, width, self.builder.pad_id)
+        return texts_in.padded(
+            texts, self.builder, self.backbone, segment or self.config.segment
+        )
 
     def fit_centre(self, texts: Sequence[str], batch_size: int = 8) -> LatentWire:
         """The same with the mean latent of some texts as its centre, which integer wires take off.
@@ -344,49 +289,18 @@ class LatentWire:
           WireError: another encoder's latents.
           DataError: questions and texts that cannot be paired.
         """
-        wire, latents = self._opened(wire)
-        b = wire.z.shape[0]
-        questions = [questions] * b if isinstance(questions, str) else list(questions)
-        if b == 1 and len(questions) > 1:
-            b = len(questions)
-            wire = jax.tree.map(lambda x: jnp.repeat(x, b, axis=0), wire)
-        if len(questions) != b:
-            raise DataError(
-                f"{len(questions)} questions about {b} texts: give one question per text, one for "
-                "all, or several about a single text"
-            )
-        builder = self._builder
-        rows = [builder.prompt_ids(q) for q in questions]
-        prompt = pad_rows(rows, max(map(len, rows)), builder.pad_id, left=True)
-        ids, lengths = self._decode(latents, wire, "answer", prompt, max_new_tokens)
-        return [builder.text(row[:n]) for row, n in zip(ids, lengths, strict=True)]
+        return telling.answers(self, *self._opened(wire), questions, max_new_tokens)
 
     def rebuild_ids(self, wire: Message | Wire) -> list[list[int]]:
         """Greedy reconstructions as token ids: as many as each text had, or as many as another
         reader takes to say it.
         """
-        wire, latents = self._opened(wire)
-        c, builder = latents.module.config, self._builder
-        parts = split_segments(wire, c.segment, c.ratio, sum(c.private_slots.values()))
-        b, n = len(wire.z), len(parts.z) // len(wire.z)
-        # Where no embedding was trained to ask for the text, words do.
-        asking = [] if "reconstruct" in self.tasks else builder.tokenizer.encode(AGAIN)
-        prompt = pad_rows([asking] * (b * n), len(asking), builder.pad_id)
-        lengths, stops = np.asarray(parts.length), ()
-        if self.by is not None:
-            lengths = np.array([room(self.by.config, k) if k else 0 for k in lengths.tolist()])
-            stops = builder.tokenizer.stop_ids
-        ids, said = self._decode(latents, parts, "reconstruct", prompt, int(lengths.max()), stops)
-        rows = [row[: min(k, m)].tolist() for row, k, m in zip(ids, lengths, said, strict=True)]
-        return [sum(rows[i * n : (i + 1) * n], []) for i in range(b)]
+        return telling.rebuilt(self, *self._opened(wire))
 
     def reconstruct(self, wire: Message | Wire) -> list[str]:
         """Greedy reconstructions as text."""
-        return [self._builder.tokenizer.decode(ids) for ids in self.rebuild_ids(wire)]
-
-    @property
-    def _builder(self) -> PromptBuilder:
-        return self.builder if self.by is None else self.by.builder
+        decode = telling.builder_of(self).tokenizer.decode
+        return [decode(ids) for ids in self.rebuild_ids(wire)]
 
     def _opened(self, wire: Message | Wire) -> tuple[Wire, Any]:
         """Bare latents, and the compressor at the ratio and segment that they were made with."""
@@ -395,26 +309,3 @@ class LatentWire:
         check_origin(wire.origin, self.origin, "these latents")
         c = dataclasses.replace(self.config, ratio=wire.ratio, segment=wire.segment)
         return wire.wire, dataclasses.replace(self, config=c).latents
-
-    def _decode(self, latents, wire, task, prompt, max_new_tokens, stop_ids=None):
-        reader, stop_ids = self.reading, self._builder.stop_ids if stop_ids is None else stop_ids
-        if self.by is not None:
-            reader, latents = self.by.backbone, self.by.latents(latents)
-        known = for_task(latents, task if task in self.tasks else None)
-        given = _given(reader.decoder, reader.params, known, wire)
-        lead = latents.task(task, wire.z.shape[0]) if task in self.tasks else None
-        given = baselines.instructed(latents, given, task if task in self.tasks else None)
-        return decode(reader, Asked(given, *prompt, lead), max_new_tokens, stop_ids)
-
-
-@jax.jit
-def compress_ids(
-    latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
-) -> Wire:
-    """Right-padded token ids → wire; ``t`` up to a segment, or a multiple of it."""
-    return latents.compress(ids, mask)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _given(decoder: Decoder, params: Any, latents: Any, wire: Wire) -> Given:
-    return prefix_to_given(decoder, params, latents.prefix(wire))

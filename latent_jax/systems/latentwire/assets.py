@@ -44,6 +44,7 @@ class Stored:
       prompt: how questions are put to its reader.
       centre: mean latent of its training texts, which integer wires take off; None for a bare run.
       readers: of each further reader, the sha256 of the LLM that its adapter was trained for.
+      encoder: the sha256 of ``encoder.backbone``; empty where there is none, or of a bare run.
     """
 
     config: ModelConfig
@@ -54,6 +55,7 @@ class Stored:
     prompt: PromptConfig = dataclasses.field(default_factory=PromptConfig)
     centre: np.ndarray | None = None
     readers: dict[str, str] = dataclasses.field(default_factory=dict)
+    encoder: str = ""
 
 
 def packaged() -> list[str]:
@@ -77,6 +79,7 @@ def save_compressor(
     record: Mapping[str, Any],
     prompt: PromptConfig | None = None,
     readers: Mapping[str, str] | None = None,
+    encoder: str = "",
 ) -> Path:
     """Writes ``compressor.safetensors`` and ``record.json``, each aside and then renamed.
 
@@ -97,6 +100,7 @@ def save_compressor(
         "backbone": json.dumps({"name": backbone.name, "sha256": backbone.sha256}),
         "prompt": json.dumps(to_dict(prompt or PromptConfig())),
         "readers": json.dumps(dict(readers or {})),
+        "encoder": encoder,
     }
     write_bytes(out / WEIGHTS, serialise(flat, metadata))
     write_json(out / "record.json", dict(record))
@@ -234,6 +238,7 @@ def _read_file(directory: Path) -> Stored:
         parse(PromptConfig, json.loads(meta.get("prompt", "{}")), f"{path}: prompt"),
         centre,
         json.loads(meta.get("readers", "{}")),
+        meta.get("encoder", ""),
     )
 
 

@@ -13,6 +13,7 @@ from latent_jax.systems.latentwire.adapters import fit_colour
 from latent_jax.systems.latentwire.assets import load_compressor
 from latent_jax.systems.latentwire.codes import as_params, as_variables
 from latent_jax.systems.latentwire.compressed import Latents
+from latent_jax.systems.latentwire.separate_encoder import check_weights
 from latent_jax.systems.latentwire.tuned import init_prompt
 from latent_jax.systems.latentwire.vectors import spelling
 
@@ -38,6 +39,8 @@ def fresh(
     start, theirs = {}, {}
     if model.start is not None:
         stored = load_compressor(model.start, system.backbone)
+        if system.separate is not None:
+            check_weights(model.encoder.backbone, system.separate.backbone.sha256, stored.encoder)
         reader_start.check_layout(model.start, stored.config, model)
         start = dict(stored.params)
         theirs = start.pop("readers", {})

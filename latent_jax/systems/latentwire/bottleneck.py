@@ -58,14 +58,16 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     """Starts ``down`` and ``up`` as principal directions of the encoder's output.
 
     Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise
-    the random start stays. Of several soft tokens per latent each starts as all would.
+    the random start stays (that of ``up`` alone behind an ``encoder.backbone``). Of several soft tokens per latent each starts as all would.
     ``wire.fit=vocabulary`` takes the directions of the LLM's input embeddings instead. Where only
     the LLM's first layers encode, ``up`` is a regression: from their latents to the mean keys and
     values of each span in all layers.
     """
     config = model.config
     foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
-    foreign = foreign and config.adapter.linear  # the others have no way back
+    # Of states of a separate encoder only the way in is known.
+    apart = model.separate is not None and config.encoder.slots == "states"
+    foreign = foreign and not apart and config.adapter.linear  # the others have no way back
     if foreign or config.wire.fit == "random":
         return dict(params)
     if config.wire.fit == "vocabulary":
@@ -95,6 +97,8 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     fitted = principal_map(np.concatenate(found), config.wire.d_z)
     if deeper:
         fitted |= _deeper(fitted, np.concatenate(found), np.concatenate(whole))
+    if apart:
+        fitted = {name: fitted[name] for name in ("in_mean", "in_scale", "down")}
     return _started(config, params, fitted, found)
 
 
@@ -126,7 +130,7 @@ def _started(config, params, fitted, found) -> dict[str, Any]:
     if config.wire.levels:
         rows = (np.concatenate(found) - fitted["in_mean"]) * fitted["in_scale"]
         fitted["level_scale"] = LEVELS_AT * (rows @ fitted["down"]).std(0) + 1e-6
-    if (n := config.adapter.entries) > 1:
+    if (n := config.adapter.entries) > 1 and "up" in fitted:
         for name in ("up", "out_mean", "out_scale"):
             fitted[name] = np.tile(fitted[name], n)
     own = {k: jnp.asarray(v, params[k].dtype) for k, v in fitted.items() if k in params}

@@ -96,10 +96,13 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
     lengths, latents = np.asarray(message.length).tolist(), message.latents
     text = "".join(texts).encode()
     heads = wire.config.encoder.slots == "heads"  # the text is read again behind itself
-    slots = {"pooled": [0] * len(latents), "heads": lengths}.get(
+    none = [0] * len(latents)
+    slots = {"pooled": none, "states": none, "anchor": none, "heads": lengths}.get(
         wire.config.encoder.slots, latents
     )
     segment, encoder = wire.config.segment, first_config(reader, wire.config.encoder.layers)
+    if wire.separate is not None:  # counted in the reader's tokens
+        encoder = wire.separate.body.config
     # Segments are compressed alone.
     parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)] * heads
     # The reader runs over the latents' places.

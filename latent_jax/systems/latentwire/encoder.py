@@ -23,6 +23,7 @@ from latent_jax.systems.latentwire.anchor_encoder import AnchorEncoder, alignmen
 from latent_jax.systems.latentwire.latents import flatten_kv
 from latent_jax.systems.latentwire.model_config import ModelConfig
 from latent_jax.systems.latentwire.pool import KVPool, num_latents, span_means, spans
+from latent_jax.systems.latentwire.separate_encoder import Body, separate_states
 from latent_jax.systems.latentwire.vectors import LONGEST, ByteEncoder, VectorPool
 
 
@@ -34,16 +35,20 @@ class Encoder(nn.Module):
       reader: architecture of the frozen LLM, which is also the encoder's body.
       sink: token before the encoder's text and before the latents, usually BOS; None for none.
       carrier: tokens of ``adapter.carrier``.
+      separate: of ``encoder.backbone``; None where the reader encodes.
     """
 
     config: ModelConfig
     reader: DecoderConfig
     sink: int | None = None
     carrier: tuple[int, ...] = ()
+    separate: Body | None = None
 
     def setup(self):
         c, r = self.config, self.reader
-        own = self.own = first_config(r, c.encoder.layers)  # the LLM, or what encodes of it
+        # The LLM, or what encodes of it.
+        layers = 0 if c.encoder.backbone else c.encoder.layers
+        own = self.own = first_config(r, layers)
         self.body = Decoder(own, remat=c.remat, parent=None)
         if c.encoder.pools:
             self.pool = KVPool(own, c.ratio, c.encoder.pool_start)
@@ -81,6 +86,8 @@ class Encoder(nn.Module):
     def width(self) -> int:
         """Numbers that a slot leaves behind."""
         kv = self.config.encoder.output == "kv"
+        if self.separate is not None and self.config.encoder.slots == "states":
+            return self.separate.config.hidden_size
         return self.own.kv_floats_per_token if kv else self.reader.hidden_size
 
     def calibrated(self) -> None:
@@ -103,7 +110,8 @@ class Encoder(nn.Module):
           before: keys and values that it is read behind (`encoder.carry`).
         """
         c, r = self.config, self.own
-        frozen = first_params(frozen, c.encoder.layers)
+        if self.separate is None:
+            frozen = first_params(frozen, c.encoder.layers)
         b, t = ids.shape
         m = num_latents(t, c.ratio)
         slot = jnp.arange(m)
@@ -118,6 +126,9 @@ class Encoder(nn.Module):
         if c.encoder.slots == "bytes":
             spelled = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)
             return self.pool(self.bytes(spelled, mask), mask), valid, positions
+        if self.separate is not None and c.encoder.slots == "states":
+            states = separate_states(self.separate, frozen, ids, mask)
+            return self.pool(states, mask), valid, positions
         text = self.body.apply({"params": frozen}, ids, method="embed")
         if c.encoder.slots == "embedded":
             return self.pool(text, mask), valid, positions
@@ -126,7 +137,10 @@ class Encoder(nn.Module):
             sink = sink_kv(self.body, frozen, jnp.int32(self.sink), b)
         first, places = behind(sink, before), jnp.broadcast_to(start + jnp.arange(t), (b, t))
         if c.encoder.slots in ("states", "anchor"):
-            states = self._states(frozen, text, mask, places, first)
+            if self.separate is not None:
+                states = separate_states(self.separate, frozen, ids, mask)
+            else:
+                states = self._states(frozen, text, mask, places, first)
             if c.encoder.slots == "states":
                 return self.pool(states, mask), valid, positions
             anchor = semantic_anchor(states, mask)

@@ -12,6 +12,7 @@ from latent_jax.systems.latentwire.model_config import ModelConfig
 _LATER = {
     "encoder": (
         "pooler", "byte_layers", "refiner", "layers", "carry", "anchor_width", "anchor_layers",
+        "backbone", "pieces",
     ),
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (

@@ -53,6 +53,7 @@ class Compressor(Encoder):
       reader: architecture of the frozen LLM, which is also the encoder's body.
       sink: token before the encoder's text and before the latents, usually BOS; None for none.
       carrier: tokens of ``adapter.carrier``.
+      separate: of ``encoder.backbone``; None where the reader encodes.
     """
 
     def setup(self):

@@ -46,6 +46,14 @@ class EncoderConfig:
         default=0, ge=0, help="a segment is read behind the latents of so many before it; 0: every "
         "segment is compressed alone",
     )  # fmt: skip
+    backbone: str | None = field(
+        default=None, help="a frozen LLM other than the reader whose last states are taken, as a "
+        "sentence encoder's (slots=states, or the semantic anchor of slots=anchor), by a name as "
+        "of model.readers; none: the reader",
+    )  # fmt: skip
+    pieces: int = field(
+        default=8, ge=1, help="most of its tokens for one of the reader's; what is longer is cut"
+    )
     pooler: Literal["mean", "attention", "queries", "hierarchical", "convolution"] = field(
         default="mean",
         help="vectors of tokens to slots, each at first the mean of its span: mean (nothing is "
@@ -119,12 +127,29 @@ class EncoderConfig:
                 f"encoder.{name}={getattr(self, name)}: encoder.slots={self.slots} "
                 f"{why[name] if self.slots == 'heads' else 'runs no layer of the LLM'}; set it to 0"
             )
+        if self.backbone is not None:
+            self._check_separate()
         if self.anchor_width % 2:
             raise ConfigError(f"encoder.anchor_width={self.anchor_width}: use an even number")
         if self.pooler != "mean" and not self.vectors:
             raise ConfigError(
                 f"encoder.pooler={self.pooler} is of encoder.slots={', '.join(VECTORS)}; pooled "
                 "and both sum up keys and values, see encoder.pool_start"
+            )
+
+    def _check_separate(self) -> None:
+        who = f"encoder.backbone={self.backbone}"
+        if not self.backbone:
+            raise ConfigError("encoder.backbone is empty: name an LLM, or none for the reader")
+        if self.slots not in ("states", "anchor"):
+            raise ConfigError(
+                f"{who} is of encoder.slots=states or anchor: {self.slots} is made of the reader's "
+                "own layers, embeddings or tokens"
+            )
+        if self.lora_on == "all" or self.carry:
+            raise ConfigError(
+                f"{who} is frozen and reads segments alone: it needs encoder.lora_on=memory and "
+                "encoder.carry=0"
             )
 
     @property
@@ -239,6 +264,17 @@ class ModelConfig:
             raise ConfigError(
                 f"encoder.layers={self.encoder.layers} leaves keys and values of so many layers, "
                 "and the reader wants them of all: set wire.d_z"
+            )
+        separate = self.encoder.backbone is not None
+        if separate and self.encoder.slots == "states" and self.wire.d_z is None:
+            raise ConfigError(
+                f"encoder.backbone={self.encoder.backbone} has states of its own width: set "
+                "wire.d_z"
+            )
+        if separate and self.encoder.slots == "states" and self.wire.fit == "vocabulary":
+            raise ConfigError(
+                "wire.fit=vocabulary has directions of the reader's embeddings, and "
+                f"encoder.backbone={self.encoder.backbone} has others: use data or random"
             )
         if self.ratio > self.segment:
             raise ConfigError(

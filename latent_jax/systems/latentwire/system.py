@@ -48,6 +48,7 @@ from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.systems.latentwire.quick import make_quick, quick_eval
 from latent_jax.systems.latentwire.readers import open_reader
+from latent_jax.systems.latentwire.separate_encoder import apart, beside, open_encoder
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import train_controls
@@ -75,7 +76,9 @@ class LatentWireSystem:
         self.body = self.backbone.decoder
         self.sink = sink_token(self.backbone.tokenizer) if config.model.sink else None
         words = carrier(config.model.adapter, self.backbone.tokenizer)
-        self.model = Compressor(config.model, self.backbone.config, self.sink, words)
+        self.separate = open_encoder(config.model, self.backbone)
+        other = None if self.separate is None else self.separate.body
+        self.model = Compressor(config.model, self.backbone.config, self.sink, words, other)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
         self.readers = {
             label: open_reader(label, config.model, self.backbone, config.prompt)
@@ -83,7 +86,7 @@ class LatentWireSystem:
         }
         for other in self.readers.values():
             check_window(other, config.data)
-        self.frozen = {"reader": self.backbone.params}
+        self.frozen = {"reader": beside(self.backbone.params, self.separate)}
         if self.readers:
             own = {label: r.backbone.params for label, r in self.readers.items()}
             self.frozen["readers"] = own
@@ -214,10 +217,13 @@ class LatentWireSystem:
         """
         context = jax.ShapeDtypeStruct((1, self.config.model.segment), jnp.int32)
         check_parts(variables["params"], self.init_shapes({"context": context})["params"])
-        backbone = dataclasses.replace(self.backbone, params=frozen["reader"])
+        backbone = dataclasses.replace(self.backbone, params=apart(frozen["reader"]))
+        separate = self.separate and self.separate.placed(frozen["reader"])
         params, tasks = with_every_task(as_params(variables)), trained_tasks(self.config)
         params = heads.folded(params)
-        return LatentWire(backbone, self.config.model, params, self.builder, tasks)
+        return LatentWire(
+            backbone, self.config.model, params, self.builder, tasks, separate=separate
+        )
 
     def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
         """Mean latent of the first training texts, which integer wires take off; None where the
@@ -270,6 +276,7 @@ class LatentWireSystem:
         out = save_compressor(
             to, params, config.model, self.backbone, tasks, record, config.prompt,
             {label: r.backbone.sha256 for label, r in self.readers.items()},
+            "" if self.separate is None else self.separate.backbone.sha256,
         )  # fmt: skip
         # Of the weights as they are stored, which are what will be loaded.
         stored = jax.tree.map(jnp.asarray, load_compressor(out, self.backbone).params)

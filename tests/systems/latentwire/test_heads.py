@@ -15,7 +15,7 @@ from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire import asking, baselines, heads
-from latent_jax.systems.latentwire.api import LatentWire, _given
+from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import (
@@ -33,6 +33,7 @@ from latent_jax.systems.latentwire.losses import raw_text
 from latent_jax.systems.latentwire.model import Compressor, num_latents
 from latent_jax.systems.latentwire.scoring import score_answers
 from latent_jax.systems.latentwire.system import LatentWireSystem
+from latent_jax.systems.latentwire.telling import given_of
 
 TEXTS = ["abcdefghijklmnopqr", "xyz12345"]
 
@@ -44,7 +45,7 @@ def wire():
 
 def opened(own, z):
     """What the reader is given of compressed texts."""
-    return _given(reader().decoder, reader().params, own._opened(z)[1], z.wire)
+    return given_of(reader().decoder, reader().params, own._opened(z)[1], z.wire)
 
 
 def hidden(given, ids=(5, 6, 7)):

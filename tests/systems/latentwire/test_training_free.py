@@ -11,11 +11,12 @@ from latent_jax import backbones
 from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.latentwire import baselines, evaluate
-from latent_jax.systems.latentwire.api import LatentWire, _given
+from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
 from latent_jax.systems.latentwire.cost import cost
 from latent_jax.systems.latentwire.model import Compressor, num_latents
+from latent_jax.systems.latentwire.telling import given_of
 from latent_jax.systems.latentwire.training_free import METHODS
 
 TEXTS = ["abcdefghijklmnopqr", "xyz12345"]
@@ -27,7 +28,7 @@ def test_the_wire_holds_what_the_arm_keeps(method):
     z = wire.compress(TEXTS)
     assert z.latents == [6, 3]
     back = wire.unpack(z.pack("fp32"))
-    given = _given(reader().decoder, reader().params, wire.latents, back.wire)
+    given = given_of(reader().decoder, reader().params, wire.latents, back.wire)
     ids, mask = wire._padded(TEXTS)
     none = np.zeros((2, 0), np.int32), np.zeros((2, 0), bool)
     rows = np.arange(2, dtype=np.int32)
