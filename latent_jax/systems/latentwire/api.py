@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +18,6 @@ from latent_jax import backbones
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.padding import bucket
 from latent_jax.backbones.sink import sink_token
-from latent_jax.core import trees
-from latent_jax.core.config import parse, to_dict
 from latent_jax.core.errors import CheckpointError, DataError, WireError
 from latent_jax.systems.latentwire import baselines, reader_lora
 from latent_jax.systems.latentwire.assets import load_compressor, read_compressor
@@ -29,7 +25,7 @@ from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.compressed import Compressed, Latents, for_task
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.coprocessor import carrier
-from latent_jax.systems.latentwire.first_shape import as_first
+from latent_jax.systems.latentwire.first_shape import identity
 from latent_jax.systems.latentwire.given import Asked, Given, prefix_to_given
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire, num_latents, split_segments
@@ -196,26 +192,12 @@ class LatentWire:
     @functools.cached_property
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
-        shape = to_dict(dataclasses.replace(self.config, start=None, remat=False, readers={}))
-        shape = as_first(to_dict(parse(ModelConfig, shape)))  # a ratio of 4 is one of 4.0
-        # Readers are not the encoder's: one that is added later reads what was written before. Only
-        # the layout of private latents is.
-        del shape["readers"], shape["private"], shape["rebuild_entries"]
-        for name in ("reader_lora", "gist_layers"):
-            shape.pop(name, None)
-        if any(self.config.private_slots.values()):
-            shape["private"] = [(k, n) for k, n in self.config.private_slots.items() if n]
-        digest = hashlib.sha256(json.dumps([shape, self.backbone.sha256, self.method]).encode())
-        reads = ("readers", "asking", "gist", reader_lora.PART)
-        flat = trees.flatten({k: v for k, v in self.params.items() if k not in reads})
+        params = self.params
         if self.centre is not None:
-            flat["centre"] = self.centre
-        for name, leaf in sorted(flat.items()):
-            x = np.asarray(leaf, np.float32)
-            digest.update(f"{name}{x.shape}".encode())
-            digest.update(x.tobytes())
+            params = {**params, "centre": self.centre}
+        digest = identity(self.config, params, self.backbone.sha256, self.method)
         reader = self.backbone
-        return Origin(self.name, digest.hexdigest(), reader.name, reader.config.family)
+        return Origin(self.name, digest, reader.name, reader.config.family)
 
     def compress(self, texts: str | Sequence[str], ratio: float | None = None) -> Message:
         """Texts → latents; a text longer than ``config.segment`` tokens is compressed in segments.
