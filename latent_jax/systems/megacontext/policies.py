@@ -8,7 +8,8 @@ the same share of them sharpened and blurred.
 ``features`` holds what a policy reads and is otherwise ignored:
 
 ``overlap``
-  `bm25` of every block with the tail, by block (longer arrays may be padded).
+  `bm25` of every block with the tail, or the `first_ones` of a matcher's scores, by block (longer
+  arrays may be padded).
 ``attention``
   `attention.node_attention`, by place in the tiling.
 ``utility``
@@ -224,6 +225,28 @@ def across(
     return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
 
 
+def across_scores(
+    best: Float[np.ndarray, "q n"], weight: Float[np.ndarray, " q"]
+) -> Float[np.ndarray, " n"]:
+    """As `across`, of a sum over a question's tokens, each with its best match in a pair."""
+    if best.shape[1] < 2:
+        return weight @ best
+    pairs = weight @ np.maximum(best[:, :-1], best[:, 1:])
+    return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
+
+
+def first_ones(scores: Float[np.ndarray, " n"], count: int = 64) -> Float[np.ndarray, " n"]:
+    """The best blocks by rank, from 1 down to a half, and 0 for the others.
+
+    Scores whose zero means nothing (`matcher.Finder`) get one: half of the best is where
+    `bm25_to_tail` begins to give back.
+    """
+    found = np.zeros(len(scores), np.float32)
+    order = np.argsort(-scores, kind="stable")[:count]
+    found[order] = 1 - 0.5 * np.arange(len(order)) / count
+    return found
+
+
 def make(
     name: str, layout: Layout, budget: int, lens: tuple[LensNet, Variables] | None = None
 ) -> Policy:
@@ -257,6 +280,7 @@ BASELINES: dict[str, Callable[[Layout], Policy]] = {
     "sink_recency": sink_recency,
     "random": random,
     "bm25": bm25_to_tail,
+    "match": bm25_to_tail,
     "attention": attention,
     "oracle": oracle,
 }
