@@ -18,6 +18,9 @@ from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.matcher import Finder, States
 
 
+_EPOCHS = 64  # of the questions; the last one comes again
+
+
 class Fact(NamedTuple):
     """A question, and where the passage that answers it does so.
 
@@ -114,17 +117,17 @@ class MatchRows:
         self.questions = read("questions", [f.question for f in self.facts], c.question)
         self.others = read("other text", list(others), self.tokens)
 
-    def row(self, number: int) -> dict[str, Any]:
-        """A question with its passage, which begins anywhere in a block. NumPy alone: it is called
-        in a reading thread.
+    def row(self, at: int) -> dict[str, Any]:
+        """A question with its passage, which begins anywhere in a block, and other text; both are
+        drawn anew in every epoch. NumPy alone: it is called in a reading thread.
         """
-        fact, size = self.facts[number], self.block
-        rng = np.random.default_rng([self.config.seed, number])
+        number, size = at % len(self.facts), self.block
+        fact, rng = self.facts[number], np.random.default_rng([self.config.seed, at])
         passage, shift = self.passages[fact.passage], int(rng.integers(size))
         stop, width = shift + len(passage), passage.shape[1]
         states = np.zeros((self.tokens, width), np.float16)
         states[shift:stop] = passage
-        at = np.arange(self.tokens)
+        place = np.arange(self.tokens)
         question = np.zeros((self.config.model.matcher.question, width), np.float16)
         question[: len(fact.question)] = self.questions[number]
         begins = np.arange(self.tokens // size) * size  # a block stands for itself and the next
@@ -132,14 +135,14 @@ class MatchRows:
         return {
             "question": question,
             "question_mask": np.arange(len(question)) < len(fact.question),
-            "passage": states, "passage_mask": (shift <= at) & (at < stop),
+            "passage": states, "passage_mask": (shift <= place) & (place < stop),
             "fact": holds, "same": np.int32(fact.passage),
             "other": self.others[int(rng.integers(len(self.others)))],
         }  # fmt: skip
 
     def stream(self) -> data.BatchIterator:
         """Endless, shuffled, resumable rows."""
-        rows, size = len(self.facts), self.config.train.batch_size
+        rows, size = _EPOCHS * len(self.facts), self.config.train.batch_size
         return data.pipeline(
             self.row, size, size=rows, seed=self.config.seed,
             remainder="drop" if rows >= size else "wrap",
