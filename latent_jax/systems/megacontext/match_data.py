@@ -17,7 +17,6 @@ from latent_jax.systems.megacontext import policies, recipe
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.matcher import Finder, States
 
-
 _EPOCHS = 64  # of the questions; the last one comes again
 
 
