@@ -108,19 +108,19 @@ class Focus:
         return len(self.tree) // self.layout.block
 
     def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
-        """BM25 of the first blocks, in pairs, with a query; padded to a power of two."""
-        size = self.layout.block
-        ids = self.tree.tokens(0, blocks * size).reshape(blocks, size)
+        """How well the blocks before the protected tail match a query, in pairs; padded to a power
+        of two. The tail is read raw, and may be the query: what stands beside it would always win.
+        """
+        size, free = self.layout.block, max(blocks - self.layout.protected, 0)
+        ids = self.tree.tokens(0, free * size)
+        found = np.zeros(0, np.float32)
+        if free and self.config.policy == "match":
+            found = policies.first_ones(self.finder.score(query, self.finder.index(ids)))
+        elif free:
+            score = functools.partial(policies.bm25, query=query)
+            found = policies.across(score, ids.reshape(free, size))
         room = 1 << max(blocks - 1, 1).bit_length()
-        found = policies.across(functools.partial(policies.bm25, query=query), ids)
-        return np.pad(found, (0, room - blocks))
-
-    def matched(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
-        """What the matcher finds first; padded to a power of two."""
-        ids = self.tree.tokens(0, blocks * self.layout.block)
-        found = policies.first_ones(self.finder.score(query, self.finder.index(ids)))
-        room = 1 << max(blocks - 1, 1).bit_length()
-        return np.pad(found, (0, room - blocks))
+        return np.pad(found, (0, room - free))
 
     def settle(
         self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0,
@@ -197,10 +197,8 @@ class Focus:
 
     def _features(self, query, blocks, newer) -> dict[str, Any]:
         """What a policy looks at, whatever the tiling."""
-        if self.config.policy == "bm25":
+        if self.config.policy in ("bm25", "match"):
             return {"overlap": jnp.asarray(self.overlap(query, blocks))}
-        if self.config.policy == "match":
-            return {"overlap": jnp.asarray(self.matched(query, blocks))}
         if self.config.policy == "lens":
             return {"tail": self.lens.sight.tail(blocks, newer)}
         return {}
