@@ -12,6 +12,7 @@ import pytest
 
 from latent_jax import backbones, cli
 from latent_jax import run as runs
+from latent_jax.assets import asset
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import match_assets, match_data, policies, tasks
 from latent_jax.systems.megacontext.config import MatcherConfig
@@ -302,3 +303,14 @@ PHASE = {"name": "m", "data": "questions", "train": ["matcher"]}
 def test_what_cannot_be_asked_of_a_matcher(change, told):
     with pytest.raises(ConfigError, match=told):
         runs.resolve("megacontext/tiny", change)
+
+
+def test_the_packaged_matcher_is_one_of_the_default_shape(reader):
+    record = json.loads((asset("matchers") / "smollm2" / match_assets.RECORD).read_text())
+    base = dataclasses.replace(reader, sha256=record["backbone"])  # what it is checked by
+    found = match_assets.load("smollm2", MatcherConfig(), base)
+    shape = {"question": (1728, 64), "history": (1728, 64), "weight": (1728, 1)}
+    assert {k: v["kernel"].shape for k, v in found.items()} == shape
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+    assert not np.array_equal(found["question"]["kernel"], found["history"]["kernel"])
+    assert record["config"]["data"]["qa"] == ["squad", "qed"]
