@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,6 +56,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
 
     config_class = MegaRun
     rng_names = ("lod",)
+    notify: Callable[[str], None] | None = None
     logical_rules = (
         *DECODER_RULES,
         (r"gist/.*/(query|bias)$", ("layers", None, None, None)),
@@ -250,7 +251,12 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     @functools.cached_property
     def match_rows(self) -> MatchRows:
         """What the base makes of the training questions and passages."""
-        return MatchRows(self.config, self.backbone)
+
+        def progress(name: str, done: int, total: int) -> None:
+            if self.notify is not None:
+                self.notify(f"reading {name}: {done:,} of {total:,}")
+
+        return MatchRows(self.config, self.backbone, progress)
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Recovery on a few held-out histories, with own and with another history's gists; of a

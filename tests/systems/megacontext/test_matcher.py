@@ -260,7 +260,9 @@ def test_it_learns_and_trains_nothing_else(tmp_path, capsys):
     config = runs.resolve("megacontext/tiny_match", {
         "out": str(tmp_path / "run"), "mesh.data": 1, "train.steps": 30, "eval.questions": 4,
     })  # fmt: skip
-    system, state, out = runs.train(config)
+    told = []
+    system, state, out = runs.train(config, lambda event: told.append(event.message))
+    assert any(line and line.startswith("reading questions: ") for line in told)
     assert set(state.params) == {"gist", "matcher"}
     log = [line for line in (out / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
     losses = [json.loads(line)["loss"] for line in log]
