@@ -106,6 +106,10 @@ class MatcherConfig:
     width: int = field(default=64, ge=1, help="numbers of a token's stored vector, a byte each")
     window: int = field(default=8, ge=2, help="blocks that the base reads together")
     question: int = field(default=24, ge=1, help="last tokens of a question that are matched")
+    rerank: int = field(
+        default=0, ge=0,
+        help="best candidates that the base reads again, by how likely the question is behind them",
+    )  # fmt: skip
     start: str | None = field(
         default=None, help="packaged matcher whose weights to start from; none: whitened states"
     )

@@ -115,7 +115,7 @@ class Focus:
         ids = self.tree.tokens(0, free * size)
         found = np.zeros(0, np.float32)
         if free and self.config.policy == "match":
-            found = policies.first_ones(self.finder.score(query, self.finder.index(ids)))
+            found = policies.first_ones(self.finder.rank(query, ids))
         elif free:
             score = functools.partial(policies.bm25, query=query)
             found = policies.across(score, ids.reshape(free, size))

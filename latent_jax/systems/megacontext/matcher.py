@@ -29,7 +29,8 @@ from latent_jax.backbones.streams import streams
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MatcherConfig
-from latent_jax.systems.megacontext.policies import across_scores
+from latent_jax.systems.megacontext.policies import bm25, in_pairs, of_blocks
+from latent_jax.systems.megacontext.reranker import Reranker, fused
 
 _ROWS = 8  # texts that the base reads at once
 _KEPT = 1 << 14  # windows whose vectors are kept
@@ -200,6 +201,7 @@ class Finder:
             lambda p, x: jnp.round(matcher.apply(p, x, method="store") * _FULL).astype(jnp.int8)
         )
         self._score = jax.jit(_pairs)
+        self._reranker = Reranker(backbone, config.question)
         if path is not None:
             self.path = Path(f"{path}.matches-{digest(params)}")
             self._read()
@@ -231,6 +233,33 @@ class Finder:
         self, question: Int[np.ndarray, " q"], index: Int8[np.ndarray, "n block w"]
     ) -> Float[np.ndarray, " n"]:
         """How well each block, with the one beside it, matches a question's last tokens."""
+        return of_blocks(self._matching(question, index), len(index))
+
+    def rank(
+        self, question: Int[np.ndarray, " q"], ids: Int[np.ndarray, " t"]
+    ) -> Float[np.ndarray, " n"]:
+        """Scores the blocks of a history; the best ones are read again if `rerank` says so.
+
+        What is read again are the best pairs of blocks by the matcher, and a quarter as many by
+        BM25, which knows names and numbers better. They come before all others.
+        """
+        index = self.index(ids)
+        found, count = self._matching(question, index), self.config.rerank
+        if count and len(found):
+            texts = in_pairs(np.asarray(ids).reshape(len(index), -1))
+            words = bm25(texts, question[-self.config.question :])
+            best = np.concatenate([
+                np.argsort(-found, kind="stable")[:count],
+                np.argsort(-words, kind="stable")[: max(count // 4, 1)],
+            ])  # fmt: skip
+            best = np.unique(best)
+            again = fused(found[best], self._reranker(question, texts[best]))
+            found = found - found.max() - 1
+            found[best] = again - again.min()
+        return of_blocks(found, len(index))
+
+    def _matching(self, question, index) -> Float[np.ndarray, " k"]:
+        """Of each block with the one behind it: weighted sum of every token's best match."""
         size = self.config.question
         ids = np.asarray(question, np.int32)[-size:][None]
         mask = np.arange(size)[None] < ids.shape[1]
@@ -239,7 +268,9 @@ class Finder:
         room = (1 << max(len(index) - 1, 1).bit_length()) - len(index)
         best = self._score(asked[0], weight[0], np.pad(index, [(0, room), (0, 0), (0, 0)]))
         best = np.asarray(best)[:, : len(index)]
-        return across_scores(best, np.asarray(weight[0]))
+        if best.shape[1] > 1:
+            best = np.maximum(best[:, :-1], best[:, 1:])
+        return np.asarray(weight[0]) @ best
 
     def _keep(self, found: Mapping[bytes, np.ndarray]) -> None:
         self._windows.update(found)

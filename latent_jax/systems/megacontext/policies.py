@@ -219,19 +219,18 @@ def across(
     Returns:
       The better of the two pairs that each block is in.
     """
-    if len(ids) < 2:
-        return score(ids)
-    pairs = score(np.concatenate([ids[:-1], ids[1:]], axis=1))
-    return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
+    return of_blocks(score(in_pairs(ids)), len(ids))
 
 
-def across_scores(
-    best: Float[np.ndarray, "q n"], weight: Float[np.ndarray, " q"]
-) -> Float[np.ndarray, " n"]:
-    """As `across`, of a sum over a question's tokens, each with its best match in a pair."""
-    if best.shape[1] < 2:
-        return weight @ best
-    pairs = weight @ np.maximum(best[:, :-1], best[:, 1:])
+def in_pairs(ids: Int[np.ndarray, "m t"]) -> Int[np.ndarray, "k u"]:
+    """Each block with the one behind it; a block that is alone, as it is."""
+    return np.concatenate([ids[:-1], ids[1:]], axis=1) if len(ids) > 1 else ids
+
+
+def of_blocks(pairs: Float[np.ndarray, " k"], blocks: int) -> Float[np.ndarray, " m"]:
+    """The better of the two pairs (`in_pairs`) that each block is in."""
+    if blocks < 2:
+        return pairs
     return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
 
 

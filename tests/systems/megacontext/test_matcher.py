@@ -13,6 +13,7 @@ import pytest
 from latent_jax import backbones, cli
 from latent_jax import run as runs
 from latent_jax.assets import asset
+from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import match_assets, match_data, policies, tasks
 from latent_jax.systems.megacontext.config import MatcherConfig
@@ -26,6 +27,7 @@ from latent_jax.systems.megacontext.matcher import (
     matching,
     whitened,
 )
+from latent_jax.systems.megacontext.reranker import Reranker
 from latent_jax.systems.megacontext.store import GistTree, TreeSpec
 
 CONFIG = MatcherConfig(layers=(1, 3), width=16, window=4, question=6)
@@ -83,11 +85,8 @@ def test_whitened_directions_have_unit_variance():
 def test_ranks_leave_nothing_to_the_rest():
     found = policies.first_ones(np.array([3.0, 9.0, -1.0, 5.0]), 2)
     assert found.tolist() == [0.0, 1.0, 0.0, 0.75]
-    best = np.array([[1.0, 0.0, 2.0], [0.0, 4.0, 0.0]])
-    weight = np.array([1.0, 0.5])
-    # Pairs (0, 1) and (1, 2): 1 + 2 and 2 + 2.
-    assert policies.across_scores(best, weight).tolist() == [3.0, 4.0, 4.0]
-    assert policies.across_scores(best[:, :1], weight).tolist() == [1.0]
+    assert policies.of_blocks(np.array([3.0, 4.0]), 3).tolist() == [3.0, 4.0, 4.0]
+    assert policies.of_blocks(np.array([1.0]), 1).tolist() == [1.0]
 
 
 def batch(rows=3, blocks=4, width=12):
@@ -182,6 +181,39 @@ def test_what_stands_in_one_window_does_not_know_of_the_next(finder, ids):
     np.testing.assert_array_equal(
         finder.index(ids)[: CONFIG.window], finder.index(other)[: CONFIG.window]
     )
+
+
+def test_the_question_behind_a_text_costs_what_the_base_says(reader, ids):
+    texts, question = ids[: 3 * 2 * BLOCK].reshape(3, -1), ids[100:105]
+    found = Reranker(reader, 8)(question, texts)
+    sink, decoder, base = sink_token(reader.tokenizer), reader.decoder, {"params": reader.params}
+    for text, loss in zip(texts, found, strict=True):
+        row = jnp.asarray(np.concatenate([[sink], text, question]))[None]
+        hidden = decoder.apply(base, decoder.apply(base, row, method="embed")).hidden
+        log = jax.nn.log_softmax(decoder.apply(base, hidden, method="unembed"))[0]
+        # All but the question's first token.
+        each = [float(log[-j - 1, row[0, -j]]) for j in range(1, len(question))]
+        assert loss == pytest.approx(-np.mean(each), abs=2e-4)
+    np.testing.assert_array_equal(Reranker(reader, 4)(question, texts),
+                                  Reranker(reader, 4)(question[1:], texts))  # fmt: skip
+    assert Reranker(reader, 8)(question, texts[:0]).shape == (0,)
+
+
+def test_what_is_read_again_comes_first(reader, params, finder, ids):
+    question = ids[41:46]
+    plain = finder.score(question, finder.index(ids))
+    np.testing.assert_array_equal(finder.rank(question, ids), plain)
+    again = Finder(reader, dataclasses.replace(CONFIG, rerank=4), BLOCK, params)
+    found, texts = again.rank(question, ids), policies.in_pairs(ids.reshape(-1, BLOCK))
+    read = np.flatnonzero(found >= 0)
+    assert 0 < len(read) <= 2 * 5  # pairs of the matcher's four, and of one by words
+    words = int(policies.bm25(texts, question).argmax())
+    assert {words, words + 1} <= set(read)
+    rest = np.setdiff1d(np.arange(len(found)), read)
+    assert found[rest].max() <= -1
+    # What was not read keeps its order.
+    np.testing.assert_array_equal(np.argsort(found[rest]), np.argsort(plain[rest]))
+    assert again.rank(question, ids[:BLOCK]).shape == (1,)
 
 
 def test_the_focus_opens_what_matches(reader, finder, ids, tmp_path):
