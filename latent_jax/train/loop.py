@@ -107,6 +107,8 @@ class _Run:
         self.system, self.config, self.out, self.mesh = system, config, out, mesh
         self.cfg = config.train
         self._progress, self._profiled = progress, profile
+        if hasattr(system, "notify"):
+            system.notify = self.message
         self._main = jax.process_index() == 0
         # What depends on the clock must not decide anything where clocks may disagree.
         self._alone = jax.process_count() == 1

@@ -77,6 +77,8 @@ class System(Protocol):
       traced.
     * ``evaluates_in_parts: bool``: ``evaluate`` also takes ``parts`` (`core.parts.Parts`), which
       keeps what is finished of an evaluation that is stopped.
+    * ``notify: Callable[[str], None] | None``: the trainer puts here what shows a line to whoever
+      waits, for data that takes minutes to prepare.
     * ``jit_init: bool``: set False if ``init`` must run outside jit (it reads files or large
       constants such as pretrained weights).
     """

@@ -21,7 +21,7 @@ from latent_jax.systems.latentwire.bits import mean_latent
 from latent_jax.systems.latentwire.compressed import Compressed, Latents
 from latent_jax.systems.latentwire.config import MAIN, TASKS, ModelConfig
 from latent_jax.systems.latentwire.coprocessor import carrier
-from latent_jax.systems.latentwire.identity import origin_of
+from latent_jax.systems.latentwire.first_shape import identity
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model import Compressor, Wire
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
@@ -192,7 +192,13 @@ class LatentWire:
     @functools.cached_property
     def origin(self) -> Origin:
         """Who writes its wires: they are read by the same configuration and weights only."""
-        return origin_of(self)
+        params = self.params
+        if self.centre is not None:
+            params = {**params, "centre": self.centre}
+        encoder = "" if self.separate is None else self.separate.backbone.sha256
+        reader = self.backbone
+        digest = identity(self.config, params, reader.sha256, self.method, encoder)
+        return Origin(self.name, digest, reader.name, reader.config.family)
 
     def compress(self, texts: str | Sequence[str], ratio: float | None = None) -> Message:
         """Texts → latents; a text longer than ``config.segment`` tokens is compressed in segments.
@@ -231,9 +237,7 @@ class LatentWire:
 
     def _padded(self, texts: Sequence[str], segment: int | None = None) -> Any:
         """Token ids and mask of texts, checked, in a static width."""
-        return texts_in.padded(
-            texts, self.builder, self.backbone, segment or self.config.segment
-        )
+        return texts_in.padded(texts, self.builder, self.backbone, segment or self.config.segment)
 
     def fit_centre(self, texts: Sequence[str], batch_size: int = 8) -> LatentWire:
         """The same with the mean latent of some texts as its centre, which integer wires take off.

@@ -92,8 +92,6 @@ def check_count(made: Message, config: ModelConfig) -> None:
 
 
 @jax.jit
-def compress_ids(
-    latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]
-) -> Wire:
+def compress_ids(latents: Compressed, ids: Int[Array, "b t"], mask: Bool[Array, "b t"]) -> Wire:
     """Right-padded token ids → wire; ``t`` up to a segment, or a multiple of it."""
     return latents.compress(ids, mask)

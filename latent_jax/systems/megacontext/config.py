@@ -96,6 +96,31 @@ class LensConfig:
 
 
 @dataclass(frozen=True)
+class MatcherConfig:
+    """Late interaction between a question and the tokens of a history."""
+
+    layers: tuple[int, ...] = field(
+        default=(8, 14, 20), ge=1,
+        help="layers of the base whose inputs are matched; those behind the last do not run",
+    )  # fmt: skip
+    width: int = field(default=64, ge=1, help="numbers of a token's stored vector, a byte each")
+    window: int = field(default=8, ge=2, help="blocks that the base reads together")
+    question: int = field(default=24, ge=1, help="last tokens of a question that are matched")
+    rerank: int = field(
+        default=0, ge=0,
+        help="best candidates that the base reads again, by how likely the question is behind them",
+    )  # fmt: skip
+    start: str | None = field(
+        default=None, help="packaged matcher whose weights to start from; none: whitened states"
+    )
+
+    def validate(self) -> None:
+        """Refuses layers that are not given in their order."""
+        if not self.layers or list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(f"model.matcher.layers={list(self.layers)}: give them in order, once")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What is trained beside the frozen base."""
 
@@ -105,6 +130,9 @@ class ModelConfig:
     gist: GistConfig = field(default_factory=GistConfig, help="GistNet")
     lens: LensConfig | None = field(
         default=None, help="a learned focus, trained by a phase with data lens; none: no lens"
+    )
+    matcher: MatcherConfig | None = field(
+        default=None, help="what the policy match asks, trained by a phase with data questions"
     )
     remat: bool = field(default=False, help="recompute activations in the backward pass")
 
@@ -125,6 +153,12 @@ class DataConfig:
         default=8, ge=2, help="blocks after the node of a training row of the upper levels"
     )
     rows: int = field(default=20_000, ge=1, help="most training rows to draw")
+    qa: tuple[str, ...] = field(
+        default=("auto",), help="questions on passages, for a phase with data questions"
+    )
+    passages: int = field(default=2400, ge=2, help="most of those passages")
+    asked: int = field(default=4, ge=1, help="most questions on one of them")
+    others: int = field(default=400, ge=1, help="windows of data.text that answer none of them")
     labels: tuple[str, ...] = field(
         default=(), help="tables of `mega label` that a phase with data lens reads"
     )
@@ -156,6 +190,9 @@ class LossConfig:
     ranking: float | ScheduleConfig = field(
         default=0.5, help="softplus of score differences in the wrong order"
     )
+    matching: float | ScheduleConfig = field(
+        default=1.0, help="contrast of a question's blocks, nats (data questions)"
+    )
     budget: float | ScheduleConfig = field(
         default=0.1, help="imbalance of the entries that a lens asks for and offers"
     )
@@ -174,13 +211,14 @@ ARMS = (
 # Focus policies; the last is told what every action would be worth, which no runtime knows.
 MEASURED = "oracle"
 POLICIES = (
-    "recency", "sink_recency", "uniform", "random", "bm25", "attention", "lens", MEASURED
+    "recency", "sink_recency", "uniform", "random", "bm25", "match", "attention", "lens",
+    MEASURED,
 )  # fmt: skip
 # Those that look at what the context holds, and so need its gists.
 LOOKING = ("attention", "lens", MEASURED)
 # Those that look for something: for a question they start from the coarsest tiling and open one
 # node after another, where the others start from the newest text sharp.
-SEARCHING = ("random", "bm25", "attention", "lens")
+SEARCHING = ("random", "bm25", "match", "attention", "lens")
 # Facts hidden in a history; see `tasks`.
 TASKS = ("passkey", "key_value", "straddling", "paraphrased")
 # What else a long history is read through.
@@ -241,6 +279,11 @@ class EvalConfig:
         default=(), ge=1,
         help="tokens of histories in which the allocator alone looks for the facts; (): none",
     )  # fmt: skip
+    questions: int = field(
+        default=0, ge=0, help="held-out questions whose facts a matcher ranks among the blocks of "
+        "other held-out text; 0: none",
+    )  # fmt: skip
+    question_blocks: int = field(default=4096, ge=8, help="blocks of that text; whole windows")
     reach_budget: int = field(default=1024, ge=1, help="entries of its working context, W")
     threshold: float = field(
         default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
@@ -295,7 +338,20 @@ class MegaRun(RunBase):
                     "train.phases: labels are of the gists as they are, so a run that trains a "
                     "lens trains nothing else: every phase needs data: lens and train: [lens]"
                 )
+        if any(p.data == "questions" for p in phases):
+            if self.model.matcher is None:
+                raise ConfigError("train.phases: data questions trains model.matcher; set it")
+            if any(p.data != "questions" or p.train != ("matcher",) for p in phases):
+                raise ConfigError(
+                    "train.phases: a run that trains a matcher trains nothing else: every phase "
+                    "needs data: questions and train: [matcher]"
+                )
         layout, e = self.model.layout, self.eval
+        if self.model.matcher is None and (e.questions or (e.budgets and "match" in e.policies)):
+            raise ConfigError(
+                "eval.questions and the policy match ask a matcher: set model.matcher, or leave "
+                "them out"
+            )
         if self.model.gist.kind == "heads":
             self._only_what_heads_can()
         if self.model.gist.kind == "embeddings" and self.model.lens is not None:
@@ -329,8 +385,9 @@ class MegaRun(RunBase):
     def _only_what_heads_can(self) -> None:
         """Refuses what gists of the text's own entries do not have."""
         phases = self.train.phases
-        if (self.train.steps or phases) and not any(p.data == "lens" for p in phases):
+        beside = ("lens", "questions")
+        if (self.train.steps or phases) and not any(p.data in beside for p in phases):
             raise ConfigError(
                 "model.gist.kind=heads is calibrated, not trained: set train.steps=0 and no phases "
-                "(or phases that train a lens)"
+                "(or phases that train a lens or a matcher)"
             )

@@ -8,7 +8,7 @@ gists that are input embeddings, the pool is too, once for each mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -99,8 +99,10 @@ class Counterfactuals:
             [len(entry_offsets(model, level)) for level in range(layout.levels + 1)]
         )
         finer = [1, *[layout.branching] * (layout.levels - 1)]
-        made = [*(n * self._wide[i] for i, n in enumerate(finer)), *self._wide[1:]]
-        self._more = rows * int(np.max(made))
+        made = np.asarray([*(n * self._wide[i] for i, n in enumerate(finer)), *self._wide[1:]])
+        # Opening an upper gist makes many times what other actions do; all would pay for its room.
+        self._most = int(made.max())
+        self._few = int(made[made <= max(self._most // 4, made.min())].max())
         self._read = jax.jit(self._branches, static_argnames=("horizon",))
 
     def measure(
@@ -120,13 +122,14 @@ class Counterfactuals:
         shared = self.memory.gather(nodes, start)
         stops = np.cumsum([int(self._wide[level]) for level, _ in nodes])
         spans = dict(zip(nodes, zip(np.append(0, stops[:-1]), stops, strict=True), strict=False))
-        # Drops come last, so that batches of actions alone need no more room than they make.
         branches = [(action, True) for action in todo]
         branches += [(action, False) for action in todo] if drops else []
-        nll, kl, before = [], [], float("nan")
-        for first in range(0, max(len(branches), 1), self.rows):
-            part = branches[first : first + self.rows]
-            pool, mask = self._pool(shared, spans, part, start)
+        makes = np.asarray([self._makes(*branch) for branch in branches], int)
+        nll, kl = np.zeros((2, len(branches)))
+        before, done = float("nan"), 0
+        for room, which in self._batches(makes):
+            part = [branches[i] for i in which]
+            pool, mask = self._pool(shared, spans, part, start, room)
             first_position = int(self.memory.positions(np.asarray([start]), start)[0])
             found = self._read(
                 self.memory.base, {name: x[:, None] for name, x in pool.held.items()},
@@ -134,18 +137,32 @@ class Counterfactuals:
             )  # fmt: skip
             losses, divergence = (np.asarray(x, np.float64) for x in found)
             before = float(losses[0])
-            nll += (losses[1 : len(part) + 1] - before).tolist()
-            kl += divergence[1 : len(part) + 1].tolist()
+            nll[which] = losses[1 : len(part) + 1] - before
+            kl[which] = divergence[1 : len(part) + 1]
+            done += len(part)
             if progress is not None:
-                progress(min(first + self.rows, len(branches)), len(branches))
+                progress(done, len(branches))
         n = len(todo)
-        drop = np.asarray(nll[n:]) if drops else np.full(n, np.nan)
-        return Measured(before, np.asarray(nll[:n]), np.asarray(kl[:n]), drop)
+        return Measured(before, nll[:n], kl[:n], nll[n:] if drops else np.full(n, np.nan))
 
-    def _pool(self, shared, spans, part, start) -> tuple[Entries, Bool[np.ndarray, "r m"]]:
+    def _makes(self, action: Action, exchange: bool) -> int:
+        """Entries that a branch puts into the pool."""
+        return sum(int(self._wide[level]) for level, _ in action.made) if exchange else 0
+
+    def _batches(self, makes: Int[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray]]:
+        """Branches that are read together, with the room for what each makes: of two sizes."""
+        light = makes <= self._few
+        for room, group in ((self._few, light), (self._most, ~light)):
+            which = np.flatnonzero(group)
+            for first in range(0, len(which), self.rows):
+                yield room, which[first : first + self.rows]
+        if not len(makes):  # the context itself
+            yield self._few, np.zeros(0, int)
+
+    def _pool(self, shared, spans, part, start, room) -> tuple[Entries, Bool[np.ndarray, "r m"]]:
         """The shared entries, then what each branch makes; row 0 of the mask is unchanged."""
         width = len(shared.positions)
-        capacity = self.memory.places(self.budget, width) + self._more
+        capacity = self.memory.places(self.budget, width) + self.rows * room
         mask = np.zeros((self.rows + 1, capacity), bool)
         mask[:, :width] = True
         pieces, at = [shared], width

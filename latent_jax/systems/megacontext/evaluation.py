@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -12,8 +13,9 @@ import numpy as np
 from latent_jax.core.errors import DataError
 from latent_jax.core.parts import Parts
 from latent_jax.data import LongQuestion, load_long_questions
-from latent_jax.systems.megacontext import documents, recipe, stream, tasks
+from latent_jax.systems.megacontext import documents, match_data, recipe, stream, tasks
 from latent_jax.systems.megacontext.config import LOOKING, MEASURED, POLICIES
+from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.recovery import Recovery
 from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 
@@ -58,6 +60,7 @@ class Evaluation:
             name: part for name, part, wanted in (
                 ("policies", self._policies, e.budgets), ("stream", self._stream, e.stream),
                 ("tasks", self._tasks, e.tasks), ("reach", self._reach, e.tasks),
+                ("questions", self._questions, e.questions),
                 ("documents", self._documents, e.documents),
             ) if wanted
         }  # fmt: skip
@@ -106,6 +109,28 @@ class Evaluation:
         return tasks.reach(
             self.backbone.tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids,
             e.tasks, alone, e.reach_budget, e.reach, e.task_rows, c.seed, progress,
+            self.finder(variables, frozen),
+        )  # fmt: skip
+
+    def finder(self, variables, frozen) -> Finder | None:
+        """What finds the blocks that answer a question, if this run has it."""
+        c = self.config.model
+        if c.matcher is None:
+            return None
+        backbone = dataclasses.replace(self.backbone, params=frozen["base"])
+        return Finder(backbone, c.matcher, c.layout.block, variables["params"]["matcher"])
+
+    def _questions(
+        self, variables, frozen, artefacts, progress, count: int | None = None,
+        most: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Held-out facts among the blocks of other held-out text, at most so many."""
+        e, c = self.config.eval, self.config.model
+        window = c.matcher.window * c.layout.block
+        ids = self._filler()[1][: (most or e.question_blocks) * c.layout.block]
+        return match_data.measure(
+            self.finder(variables, frozen), self.config, self.backbone.tokenizer,
+            ids[: len(ids) // window * window], count or e.questions, progress,
         )  # fmt: skip
 
     def _stream(self, variables, frozen, artefacts, progress) -> dict[str, Any]:

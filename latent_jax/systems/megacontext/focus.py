@@ -24,6 +24,7 @@ from latent_jax.systems.megacontext.allocator import FocusConfig, Trace, refocus
 from latent_jax.systems.megacontext.config import MEASURED, POLICIES, SEARCHING
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.lens import LensNet
+from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.sight import Node, Sight
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.systems.megacontext.tiling import Tiling
@@ -71,6 +72,7 @@ class Focus:
       layout: sizes.
       config: size and policy of the working context.
       lens: for the policy ``lens``.
+      finder: for the policy ``match``.
 
     Raises:
       ConfigError: there is no such policy, it needs losses that only a measurement has, or a lens
@@ -80,14 +82,21 @@ class Focus:
     reads = False
 
     def __init__(
-        self, tree: GistTree, layout: Layout, config: RuntimeConfig, lens: Lens | None = None
-    ):
+        self, tree: GistTree, layout: Layout, config: RuntimeConfig, lens: Lens | None = None,
+        finder: Finder | None = None,
+    ):  # fmt: skip
         self.tree, self.layout, self.config, self.lens = tree, layout, config, lens
+        self.finder = finder
         usable = [name for name in POLICIES if name != MEASURED]
         if config.policy not in usable:
             raise ConfigError(f"policy {config.policy!r}: a runtime can use {', '.join(usable)}")
         if config.policy == "attention" and not self.reads:
             raise ConfigError("policy 'attention' asks a language model, which is not here")
+        if config.policy == "match" and finder is None:
+            raise ConfigError(
+                "policy 'match': this run has no matcher; set model.matcher, with a start or "
+                "trained (data questions)"
+            )
         net = None if lens is None else (lens.net, {"params": lens.params})
         self.policy = policies.make(config.policy, layout, config.budget, net)
         self._score = jax.jit(self.policy)
@@ -99,12 +108,19 @@ class Focus:
         return len(self.tree) // self.layout.block
 
     def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
-        """BM25 of the first blocks, in pairs, with a query; padded to a power of two."""
-        size = self.layout.block
-        ids = self.tree.tokens(0, blocks * size).reshape(blocks, size)
+        """How well the blocks before the protected tail match a query, in pairs; padded to a power
+        of two. The tail is read raw, and may be the query: what stands beside it would always win.
+        """
+        size, free = self.layout.block, max(blocks - self.layout.protected, 0)
+        ids = self.tree.tokens(0, free * size)
+        found = np.zeros(0, np.float32)
+        if free and self.config.policy == "match":
+            found = policies.first_ones(self.finder.rank(query, ids))
+        elif free:
+            score = functools.partial(policies.bm25, query=query)
+            found = policies.across(score, ids.reshape(free, size))
         room = 1 << max(blocks - 1, 1).bit_length()
-        found = policies.across(functools.partial(policies.bm25, query=query), ids)
-        return np.pad(found, (0, room - blocks))
+        return np.pad(found, (0, room - free))
 
     def settle(
         self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0,
@@ -118,7 +134,7 @@ class Focus:
         newest text sharp and exchange nodes. The actions are kept in ``history`` for telemetry.
 
         Args:
-          query: tokens that ``bm25`` looks for.
+          query: tokens that ``bm25`` and ``match`` look for.
           blocks: how much of the history there is; all of it by default.
           seed: of the policy ``random``.
           newer: records of gists of what follows the history, for a lens.
@@ -181,7 +197,7 @@ class Focus:
 
     def _features(self, query, blocks, newer) -> dict[str, Any]:
         """What a policy looks at, whatever the tiling."""
-        if self.config.policy == "bm25":
+        if self.config.policy in ("bm25", "match"):
             return {"overlap": jnp.asarray(self.overlap(query, blocks))}
         if self.config.policy == "lens":
             return {"tail": self.lens.sight.tail(blocks, newer)}

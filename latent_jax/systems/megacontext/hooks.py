@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from latent_jax import __version__
 from latent_jax.core import config as configs
 from latent_jax.core.errors import RunError
-from latent_jax.systems.megacontext import labels, telemetry
+from latent_jax.systems.megacontext import labels, match_assets, telemetry
 from latent_jax.systems.megacontext.labelling import LabelConfig, label
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
@@ -25,7 +26,7 @@ class StoreHooks:
     backbone: Any
 
     def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
-        """A store as this run's base, GistNet and lens see it.
+        """A store as this run's base, GistNet, lens and matcher see it.
 
         Raises:
           StoreError: there is none, or it belongs to something else.
@@ -34,8 +35,26 @@ class StoreHooks:
         params = variables["params"]["gist"]
         return Memory.open(
             store, backbone, self.config.model, params, digest(params), writable,
-            variables["params"].get("lens"),
+            variables["params"].get("lens"), variables["params"].get("matcher"),
         )  # fmt: skip
+
+    def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
+        """Writes the matcher, for ``model.matcher.start``, with the record of how it was trained.
+
+        Raises:
+          RunError: this run has none, or there is no such run.
+        """
+        config = self.config
+        if config.model.matcher is None:
+            raise RunError("export: only a matcher is exported, and this run has none")
+        record: dict[str, Any] = {"config": configs.to_dict(config)}
+        results = None if run is None else Path(run) / "results.json"
+        if results is not None and results.is_file():
+            record["results"] = json.loads(results.read_text(encoding="utf-8"))
+        params, out = variables["params"]["matcher"], Path(to)
+        match_assets.save(out, params, config.model.matcher, self.backbone, record)
+        size = sum(f.stat().st_size for f in out.iterdir())
+        return {"written": out, "megabytes": f"{size / 1e6:.2f}"}
 
     def build_gists(self, variables, frozen, store: str, progress=None) -> str:
         """Makes all gists of a store that are missing or of another version."""

@@ -81,9 +81,12 @@ def label(
     movers = [Runtime(memory, RuntimeConfig(config.budget, name)) for name in config.policies]
     counterfactuals = Counterfactuals(memory, config.budget)
     found: list[dict[str, Any]] = []
+    here: Memory | None = None
     for number, end in enumerate(places.tolist()):
         first = -(-(end - history) // step) * step
-        cursor, here = end - first, memory.stretch(first)
+        cursor = end - first
+        if here is None or first != here.tree.first:  # its encoded windows serve several places
+            here = memory.stretch(first)
         mover, start = movers[number % len(movers)], (cursor - layout.protected) * size
         mover.look_at(here)
         counterfactuals.memory = here

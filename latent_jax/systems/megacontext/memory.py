@@ -30,6 +30,7 @@ from latent_jax.systems.megacontext.focus import Lens
 from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
+from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
@@ -46,11 +47,13 @@ class Memory(Behind):
       tree: the history.
       windows: encoded windows of raw blocks that are kept.
       lens: trained parameters of the LensNet, if there are.
+      matcher: trained parameters of the matcher, if there are.
+      kept: where the matcher's vectors are kept; see `matcher.Finder`.
     """
 
     def __init__(
         self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree,
-        windows: int = 16, lens: Any = None,
+        windows: int = 16, lens: Any = None, matcher: Any = None, kept: str | Path | None = None,
     ):  # fmt: skip
         self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
         self.decoder, self.base = backbone.decoder, backbone.params
@@ -62,6 +65,9 @@ class Memory(Behind):
             self._spread = jax.jit(self.heads.spread, static_argnames=("level",))
         elif model.gist.kind == "embeddings":
             self.embeddings = EmbeddingGists(model, backbone.decoder, self.sink)
+        self.finder: Finder | None = None
+        if matcher is not None:
+            self.finder = Finder(backbone, model.matcher, model.layout.block, matcher, kept)
         self.lens: Lens | None = None
         if lens is not None:
             counts = None if self.heads is None else self.heads.all_counts(params)
@@ -84,12 +90,14 @@ class Memory(Behind):
         version: str,
         writable: bool = False,
         lens: Any = None,
+        matcher: Any = None,
     ) -> Memory:
         """Opens a store, or makes it if it is to be written.
 
         Args:
           version: digest of ``params``; gists of others are stale.
           lens: as in the constructor.
+          matcher: as in the constructor; its vectors are kept beside the store.
 
         Raises:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
@@ -112,7 +120,7 @@ class Memory(Behind):
                 f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
                 f"{version}: run `latent-jax mega ingest` with this run first"
             )
-        return cls(backbone, model, params, tree, lens=lens)
+        return cls(backbone, model, params, tree, lens=lens, matcher=matcher, kept=path)
 
     def stretch(self, first: int) -> Memory:
         """The same memory, its history beginning at a later block; see `Stretch`."""

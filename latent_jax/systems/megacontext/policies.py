@@ -8,7 +8,8 @@ the same share of them sharpened and blurred.
 ``features`` holds what a policy reads and is otherwise ignored:
 
 ``overlap``
-  `bm25` of every block with the tail, by block (longer arrays may be padded).
+  `bm25` of every block with the tail, or the `first_ones` of a matcher's scores, by block (longer
+  arrays may be padded).
 ``attention``
   `attention.node_attention`, by place in the tiling.
 ``utility``
@@ -218,10 +219,31 @@ def across(
     Returns:
       The better of the two pairs that each block is in.
     """
-    if len(ids) < 2:
-        return score(ids)
-    pairs = score(np.concatenate([ids[:-1], ids[1:]], axis=1))
+    return of_blocks(score(in_pairs(ids)), len(ids))
+
+
+def in_pairs(ids: Int[np.ndarray, "m t"]) -> Int[np.ndarray, "k u"]:
+    """Each block with the one behind it; a block that is alone, as it is."""
+    return np.concatenate([ids[:-1], ids[1:]], axis=1) if len(ids) > 1 else ids
+
+
+def of_blocks(pairs: Float[np.ndarray, " k"], blocks: int) -> Float[np.ndarray, " m"]:
+    """The better of the two pairs (`in_pairs`) that each block is in."""
+    if blocks < 2:
+        return pairs
     return np.maximum(np.append(pairs, pairs[-1]), np.insert(pairs, 0, pairs[0]))
+
+
+def first_ones(scores: Float[np.ndarray, " n"], count: int = 64) -> Float[np.ndarray, " n"]:
+    """The best blocks by rank, from 1 down to a half, and 0 for the others.
+
+    Scores whose zero means nothing (`matcher.Finder`) get one: half of the best is where
+    `bm25_to_tail` begins to give back.
+    """
+    found = np.zeros(len(scores), np.float32)
+    order = np.argsort(-scores, kind="stable")[:count]
+    found[order] = 1 - 0.5 * np.arange(len(order)) / count
+    return found
 
 
 def make(
@@ -257,6 +279,7 @@ BASELINES: dict[str, Callable[[Layout], Policy]] = {
     "sink_recency": sink_recency,
     "random": random,
     "bm25": bm25_to_tail,
+    "match": bm25_to_tail,
     "attention": attention,
     "oracle": oracle,
 }

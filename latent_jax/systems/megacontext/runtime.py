@@ -49,7 +49,8 @@ class Runtime(Focus):
 
     def __init__(self, memory: Memory, config: RuntimeConfig | None = None):
         super().__init__(
-            memory.tree, memory.model.layout, config or RuntimeConfig(), memory.lens
+            memory.tree, memory.model.layout, config or RuntimeConfig(), memory.lens,
+            memory.finder,
         )
         self.memory = memory
 

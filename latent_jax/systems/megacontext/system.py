@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext import lens_losses, recipe
+from latent_jax.systems.megacontext import lens_losses, match_assets, recipe
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_gists import calibrate as start_embeddings
@@ -26,6 +26,8 @@ from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
 from latent_jax.systems.megacontext.lens_data import LensRows
+from latent_jax.systems.megacontext.match_data import MatchRows
+from latent_jax.systems.megacontext.matcher import Matcher, matching, whitened
 from latent_jax.systems.megacontext.policies import squash
 from latent_jax.systems.megacontext.sight import lens_net, sight_width
 from latent_jax.systems.megacontext.stand_in import StandIn
@@ -39,6 +41,7 @@ _LABELS = (
     (r"^gist/level_[0-9]+/(query|bias|look|prefer)$", "upper_queries"),
     (r"^gist/level_[0-9]+/(keys|values|maps|size)$", "upper_maps"),
     (r"^lens/", "lens"),
+    (r"^matcher/", "matcher"),
 )
 
 
@@ -53,6 +56,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
 
     config_class = MegaRun
     rng_names = ("lod",)
+    notify: Callable[[str], None] | None = None
     logical_rules = (
         *DECODER_RULES,
         (r"gist/.*/(query|bias)$", ("layers", None, None, None)),
@@ -77,12 +81,15 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             "substitute": config.losses.substitute, "upper": config.losses.upper,
             "next_token": config.losses.next_token,
             **{name: getattr(config.losses, name) for name in LENS_TERMS},
+            "matching": config.losses.matching,
         }  # fmt: skip
         self.recovery = self._measure(1, config.eval.history)
         self._held_out: dict[int, np.ndarray] = {}
         lens = config.model.lens
         self.lens = None if lens is None else lens_net(lens, config.model.layout)
         self._terms = jax.jit(self._lens_terms)
+        matcher = config.model.matcher
+        self.matcher = None if matcher is None else Matcher(matcher.width)
 
     def init(self, rngs: Mapping[str, jax.Array], batch: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh parameters: a slot starts as a mean over its stretch; or what training texts say
@@ -102,7 +109,23 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         if self.lens is not None:
             width = sight_width(r, self.config.model.lens)
             params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
+        if self.matcher is not None:
+            params["matcher"] = self._fresh_matcher(rngs["params"], batch)
         return {"params": params}
+
+    def _fresh_matcher(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A packaged one; or both maps the principal directions of a batch's states."""
+        c, base = self.config.model.matcher, self.backbone
+        if c.start is not None:
+            return match_assets.load(c.start, c, base)
+        width = self._states
+        params = self.matcher.init(key, jnp.zeros((1, 2, width)))["params"]
+        if "other" in batch:
+            some = np.asarray(batch["other"], np.float32).reshape(-1, width)[:4096]
+            if len(some) > c.width:
+                start = {"kernel": jnp.asarray(whitened(some, c.width))}
+                params = {**params, "question": start, "history": start}
+        return params
 
     def _calibrated(self) -> dict[str, Any]:
         if self._trains_lens():  # labels are of the gists of train.init_from
@@ -114,12 +137,27 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     def _trains_lens(self) -> bool:
         return any(p.data == "lens" for p in self.config.train.phases)
 
+    @property
+    def _states(self) -> int:
+        """Numbers that the matcher is given of a token."""
+        return len(self.config.model.matcher.layers) * self.backbone.config.hidden_size
+
+    def _trains_matcher(self) -> bool:
+        return any(p.data == "questions" for p in self.config.train.phases)
+
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns, without its texts."""
+        gist = None
         if isinstance(self.gists, HeadGists) and not self._trains_lens():
-            return {"params": {"gist": jax.eval_shape(self.gists.empty)}}
-        if isinstance(self.gists, EmbeddingGists):
-            return {"params": {"gist": jax.eval_shape(self.gists.fresh, jax.random.key(0))}}
+            gist = jax.eval_shape(self.gists.empty)
+        elif isinstance(self.gists, EmbeddingGists):
+            gist = jax.eval_shape(self.gists.fresh, jax.random.key(0))
+        if gist is not None:
+            params = {"gist": gist}
+            if self.matcher is not None:
+                key, some = jax.random.key(0), jnp.zeros((1, 2, self._states))
+                params["matcher"] = jax.eval_shape(self.matcher.init, key, some)["params"]
+            return {"params": params}
         return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
 
     def param_labels(self, params):
@@ -130,12 +168,14 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
 
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`; the size of labelled contexts is known from their tables."""
-        return () if phase == "lens" else recipe.batch_specs(self.config, phase)
+        return () if phase in ("lens", "questions") else recipe.batch_specs(self.config, phase)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Tokens of the histories, or labelled contexts."""
         if "utility" in batch:
             return {"snapshots": len(batch["utility"])}
+        if "question" in batch:
+            return {"questions": len(batch["question"])}
         return {"tokens": int(np.size(batch["ids"]))}
 
     def loss_terms(self, variables, frozen, batch, rngs, train):
@@ -145,6 +185,10 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         if "utility" in batch:
             terms, ordered = self._lens_terms(variables["params"]["lens"], batch)
             return terms, {}, {"ordered": ordered}
+        if "question" in batch:
+            params, size = variables["params"]["matcher"], self.config.model.layout.block
+            lost, right = matching(self.matcher, params, batch, size)
+            return {"matching": lost}, {}, {"right": right}
         base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
         if "upper" in batch:
             # The level is in the shape: rows of a level are longer than those of the one below.
@@ -191,6 +235,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             self.questions()
         if phase == "lens":
             stream = self.lens_rows.stream(self.config)
+        elif phase == "questions":
+            stream = self.match_rows.stream()
         else:
             stream = recipe.train_stream(self.config, self.backbone.tokenizer, phase)
         if start_state is not None:
@@ -201,6 +247,16 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     def lens_rows(self) -> LensRows:
         """The labelled contexts of ``data.labels``."""
         return LensRows(self.config, self.backbone)
+
+    @functools.cached_property
+    def match_rows(self) -> MatchRows:
+        """What the base makes of the training questions and passages."""
+
+        def progress(name: str, done: int, total: int) -> None:
+            if self.notify is not None:
+                self.notify(f"reading {name}: {done:,} of {total:,}")
+
+        return MatchRows(self.config, self.backbone, progress)
 
     def quick_eval(self, variables, frozen) -> dict[str, float]:
         """Recovery on a few held-out histories, with own and with another history's gists; of a
@@ -213,6 +269,10 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             terms, ordered = self._terms(variables["params"]["lens"], batch)
             found = {f"lens.{name}": float(term.value) for name, term in terms.items()}
             return found | {"lens.ordered": float(ordered.value)}
+        if self._trains_matcher():
+            quick = self.config.eval.quick_rows, min(self.config.eval.question_blocks, 512)
+            found = self._questions(variables, frozen, {}, None, *quick)
+            return {k: v for k, v in found.items() if isinstance(v, float)}
         rows = self.eval_data()[: self.config.eval.quick_rows]
         found = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
         return self.recovery.summary(found, intervals=False)

@@ -22,6 +22,7 @@ from latent_jax.data import needles
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
+from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.runtime import Runtime
 from latent_jax.systems.megacontext.sight import Node
@@ -50,7 +51,7 @@ class Episode(NamedTuple):
 
 def episodes(
     kind: str, text: str, filler: Int[np.ndarray, " f"], tokenizer: Any, block: int, blocks: int,
-    rows: int, seed: int = 0,
+    rows: int, seed: int = 0, unit: int | None = None,
 ) -> Iterator[Episode]:  # fmt: skip
     """Episodes of one kind whose facts lie at evenly spread depths.
 
@@ -63,6 +64,8 @@ def episodes(
       blocks: of a history.
       rows: how many.
       seed: of the first; the others count up.
+      unit: tokens; what stands around a fact ends, and the filler is shifted, by whole ones, so
+        that histories share what a reader makes of so many tokens; none: as it comes.
 
     Raises:
       DataError: a history too short for the part with the facts.
@@ -74,6 +77,8 @@ def episodes(
         start -= built.text[start - 1 : start] == " "
         parts = [built.text[:start], built.text[start:stop], built.text[stop:]]
         pieces = [np.asarray(tokenizer.encode(p) if p else [], np.int32) for p in parts]
+        if unit:
+            pieces.append(filler[: -sum(map(len, pieces)) % unit])
         part = np.concatenate(pieces)
         total = blocks * block
         if len(part) > total:
@@ -83,8 +88,10 @@ def episodes(
             )
         room = total - len(part)
         # Whole blocks before the part keep a cut at a block's boundary where it is.
-        before = round((row + 0.5) / rows * room) // block * block
-        filled = np.resize(np.roll(filler, -17 * row), room)
+        step = unit or block
+        before = round((row + 0.5) / rows * room) // step * step
+        rest = filler[: len(filler) // unit * unit] if unit else filler
+        filled = np.resize(np.roll(rest, -(unit or 17) * row), room)
         ids = np.concatenate([filled[:before], part, filled[before:]])
         first = before + len(pieces[0])
         needle = range(first // block, (first + len(pieces[1]) - 1) // block + 1)
@@ -211,6 +218,7 @@ def reach(
     tokenizer: Any, vocab_size: int, layout: Layout, text: str, filler: Int[np.ndarray, " f"],
     kinds: Sequence[str], policies: Sequence[str], budget: int, tokens: Sequence[int], rows: int,
     seed: int = 0, progress: Callable[[str, int, int], None] | None = None,
+    finder: Finder | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """How often the allocator alone brings a fact to level of detail 0; no language model.
 
@@ -218,6 +226,7 @@ def reach(
       layout: sizes; levels are added where W cannot hold a history (`roomy`).
       tokens: lengths of the histories.
       policies: without those that would need gists or a language model.
+      finder: of the policy ``match``; it reads the filler once.
 
     Returns:
       ``reach.<kind>.t<tokens>.<policy>``: shares, with intervals.
@@ -228,7 +237,8 @@ def reach(
         wide = roomy(layout, blocks, budget)
         for kind in kinds:
             hits: dict[str, list[bool]] = {name: [] for name in policies}
-            made = episodes(kind, text, filler, tokenizer, layout.block, blocks, rows, seed)
+            unit = None if finder is None else finder.window
+            made = episodes(kind, text, filler, tokenizer, layout.block, blocks, rows, seed, unit)
             for row, one in enumerate(made):
                 with tempfile.TemporaryDirectory() as folder:
                     spec = TreeSpec(vocab_size, 1, wide.slots, block=wide.block,
@@ -236,7 +246,7 @@ def reach(
                     with GistTree.create(Path(folder) / "store", spec) as tree:
                         tree.append(one.ids)
                         for name in policies:
-                            focus = Focus(tree, wide, RuntimeConfig(budget, name))
+                            focus = Focus(tree, wide, RuntimeConfig(budget, name), None, finder)
                             nodes = focus.nodes(focus.settle(one.question, blocks, row))[0]
                             hits[name].append({(0, b) for b in one.needle} <= set(nodes))
             for name, values in hits.items():

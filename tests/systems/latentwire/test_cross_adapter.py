@@ -180,7 +180,7 @@ def test_an_ordinary_prefix_has_none():
         ({"adapter": {"kind": "cross"}}, "wants different layers"),
         ({"adapter": {"depths": [1]}}, "the other kinds none"),
         ({"adapter": {"kind": "cross", "depths": [1, 1]}}, "wants different layers"),
-        ({"adapter": {"kind": "cross", "depths": [1], "residual": "mlp"}}, "has blocks alone"),
+        ({"adapter": {"kind": "cross", "depths": [1], "residual": "mlp"}}, "are of a linear map"),
         ({"adapter": {"kind": "cross", "depths": [1]}, "encoder": {"carry": 1}}, "encoder.carry"),
     ],
 )

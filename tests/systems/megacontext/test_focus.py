@@ -16,10 +16,11 @@ BLOCKS, BUDGET = 100, 56
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """Block i holds token i alone, but for two neighbours that share a fact."""
+    """Block i holds token i alone, but for two neighbours that share a fact and the last one."""
     spec = TreeSpec(1000, 1, LAYOUT.slots, block=8, branch=4)
     ids = np.repeat(np.arange(BLOCKS), 8)
     ids[37 * 8 + 7], ids[38 * 8] = 501, 502
+    ids[-8:] = np.arange(600, 608)
     with GistTree.create(tmp_path_factory.mktemp("focus") / "store", spec) as made:
         made.append(ids)
         yield made
@@ -41,6 +42,12 @@ def test_it_opens_the_way_to_what_is_asked_for(tree):
              zip(focus.history.gist_level, focus.history.gist_index, strict=True)][:3]  # fmt: skip
     assert first == [(3, 2), (2, 9), (1, 37)]
     assert (focus.history.kind >= 0).all()  # nothing is opened only to be closed again
+
+
+def test_the_tail_does_not_find_itself(tree):
+    """When the newest text is the query, the block beside it must not count as holding it."""
+    _, tiling = settled(tree, "bm25", [*range(600, 608), 20])
+    assert (0, 20) in tl.nodes(tiling)
 
 
 def test_what_is_left_goes_to_the_newest_text(tree):
