@@ -60,8 +60,8 @@ def fit(model: Compressor, params: Mapping[str, Any], reader, batches, rows: int
     Only where encoder and reader speak of the same space (kv to kv, hidden to soft); otherwise
     the random start stays (that of ``up`` alone behind an ``encoder.backbone``). Of several soft
     tokens per latent each starts as all would. ``wire.fit=vocabulary`` takes the directions of the
-    LLM's input embeddings instead. Where only the LLM's first layers encode, ``up`` is a regression: from their latents to the mean keys and
-    values of each span in all layers.
+    LLM's input embeddings instead. Where only the LLM's first layers encode, ``up`` is a
+    regression: from their latents to the mean keys and values of each span in all layers.
     """
     config = model.config
     foreign = (config.encoder.output == "kv") != (config.adapter.kind == "kv")
