@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from latent_jax.systems.megacontext.reranker import Reranker, fused
 
 _ROWS = 8  # texts that the base reads at once
 _KEPT = 1 << 14  # windows whose vectors are kept
+_AT_ONCE = 64  # windows that are kept together
 _FULL = 127.0  # int8 of a vector's number 1
 _NEVER = -1e9
 
@@ -215,18 +217,11 @@ class Finder:
         """Vectors of a history of whole blocks."""
         rows = [ids[at : at + self.window] for at in range(0, len(ids), self.window)]
         keys = [_key(row) for row in rows]
-        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in self._windows}
-        found: dict[bytes, np.ndarray] = {}
-        if new:
-            mask = np.stack([np.arange(self.window) < len(row) for row in new.values()])
-            padded = np.stack([np.pad(row, (0, self.window - len(row))) for row in new.values()])
-            for key, states in zip(new, self.states(padded, mask), strict=True):
-                found[key] = np.asarray(self._store(self._params, states[None])[0])
-            self._keep({key: x for key, x in found.items() if len(new[key]) == self.window})
-        parts = [
-            (found[key] if key in found else self._windows[key])[: len(row)]
-            for key, row in zip(keys, rows, strict=True)
-        ]
+        known = {key: self._windows[key] for key in keys if key in self._windows}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        for at in range(0, len(new), _AT_ONCE):  # what is read of a long history outlives a kill
+            known |= self._read_windows(dict(itertools.islice(new.items(), at, at + _AT_ONCE)))
+        parts = [known[key][: len(row)] for key, row in zip(keys, rows, strict=True)]
         return np.concatenate(parts).reshape(-1, self.block, self.config.width)
 
     def score(
@@ -271,6 +266,16 @@ class Finder:
         if best.shape[1] > 1:
             best = np.maximum(best[:, :-1], best[:, 1:])
         return np.asarray(weight[0]) @ best
+
+    def _read_windows(self, new: Mapping[bytes, np.ndarray]) -> dict[bytes, np.ndarray]:
+        mask = np.stack([np.arange(self.window) < len(row) for row in new.values()])
+        padded = np.stack([np.pad(row, (0, self.window - len(row))) for row in new.values()])
+        found = {
+            key: np.asarray(self._store(self._params, states[None])[0])
+            for key, states in zip(new, self.states(padded, mask), strict=True)
+        }
+        self._keep({key: x for key, x in found.items() if len(new[key]) == self.window})
+        return found
 
     def _keep(self, found: Mapping[bytes, np.ndarray]) -> None:
         self._windows.update(found)

@@ -15,7 +15,7 @@ from latent_jax import run as runs
 from latent_jax.assets import asset
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext import match_assets, match_data, policies, tasks
+from latent_jax.systems.megacontext import match_assets, match_data, matcher, policies, tasks
 from latent_jax.systems.megacontext.config import MatcherConfig
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
@@ -149,7 +149,9 @@ def test_only_the_last_tokens_of_a_question_count(finder, ids):
     np.testing.assert_allclose(finder.score(long, index), finder.score(short, index), atol=1e-6)
 
 
-def test_windows_are_read_once_and_kept_in_a_file(reader, params, finder, ids, tmp_path):
+def test_windows_are_read_once_and_kept_in_a_file(
+    reader, params, finder, ids, tmp_path, monkeypatch
+):
     window = finder.window
     first = Finder(reader, CONFIG, BLOCK, params, tmp_path / "store")
     whole = first.index(ids)
@@ -170,6 +172,14 @@ def test_windows_are_read_once_and_kept_in_a_file(reader, params, finder, ids, t
     assert len(other._windows) == count - 1
     np.testing.assert_array_equal(other.index(ids), whole)
     assert other.path.stat().st_size == count * record
+    # What was read before a kill stays.
+    killed = Finder(reader, CONFIG, BLOCK, params, tmp_path / "killed")
+    read, calls = killed.states, iter([1, 1, 0])
+    killed.states = lambda *some: read(*some) if next(calls) else 1 / 0
+    monkeypatch.setattr(matcher, "_AT_ONCE", 1)
+    with pytest.raises(ZeroDivisionError):
+        killed.index(ids)
+    assert killed.path.stat().st_size == 2 * record
     # Another matcher's vectors are in another file.
     moved = jax.tree.map(lambda x: x + 1, params)
     assert Finder(reader, CONFIG, BLOCK, moved, tmp_path / "store").path != first.path
