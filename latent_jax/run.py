@@ -270,7 +270,7 @@ def finish(
         files.write_jsonl(out / "samples.jsonl", samples)
         files.write_json(out / "results.json", dict(results))
         record.history(out, "eval", config, began, record.headline(results), checkpoint)
-        write_report(out)
+        write_report(out, getattr(system, "findings", None))
         if "parts" in options:
             options["parts"].done()
     return results
@@ -298,7 +298,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def report(run: str | Path) -> Path:
     """Makes the report of an existing run again; returns its path."""
-    return write_report(open_run(run)[0])
+    path, config = open_run(run)
+    return write_report(path, getattr(system_class(config.system), "findings", None))
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,35 @@ _GROUPS = {
 _OPTIMISER = {"grad_norm": "gradient norm", "lr": "learning rate"}
 _SHOWN_WARNINGS = 40
 
+Rows = Sequence[Mapping[str, Any]]
+Find = Callable[[Mapping[str, Any], Rows, Rows], Sequence[str]]
 
-def write_report(run: str | Path) -> Path:
+
+def write_report(run: str | Path, find: Find | None = None) -> Path:
     """Writes `report.html` into a run directory and returns its path.
+
+    Args:
+      run: the directory.
+      find: see `render`.
 
     Raises:
       RunError: there is no run in that directory.
     """
     files = load_run(run)
     path = files.path / "report.html"
-    write_text(path, render(files))
+    write_text(path, render(files, find))
     return path
 
 
-def render(files: RunFiles) -> str:
-    """The page as text."""
+def render(files: RunFiles, find: Find | None = None) -> str:
+    """The page as text.
+
+    Args:
+      files: what the run left behind.
+      find: says what is known to be wrong, a line each, given the results, samples and log.
+    """
     results = files.results
+    known = find is not None and bool(results)
     return templates().get_template("page.html.j2").render(
         title=str(files.config.get("name") or files.path.resolve().name),
         system=str(files.config.get("system", "")),
@@ -63,6 +76,7 @@ def render(files: RunFiles) -> str:
         others=samples.others(files.samples),
         warnings=[_flat(row) for row in files.warnings[-_SHOWN_WARNINGS:]],
         warning_count=len(files.warnings),
+        findings=find(results, files.samples, files.metrics) if known else None,
         notes=files.notes,
     )
 

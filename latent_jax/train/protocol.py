@@ -79,6 +79,8 @@ class System(Protocol):
       keeps what is finished of an evaluation that is stopped.
     * ``notify: Callable[[str], None] | None``: the trainer puts here what shows a line to whoever
       waits, for data that takes minutes to prepare.
+    * ``findings(results, samples, log) -> Sequence[str]``, static: what is known to be wrong with a
+      run, a line each, from what it left behind; stands in its report.
     * ``jit_init: bool``: set False if ``init`` must run outside jit (it reads files or large
       constants such as pretrained weights).
     """

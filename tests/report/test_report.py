@@ -140,6 +140,21 @@ def test_a_bare_run_still_has_a_report(tmp_path):
     assert "results.json is missing." in text
 
 
+def test_what_is_known_to_be_wrong_stands_in_the_report(tmp_path):
+    path = make_run(tmp_path, results__json=RESULTS, metrics__jsonl=rows(3))
+    said = []
+
+    def find(results, samples, log):
+        said.append((results["ratio"], len(samples), len(log)))
+        return ["latents-collapsed: " + EVIL]
+
+    found = Page(write_report(path, find).read_text())
+    assert said == [(4.0, 0, 3)] and "latents-collapsed" in found.text
+    assert "script" not in found.tags
+    assert "show none" in write_report(path, lambda *_: []).read_text()
+    assert "show none" not in write_report(path).read_text()
+
+
 def test_a_killed_run_still_has_a_report(tmp_path):
     cut = "".join(json.dumps(row) + "\n" for row in rows(5)) + '{"step": 6, "lo'
     path = make_run(tmp_path, metrics__jsonl=cut, results__json='{"a": 1')

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from latent_jax.systems.latentwire.findings import findings
 from latent_jax.systems.latentwire.reconstruct import rebuildable
 from latent_jax.systems.latentwire.several import evaluate_readers
 from latent_jax.systems.latentwire.symptoms import said_from_latents
+from latent_jax.train.diagnose import term_gradients
+
+_BATCHES = 8  # among which the kinds of training batches are looked for
 
 
 def final_evaluation(
@@ -155,7 +160,6 @@ def latent_numbers(system: Any, wire: LatentWire, texts: int = 64) -> dict[str, 
 def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str, Any]:
     """Numbers about latents, parameters and answers, and findings from them and a run's log."""
     numbers = latent_numbers(system, wire)
-    statistics = {name.removeprefix("latent."): value for name, value in numbers.items()}
     log, results, samples = [], {}, []
     if run is not None:
         path = Path(run)
@@ -165,7 +169,7 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
             results = json.loads((path / "results.json").read_text(encoding="utf-8"))
         if (path / "samples.jsonl").is_file():
             samples = diagnose.read_log(path / "samples.jsonl")
-    found = findings(statistics, results, samples, log)
+    found = found_in(results | numbers, samples, log)
     # A LoRA or a gate that has stayed where it began shows here.
     numbers |= {f"norm.{part}": float(optax.global_norm(x)) for part, x in wire.params.items()}
     if said := said_from_latents(samples):
@@ -175,6 +179,40 @@ def diagnosis(system: Any, wire: LatentWire, run: str | Path | None) -> dict[str
     told = {} if (judged := annealing.verdict(log)) is None else {"annealing": judged.line()}
     told |= {} if wire.not_frozen is None else {"reader": wire.not_frozen}
     return {**numbers, **told, "findings": found or "nothing known is wrong"}
+
+
+def found_in(
+    results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]],
+    log: Sequence[Mapping[str, Any]],
+) -> list[str]:  # fmt: skip
+    """Findings of a run from its files alone: the statistics are among its results."""
+    statistics = {
+        name.removeprefix("latent."): x for name, x in results.items() if name.startswith("latent.")
+    }
+    return findings(statistics, results, samples, log)
+
+
+def gradients(system: Any, variables: Mapping[str, Any], frozen: Any) -> dict[str, float]:
+    """What each weighted term asks of the parameters, on the first training batch of every kind.
+
+    With the weights of the last step: ``gradient.norm.<term>``, ``gradient.<group>.<term>`` of one
+    group of parameters, and ``gradient.cosine.<term>`` to the gradient of the whole loss.
+    """
+    found: dict[str, float] = {}
+    seen: set[frozenset[str]] = set()
+    last = max(system.config.train.steps - 1, 0)
+    for batch in itertools.islice(system.train_data("main", None), _BATCHES):
+        if frozenset(batch) in seen:
+            continue
+        seen.add(frozenset(batch))
+        rows = term_gradients(system, variables, frozen, batch, step=last)
+        for term, row in rows.items():
+            if not row["weight"]:
+                continue
+            for name in row.keys() - {"value", "weight"}:
+                what = name.removeprefix("grad_").removeprefix("norm.")
+                found.setdefault(f"gradient.{what}.{term}", row[name])
+    return dict(sorted(found.items()))
 
 
 def demonstrate(wire: LatentWire, text: str, question: str | None) -> dict[str, Any]:

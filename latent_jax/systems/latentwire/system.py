@@ -264,7 +264,13 @@ class LatentWireSystem:
 
     def diagnose(self, variables, frozen, run: str | None = None) -> dict[str, Any]:
         """Statistics of the latents of held-out texts, and what is known to be wrong with them."""
-        return suite.diagnosis(self, self.wire(variables, frozen), run)
+        told = suite.diagnosis(self, self.wire(variables, frozen), run)
+        return suite.gradients(self, variables, frozen) | told
+
+    @staticmethod
+    def findings(results, samples, log) -> list[str]:
+        """What is known to be wrong with a run, from what it left behind."""
+        return suite.found_in(results, samples, log)
 
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
         """Writes the compressor, large matrices as int8, with the record of how it was trained."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from latent_jax.systems.latentwire.findings import findings
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
+from latent_jax.systems.latentwire.suite import gradients
+from latent_jax.train.diagnose import term_gradients
+from latent_jax.train.testing import ToySystem
 
 RNG = np.random.default_rng(0)
 
@@ -295,3 +299,17 @@ def test_latent_statistics_are_flat_numbers():
     out = diagnose.latent_statistics(z, mask)
     assert all(isinstance(v, float) for v in out.values())
     assert out["norm"] == pytest.approx(4.0, rel=0.1) and out["effective_rank"] > 8
+
+
+def test_gradients_of_a_run_are_of_the_terms_that_have_a_weight_at_its_end():
+    system = ToySystem(noise=0.0)
+    batch = next(system.train_data("main", None))
+    variables = system.init({"params": jax.random.key(0)}, batch)
+    system.config = SimpleNamespace(train=SimpleNamespace(steps=10))
+    found = gradients(system, variables, system.frozen)
+    rows = term_gradients(system, variables, system.frozen, batch, step=9)
+    assert found["gradient.norm.mse"] == pytest.approx(rows["mse"]["grad_norm"], rel=1e-5)
+    assert found["gradient.body.mse"] == pytest.approx(rows["mse"]["grad_norm.body"], rel=1e-5)
+    system.weights = dict(system.weights) | {"l2": 0.0}
+    assert "gradient.norm.l2" in found
+    assert "gradient.norm.l2" not in gradients(system, variables, system.frozen)
