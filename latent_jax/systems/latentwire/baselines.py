@@ -137,8 +137,8 @@ def _encode(latents, ids, mask):
 
 @jax.jit
 def received(latents: Compressed, wire: Any) -> Bool[Array, "b m"]:
-    """Which latents of a wire its reader is given: not those that are private to others."""
-    return latents.prefix(wire).mask
+    """Which latents of a wire its reader is given (`Compressed.received`)."""
+    return latents.received(wire)
 
 
 @functools.partial(jax.jit, static_argnames=("arm", "decoder"))
