@@ -15,11 +15,20 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import adapters, bottleneck, cost, regularise, suite
+from latent_jax.systems.latentwire import (
+    adapters,
+    bottleneck,
+    cost,
+    look,
+    regularise,
+    suite,
+)
+from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.latents import Prefix, Wire
 from latent_jax.systems.latentwire.model import Compressor
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
 from latent_jax.systems.latentwire.vectors import (
     LONGEST,
     VectorPool,
@@ -177,6 +186,22 @@ def test_only_an_encoder_that_runs_the_llm_pays_for_it():
     spelled = spent(encoder={"slots": "bytes", "byte_layers": layers})
     assert spelled.encode_flops == layers * block
     assert spent(encoder={"slots": "states"}).encode_flops == spent().text_flops
+
+
+def test_what_is_made_of_a_latent_is_near_tokens_of_its_part_of_the_span():
+    """Two soft tokens of each shared latent, and two of the reader's own, which have no span."""
+    config = shape(
+        segment=8, encoder={"slots": "memory", "lora_rank": 2}, adapter={"entries": 2},
+        wire={"d_z": 4}, private=1, readers={"other": {"name": "tiny", "private": 2}},
+    )  # fmt: skip
+    model, ids, body = Compressor(config, byte_reader().config), np.ones((1, 8), int), byte_reader()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), body.params, ids, ids > 0)["params"]
+    draw = np.random.default_rng(0).standard_normal
+    weights = jax.tree.map(lambda s: draw(s.shape).astype(np.float32), shapes)
+    own = LatentWire(body, config, weights, PromptBuilder(body.tokenizer, PromptConfig()))
+    found = look.nearest(own, "abcdef", k=3)
+    assert [one.span for one in found] == ["ab", "cd", "ef", "", "", ""]
+    assert all(len(one.nearest) == 3 for one in found)
 
 
 def test_soft_tokens_that_are_the_span_means_have_no_error(texts):
