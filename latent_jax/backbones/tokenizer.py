@@ -6,6 +6,7 @@ import datetime
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import tokenizers.processors
 from latent_jax.backbones import vocabularies
 from latent_jax.core.errors import BackboneError
 from latent_jax.core.files import parse_json
+
+_BYTES = vocabularies.byte_characters()
 
 
 class Tokenizer:
@@ -77,6 +80,35 @@ class Tokenizer:
     def id_to_token(self, index: int) -> str | None:
         """A token's own string, or None."""
         return self.backend.id_to_token(int(index))
+
+    def token_bytes(self, index: int) -> bytes:
+        """UTF-8 bytes that a token stands for, which may be a part of a character; b'' of none.
+
+        Example:
+          >>> ByteTokenizer().token_bytes(195)
+          b'\\xc3'
+        """
+        if (token := self.id_to_token(index)) is None:
+            return b""
+        if index in self._added:
+            return token.encode()
+        if "ByteLevel" in self._undone and all(c in _BYTES for c in token):
+            return bytes(_BYTES[c] for c in token)
+        if "ByteFallback" in self._undone:
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+        return self.decode([index], skip_special=False).encode()
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def _undone(self) -> frozenset[str]:
+        """Kinds of the steps from tokens' strings to text."""
+        decoder = json.loads(self.backend.to_str())["decoder"] or {}
+        return frozenset(step["type"] for step in (decoder, *decoder.get("decoders", ())) if step)
 
     @property
     def vocab_size(self) -> int:

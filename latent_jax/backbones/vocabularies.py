@@ -24,6 +24,14 @@ LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 
 
+def byte_characters() -> dict[str, int]:
+    """The character that each byte is written as in a byte-level vocabulary."""
+    # Printable bytes as themselves and the others from U+0100 on.
+    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return {chr(b if b in keep else next(others)): b for b in range(256)}
+
+
 def _byte_level(regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
 
@@ -163,11 +171,7 @@ def from_llama2c(path: str | Path, vocab_size: int) -> Tokenizer:
 
 def of_bytes(special: Sequence[str]) -> Tokenizer:
     """One token per byte, then `special`."""
-    # ByteLevel writes printable bytes as themselves and the others from U+0100 on.
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    vocab = {chr(b if b in keep else next(others)): b for b in range(256)}
-    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend = Tokenizer(models.BPE(vocab=byte_characters(), merges=[]))
     backend.pre_tokenizer = _byte_level(False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in special])

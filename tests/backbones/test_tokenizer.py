@@ -153,6 +153,16 @@ def test_sentencepiece_fields():
     assert [tokenizer.id_to_token(i) for i in tokenizer.encode("ab ba")] == ["▁ab", "▁", "ba"]
     assert tokenizer.decode(tokenizer.encode("ab ba é🙂")) == "ab ba é🙂"
     assert tokenizer.add_bos and tokenizer.bos_id == 1
+    spelled = b"".join(tokenizer.token_bytes(i) for i in tokenizer.encode("ab é🙂"))
+    assert spelled == " ab é🙂".encode()  # the space that such tokenizers put first
+    assert tokenizer.token_bytes(1) == b"<s>" and tokenizer.token_bytes(999) == b""
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(smollm2):
+    text = "Grüße, 日本語 🦄 a\n<|im_end|>"
+    ids = smollm2.encode(text)
+    assert b"".join(smollm2.token_bytes(i) for i in ids) == text.encode()
+    assert any("\ufffd" in smollm2.decode([i]) for i in ids)  # some are parts of characters
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder
@@ -27,6 +28,7 @@ from latent_jax.systems.latentwire.given import (
     with_sink,
 )
 from latent_jax.systems.latentwire.model import Prefix, num_latents
+from latent_jax.systems.latentwire.pool import real_slots, span_of
 
 #: Arms of the reader's own text, no training anywhere.
 TEXT_ARMS = (
@@ -56,7 +58,7 @@ def instructed(latents: Compressed, given: Given, name: str | None) -> Given:
 
 def budget(mask: Bool[Array, "b t"], ratio: float) -> Int[Array, " b"]:
     """M of each text: ``ceil(T / ratio)``."""
-    return jnp.ceil(mask.sum(-1) / ratio - 1e-6).astype(jnp.int32)
+    return real_slots(mask.sum(-1), mask.shape[1], ratio).sum(-1)
 
 
 def subset_index(
@@ -69,9 +71,9 @@ def subset_index(
       rows: example numbers; random choices depend on them and not on the batch.
     """
     b, t = mask.shape
-    length, keep = mask.sum(-1), budget(mask, ratio)
-    slot = jnp.arange(num_latents(t, ratio))
-    valid = slot[None] < keep[:, None]
+    length = mask.sum(-1)
+    valid = real_slots(length, t, ratio)
+    slot, keep = np.arange(valid.shape[1]), valid.sum(-1)
     if arm == "token_budget_head":
         index = jnp.broadcast_to(slot, valid.shape)
     elif arm == "token_budget_tail":
@@ -81,7 +83,7 @@ def subset_index(
         order = jnp.argsort(jnp.where(mask, noise, jnp.inf), axis=1)[:, : len(slot)]
         index = jnp.sort(jnp.where(valid, order, t), axis=1)
     else:
-        index = jnp.broadcast_to(jnp.floor(slot * ratio + 1e-6).astype(jnp.int32), valid.shape)
+        index = jnp.broadcast_to(np.floor(slot * ratio + 1e-9).astype(np.int32), valid.shape)
     return jnp.clip(index, 0, t - 1), valid
 
 
@@ -91,13 +93,12 @@ def span_means(
     """The mean embedding of each span, as a soft token at the span's middle position."""
     t = ids.shape[1]
     slot = jnp.arange(num_latents(t, ratio))
-    span = jnp.floor(jnp.arange(t) / ratio + 1e-6).astype(jnp.int32)
-    weight = (span[None] == slot[:, None])[None] & mask[:, None]
+    weight = (span_of(t, ratio)[None] == slot[:, None])[None] & mask[:, None]
     weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
     vectors = embed(decoder, params, ids)
     pooled = jnp.einsum("bmt,btd->bmd", weight, vectors).astype(vectors.dtype)
     middle = jnp.floor(slot * ratio + (ratio - 1) / 2).astype(jnp.int32)
-    valid = slot[None] < budget(mask, ratio)[:, None]
+    valid = real_slots(mask.sum(-1), t, ratio)
     return Prefix(None, pooled, valid, jnp.broadcast_to(middle, valid.shape), mask.sum(-1))
 
 
@@ -136,8 +137,8 @@ def _encode(latents, ids, mask):
 
 @jax.jit
 def received(latents: Compressed, wire: Any) -> Bool[Array, "b m"]:
-    """Which latents of a wire its reader is given: not those that are private to others."""
-    return latents.prefix(wire).mask
+    """Which latents of a wire its reader is given (`Compressed.received`)."""
+    return latents.received(wire)
 
 
 @functools.partial(jax.jit, static_argnames=("arm", "decoder"))

@@ -72,6 +72,14 @@ class Rounded:
         """See `Compressed.prefix`."""
         return self.inner.prefix(wire)
 
+    def received(self, wire):
+        """See `Compressed.received`."""
+        return self.inner.received(wire)
+
+    def segments(self, wire):
+        """See `Compressed.segments`."""
+        return self.inner.segments(wire)
+
     def task(self, name, batch):
         """See `Compressed.task`."""
         return self.inner.task(name, batch)

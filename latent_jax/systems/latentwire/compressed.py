@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.systems.latentwire.codes import as_variables
 from latent_jax.systems.latentwire.config import TASKS
 from latent_jax.systems.latentwire.given import Given
-from latent_jax.systems.latentwire.model import Prefix
+from latent_jax.systems.latentwire.model import Prefix, own_slots, split_segments
 
 
 class Compressed(Protocol):
@@ -22,6 +22,14 @@ class Compressed(Protocol):
 
     def prefix(self, wire: Any) -> Prefix:
         """Wire → what the reader gets."""
+
+    def received(self, wire: Any) -> Bool[Array, "b m"]:
+        """Which latents of a wire the reader is given: real, and not private to others. However
+        many entries it makes of one, it is one latent.
+        """
+
+    def segments(self, wire: Any) -> Any:
+        """A wire with one row per segment of each text, as they were compressed."""
 
     def task(self, name: str, batch: int) -> Float[Array, "b n d"] | None:
         """Learned embeddings between the latents and the prompt, if any."""
@@ -56,6 +64,15 @@ class Latents:
         if self.about is not None:
             number = jnp.full(len(wire.mask), self.about, jnp.int32)
         return self._run(wire, frozen=self.frozen, task=number, method="prefix")
+
+    def received(self, wire):
+        """See `Compressed.received`."""
+        return own_slots(wire, self.module.config).mask
+
+    def segments(self, wire):
+        """See `Compressed.segments`."""
+        c = self.module.config
+        return split_segments(wire, c.segment, c.ratio, sum(c.private_slots.values()))
 
     def task(self, name, batch):
         """See `Compressed.task`."""

@@ -22,7 +22,7 @@ from latent_jax.systems.latentwire import codes, heads
 from latent_jax.systems.latentwire.anchor_encoder import AnchorEncoder, alignment, semantic_anchor
 from latent_jax.systems.latentwire.latents import flatten_kv
 from latent_jax.systems.latentwire.model_config import ModelConfig
-from latent_jax.systems.latentwire.pool import KVPool, num_latents, span_means, spans
+from latent_jax.systems.latentwire.pool import KVPool, num_latents, real_slots, span_means, spans
 from latent_jax.systems.latentwire.separate_encoder import Body, separate_states
 from latent_jax.systems.latentwire.vectors import LONGEST, ByteEncoder, VectorPool
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         b, t = ids.shape
         m = num_latents(t, c.ratio)
         slot = jnp.arange(m)
-        valid = slot[None] * c.ratio < mask.sum(-1)[:, None]
+        valid = real_slots(mask.sum(-1), t, c.ratio)
         # Middle of the slot's span, as an integer position the reader has seen in pretraining.
         positions = jnp.floor(slot * c.ratio + (c.ratio - 1) / 2).astype(jnp.int32)
         positions = jnp.broadcast_to(start + positions, (b, m))

@@ -253,7 +253,7 @@ def evaluate_qa(
         if bases & from_wire and latents is not None:
             wire = baselines.encode(latents, *sources(at))
         if baselines.REBUILT in bases:
-            again = rebuild(behind, latents, wire, segment, ratio, rebuild_task)
+            again = rebuild(behind, latents, wire, segment, rebuild_task)
         for arm in arms:
             base = base_arm(arm)
             llm = behind if base in baselines.LATENT_ARMS else reader

@@ -26,7 +26,7 @@ from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.backbones.sink import behind
 from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
-from latent_jax.systems.latentwire.pool import num_latents
+from latent_jax.systems.latentwire.pool import num_latents, real_slots
 
 #: Of `soften`, in logarithms of worth.
 TEMPERATURE = 0.15
@@ -144,7 +144,7 @@ def soften(
     # As `counts` takes it: no rank is worth more than one before it.
     ranked = jax.lax.cummin(found.worth, axis=3)
     worth = jnp.take_along_axis(ranked, found.rank, axis=3).swapaxes(2, 3)
-    budget = room(jnp.ceil(mask.sum(-1) / ratio - 1e-6).astype(jnp.int32), body.config)
+    budget = room(real_slots(mask.sum(-1), mask.shape[1], ratio).sum(-1), body.config)
     value = jnp.log(worth + 1e-9) + factor[:, None, None, :]
 
     def excess(threshold):

@@ -15,11 +15,13 @@ from jaxtyping import Array, Bool, Float, Int
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.core.errors import DataError
+from latent_jax.ops.attention import MASKED
 from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.api import AGAIN, LatentWire
 from latent_jax.systems.latentwire.compressed import for_task
 from latent_jax.systems.latentwire.diagnose import nearest_tokens
 from latent_jax.systems.latentwire.given import Asked, answer_hidden, embed
+from latent_jax.systems.latentwire.pool import num_latents, span_edges
 from latent_jax.systems.latentwire.prompts import pad_rows
 
 
@@ -94,7 +96,9 @@ def similarity(wire: LatentWire, texts: Sequence[str]) -> Float[np.ndarray, "n n
 
 
 class Read(NamedTuple):
-    """A latent: the tokens that it stands for, and those of the vocabulary that it is nearest."""
+    """What a reader gets of a latent: the tokens that it stands for (none, if it is private), and
+    those of the vocabulary that it is nearest.
+    """
 
     span: str
     nearest: list[tuple[str, float]]
@@ -104,7 +108,9 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
     """The ``k`` vocabulary entries nearest each latent of a text, with their cosine.
 
     A soft token is compared with the embeddings; a deep prefix by its values in the first layer,
-    which in the reader depend on a token alone and not on its place.
+    which in the reader depend on a token alone and not on its place. Of a latent that becomes
+    several soft tokens there are as many, each with its part of the span; of the text's own
+    entries (``encoder.slots: heads``) there are the tokens that any head of that layer keeps.
 
     Raises:
       DataError: an empty or too long text, or latents that only blocks read.
@@ -123,14 +129,17 @@ def nearest(wire: LatentWire, text: str, k: int = 5) -> list[Read]:
     else:
         vectors = prefix.kv.v[0, 0].reshape(prefix.kv.v.shape[2], -1)
         table = _first_values(reader.decoder, reader.params)
-    real = np.asarray(made.mask[0])
+    c, tokens = wire.config, _pieces(wire, ids[0][: int(mask.sum())])
+    real, entries = np.asarray(prefix.mask[0]), c.adapter.entries
+    edges = span_edges(num_latents(c.segment, c.ratio) * entries, c.ratio / entries)
+    if c.encoder.slots == "heads":
+        kept = np.asarray(prefix.kv.bias[0, 0]) > MASKED  # [places, heads]
+        vectors = np.where(np.repeat(kept, reader.config.head_dim, axis=1), vectors, 0)
+        real, edges = kept.any(-1), np.arange(len(kept) + 1)
+    spans = ["".join(tokens[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    spans += [""] * (len(real) - len(spans))  # private latents come last
     found = nearest_tokens(np.asarray(vectors)[real], np.asarray(table), reader.tokenizer, k)
-    tokens = _pieces(wire, ids[0][: int(mask.sum())])
-    edges = np.ceil(np.arange(len(found) + 1) * wire.config.ratio).astype(int)
-    return [
-        Read("".join(tokens[a:b]), near)
-        for a, b, near in zip(edges[:-1], edges[1:], found, strict=True)
-    ]
+    return [Read(spans[i], near) for i, near in zip(np.flatnonzero(real), found, strict=True)]
 
 
 def _first_values(decoder: Decoder, params: Any) -> Float[Array, "v d"]:

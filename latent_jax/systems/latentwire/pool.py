@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,41 @@ from latent_jax.backbones.config import DecoderConfig
 from latent_jax.backbones.decoder import KV, inverse_frequencies
 from latent_jax.ops import rope
 
+ArrayT = TypeVar("ArrayT", np.ndarray, Array)
+
 
 def num_latents(tokens: int, ratio: float) -> int:
     """``ceil(tokens / ratio)``, robust to float error (12 / 1.2 is 10, not 11)."""
     return math.ceil(tokens / ratio - 1e-9)
+
+
+def real_slots(lengths: Int[ArrayT, "*b"], tokens: int, ratio: float) -> Bool[ArrayT, "*b m"]:
+    """Which slots of texts padded to ``tokens`` are real: each text's first ``num_latents``.
+
+    Lengths are compared with whole numbers, worked out beforehand: in fp32 ``slot * ratio`` may
+    fall below a length that it reaches.
+
+    Args:
+      lengths: NumPy's or JAX's, at most ``tokens``.
+
+    Example:
+      >>> real_slots(np.array([0, 3, 4]), 4, 1.5).sum(-1).tolist()
+      [0, 2, 3]
+    """
+    counts = [num_latents(n, ratio) for n in range(tokens + 1)]
+    shortest = np.searchsorted(counts, np.arange(counts[-1]), side="right")
+    return lengths[..., None] >= shortest
+
+
+def span_edges(slots: int, ratio: float) -> Int[np.ndarray, " m1"]:
+    """The first token of each slot's span, and one behind the last slot's."""
+    return np.ceil(np.arange(slots + 1) * ratio - 1e-9).astype(int)
+
+
+def span_of(tokens: int, ratio: float) -> Int[np.ndarray, " t"]:
+    """The slot whose span each token is in, as `span_index` has it."""
+    edges = span_edges(num_latents(tokens, ratio), ratio)
+    return np.searchsorted(edges, np.arange(tokens), side="right") - 1
 
 
 def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[np.ndarray, "m n"]]:
@@ -31,7 +62,7 @@ def span_index(tokens: int, ratio: float) -> tuple[Int[np.ndarray, "m n"], Bool[
       ([[0, 1, 2], [3, 4, 4]], [[True, True, True], [True, True, False]])
     """
     slots = num_latents(tokens, ratio)
-    edge = np.ceil(np.arange(slots + 1) * ratio - 1e-9).astype(int)
+    edge = span_edges(slots, ratio)
     index = edge[:-1, None] + np.arange(math.ceil(ratio - 1e-9))
     real = index < np.minimum(edge[1:, None], tokens)
     return np.minimum(index, tokens - 1), real
@@ -51,7 +82,7 @@ def span_means(
     text: Float[Array, "b t d"], mask: Bool[Array, "b t"], slots: int, ratio: float
 ) -> Float[Array, "b m d"]:
     """The mean of each slot's span over its real tokens; 0 where there are none."""
-    span = (jnp.arange(text.shape[1]) // ratio).astype(jnp.int32)
+    span = span_of(text.shape[1], ratio)
     weight = (span[None, :] == jnp.arange(slots)[:, None])[None] & mask[:, None, :]
     weight = weight / jnp.maximum(weight.sum(-1, keepdims=True), 1)
     return jnp.einsum("bmt,btd->bmd", weight, text)

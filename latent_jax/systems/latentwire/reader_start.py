@@ -27,6 +27,7 @@ from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import ModelConfig
 from latent_jax.systems.latentwire.given import embed, prefill
 from latent_jax.systems.latentwire.model import Wire, flatten_kv, num_latents
+from latent_jax.systems.latentwire.pool import span_edges
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.readers import Reader
 from latent_jax.systems.latentwire.ridge import regression
@@ -108,7 +109,7 @@ def token_spans(
       ratio: encoder's tokens per latent.
     """
     m = num_latents(len(ids), ratio)
-    edges = [min(math.ceil(j * ratio - 1e-9), len(ids)) for j in range(m + 1)]
+    edges = np.minimum(span_edges(m, ratio), len(ids)).tolist()
     places = np.array([len(encoder.decode(ids[:edge])) for edge in edges])
     text = encoder.decode(ids)
     offsets = np.array(reader.offsets(text)).reshape(-1, 2)

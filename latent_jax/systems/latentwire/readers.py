@@ -150,6 +150,14 @@ class ReaderLatents:
         """See `Compressed.prefix`."""
         return self.adapter.apply({"params": self.params}, wire, method="prefix")
 
+    def received(self, wire):
+        """See `Compressed.received`."""
+        return own_slots(wire, self.adapter.config, self.adapter.label).mask
+
+    def segments(self, wire):
+        """See `Compressed.segments`."""
+        return self.encoder.segments(wire)
+
     def task(self, name, batch):
         """See `Compressed.task`."""
         number = jnp.full((batch,), TASKS.index(name), jnp.int32)

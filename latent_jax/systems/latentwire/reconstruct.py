@@ -17,7 +17,7 @@ from latent_jax.systems.latentwire import baselines, metrics
 from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked
-from latent_jax.systems.latentwire.model import Wire, split_segments
+from latent_jax.systems.latentwire.model import Wire
 from latent_jax.systems.latentwire.prompts import pad_rows
 from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.scoring import (
@@ -161,7 +161,6 @@ def rebuild(
     latents: Compressed,
     wire: Wire,
     segment: int,
-    ratio: float,
     task: str | None = "reconstruct",
 ) -> tuple[Int[np.ndarray, "b t"], Bool[np.ndarray, "b t"]]:
     """Greedy reconstructions of a wire, as many tokens as each text had, right-padded.
@@ -169,10 +168,9 @@ def rebuild(
     Args:
       reader: the LLM as it reads behind latents (`reader_lora.reading`).
       segment: tokens compressed at once.
-      ratio: tokens per latent.
       task: the learned task embedding after the latents; None for none.
     """
-    parts = split_segments(wire, segment, ratio)
+    parts = latents.segments(wire)
     b, rows = len(wire.z), len(parts.z)
     n = rows // b
     empty = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), bool)

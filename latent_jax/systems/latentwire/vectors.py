@@ -180,14 +180,11 @@ LONGEST = 16
 def spelling(tokenizer: Any, size: int) -> np.ndarray:
     """UTF-8 bytes of every token of a vocabulary, ``[size, LONGEST]``; -1 where there are no more.
 
-    Bytes of a token that is half a character are those of the replacement character.
+    A token that is a part of a character has the bytes of that part.
     """
     table = np.full((size, LONGEST), -1, np.int32)
     for token in range(size):
-        try:
-            found = tokenizer.decode([token], skip_special=False).encode()[:LONGEST]
-        except Exception:  # a place of the table that the tokenizer does not use
-            continue
+        found = tokenizer.token_bytes(token)[:LONGEST]
         table[token, : len(found)] = list(found)
     return table
 

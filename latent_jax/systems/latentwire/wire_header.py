@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from latent_jax.core.errors import WireError
 from latent_jax.ops import wire as codec
-from latent_jax.systems.latentwire.pool import num_latents
+from latent_jax.systems.latentwire.pool import num_latents, real_slots
 
 #: The format of latents that are sums of codes: their digits, exactly.
 CODES = "codes"
@@ -94,10 +94,10 @@ def places(
     n = max(1, width // segment)
     m = num_latents(width // n, ratio)
     slot, start = np.arange(m), np.arange(n)[:, None] * (width // n)
-    # fp32, as the compressor computes them
+    # fp32, as the compressor computes it
     middle = np.floor(slot * np.float32(ratio) + np.float32((ratio - 1) / 2)).astype(np.int32)
     left = np.clip(np.asarray(lengths)[:, None, None] - start, 0, width // n)
-    mask = slot * np.float32(ratio) < left
+    mask = real_slots(left[..., 0], width // n, ratio)
     where = np.broadcast_to(middle, mask.shape)
     if private:
         own = (np.arange(private) + np.float32(0.5)) * left.astype(np.float32)

@@ -13,12 +13,20 @@ from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines, evaluate
+from latent_jax.systems.latentwire.bits import Rounded
 from latent_jax.systems.latentwire.compressed import Latents
-from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.config import (
+    AdapterConfig,
+    EncoderConfig,
+    ModelConfig,
+    ReaderConfig,
+    WireConfig,
+)
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import Row
-from latent_jax.systems.latentwire.model import Compressor
+from latent_jax.systems.latentwire.model import Compressor, Wire
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
+from latent_jax.systems.latentwire.readers import ReaderAdapter, ReaderLatents
 from latent_jax.systems.latentwire.reconstruct import rebuild
 from latent_jax.systems.latentwire.scoring import batch_widths, score_answers
 
@@ -26,8 +34,9 @@ SEGMENT = 16
 
 
 @functools.cache
-def latents():
-    model = ModelConfig(ratio=4.0, segment=SEGMENT, encoder=EncoderConfig(lora_rank=2))
+def latents(private=0):
+    encoder = EncoderConfig(lora_rank=2)
+    model = ModelConfig(ratio=4.0, segment=SEGMENT, encoder=encoder, private=private)
     module = Compressor(model, reader().config)
     ids = np.ones((2, SEGMENT), np.int32)
     frozen = reader().params
@@ -96,14 +105,33 @@ def test_what_is_decoded_is_what_is_scored():
 
 
 def test_a_long_text_is_rebuilt_segment_by_segment():
+    """Private latents or not: rows of other lengths would mix segments."""
+    own = latents(private=2)
     ids = np.random.default_rng(0).integers(97, 122, (2, 2 * SEGMENT)).astype(np.int32)
     mask = np.arange(2 * SEGMENT) < np.array([[2 * SEGMENT], [SEGMENT - 3]])
-    long = baselines.encode(latents(), ids, mask)
-    whole, real = rebuild(reader(), latents(), long, SEGMENT, 4.0)
+    long = baselines.encode(own, ids, mask)
+    assert own.segments(long).mask.sum(1).tolist() == [6, 6, 6, 0]
+    whole, real = rebuild(reader(), own, long, SEGMENT)
     np.testing.assert_array_equal(real, mask)
-    apart = baselines.encode(latents(), ids[0].reshape(2, SEGMENT), np.ones((2, SEGMENT), bool))
-    parts, _ = rebuild(reader(), latents(), apart, SEGMENT, 4.0)
+    apart = baselines.encode(own, ids[0].reshape(2, SEGMENT), np.ones((2, SEGMENT), bool))
+    parts, _ = rebuild(reader(), own, apart, SEGMENT)
     np.testing.assert_array_equal(whole[0], parts.reshape(-1))
+
+
+def test_a_latent_is_counted_once_however_many_entries_it_becomes():
+    adapter = AdapterConfig(kind="soft", entries=4)
+    model = ModelConfig(
+        ratio=4.0, segment=SEGMENT, adapter=adapter, wire=WireConfig(d_z=2), private=1,
+        readers={"other": ReaderConfig(name="tiny", private=2, entries=3)},
+    )  # fmt: skip
+    z, mask = np.zeros((1, 14, 2), np.float32), np.ones((1, 14), bool)
+    wire = Wire(z, mask, np.zeros((1, 14), np.int32), np.array([2 * SEGMENT]))
+    own = Latents(Compressor(model, reader().config), {}, {})
+    other = ReaderLatents(ReaderAdapter(model, "other", reader().config, 2), own, {}, {})
+    assert baselines.received(own, wire).sum() == 2 * (4 + 1)
+    assert baselines.received(other, wire).sum() == 2 * (4 + 2)
+    assert baselines.received(Rounded(own, None, "int8"), wire).sum() == 2 * (4 + 1)
+    assert other.segments(wire).mask.shape == (2, 7)
 
 
 def test_a_rebuilt_text_is_read_as_text(monkeypatch):

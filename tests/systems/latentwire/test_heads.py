@@ -14,7 +14,7 @@ from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.attention import MASKED
-from latent_jax.systems.latentwire import asking, baselines, heads
+from latent_jax.systems.latentwire import asking, baselines, heads, look
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.compressed import Latents
@@ -118,6 +118,9 @@ def test_what_it_costs_and_how_it_is_looked_at():
     assert "not key/value memory where it is read; not bytes" in spent.verdict()
     shown = wire().latents.module.informative(z.wire)
     assert shown.shape == (1, 6, wire().width)
+    # The first layer keeps some of the text's entries: each is the token that it was.
+    found = look.nearest(wire(), TEXTS[0][:8], k=1)
+    assert 0 < len(found) <= 8 and {one.span for one in found} <= set(TEXTS[0][:8])
     ids, mask = wire()._padded([TEXTS[0][:16]])
     assert beside_text(wire(), z.wire, jnp.asarray(ids), jnp.asarray(mask)) == {}
 

@@ -15,11 +15,20 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.testing import byte_reader
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.latentwire import adapters, bottleneck, regularise, suite
+from latent_jax.systems.latentwire import (
+    adapters,
+    bottleneck,
+    cost,
+    look,
+    regularise,
+    suite,
+)
+from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.config import LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.first_shape import as_first
 from latent_jax.systems.latentwire.latents import Prefix, Wire
 from latent_jax.systems.latentwire.model import Compressor
+from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
 from latent_jax.systems.latentwire.vectors import (
     LONGEST,
     VectorPool,
@@ -67,6 +76,8 @@ def test_tokens_are_spelled_in_their_bytes():
     ids = ByteTokenizer().encode("ab")
     assert table.shape == (262, LONGEST)
     assert table[ids[0], 0] == 97 and table[ids[1], 0] == 98 and table[ids[0], 1] == -1
+    split = ByteTokenizer().encode("é")  # one character, two tokens
+    assert [table[i, :2].tolist() for i in split] == [[0xC3, -1], [0xA9, -1]]
 
 
 def test_calibration_moves_sizes_to_the_vocabulary_s():
@@ -145,6 +156,52 @@ def test_levels_cost_their_logarithm():
     assert suite.wire_cost(wire)["wire.bits_per_token"] == 6 * 3 / 4
     wire.config = shape(wire={"d_z": 6})
     assert "wire.bits_per_token" not in suite.wire_cost(wire)
+
+
+def spent(**changes):
+    """What 16 tokens cost, 4 tokens to a latent."""
+    own = types.SimpleNamespace(
+        config=shape(**changes), backbone=byte_reader(), separate=None, method=None
+    )
+    latents = 4 + sum(own.config.private_slots.values())
+    message = types.SimpleNamespace(length=[16], latents=[latents], size=lambda _: (1, 1, 1))
+    return cost.cost(own, message, ["a" * 16])
+
+
+def test_a_reader_holds_every_entry_that_is_made_of_a_latent():
+    one, four = spent(), spent(adapter={"entries": 4}, wire={"d_z": 4})
+    assert one.text_kv_bytes == 4 * one.latent_kv_bytes == four.latent_kv_bytes
+    assert "not key/value memory where it is read" in four.verdict()
+    assert four.latent_flops == four.text_flops > one.latent_flops and four.latents == 4
+    readers = {"other": {"name": "tiny", "private": 2}}
+    shared = spent(encoder={"slots": "memory"}, private=1, readers=readers)
+    assert shared.latents == 7 and shared.latent_kv_bytes * 4 == one.latent_kv_bytes * 5
+
+
+def test_only_an_encoder_that_runs_the_llm_pays_for_it():
+    width = byte_reader().config.hidden_size
+    assert spent().encode_flops == 0  # its input embeddings
+    block = 2 * (3 + 1 + 2 + 2) * width**2 * 16 * LONGEST + 4 * width * (16 * LONGEST) ** 2
+    layers = 2
+    spelled = spent(encoder={"slots": "bytes", "byte_layers": layers})
+    assert spelled.encode_flops == layers * block
+    assert spent(encoder={"slots": "states"}).encode_flops == spent().text_flops
+
+
+def test_what_is_made_of_a_latent_is_near_tokens_of_its_part_of_the_span():
+    """Two soft tokens of each shared latent, and two of the reader's own, which have no span."""
+    config = shape(
+        segment=8, encoder={"slots": "memory", "lora_rank": 2}, adapter={"entries": 2},
+        wire={"d_z": 4}, private=1, readers={"other": {"name": "tiny", "private": 2}},
+    )  # fmt: skip
+    model, ids, body = Compressor(config, byte_reader().config), np.ones((1, 8), int), byte_reader()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), body.params, ids, ids > 0)["params"]
+    draw = np.random.default_rng(0).standard_normal
+    weights = jax.tree.map(lambda s: draw(s.shape).astype(np.float32), shapes)
+    own = LatentWire(body, config, weights, PromptBuilder(body.tokenizer, PromptConfig()))
+    found = look.nearest(own, "abcdef", k=3)
+    assert [one.span for one in found] == ["ab", "cd", "ef", "", "", ""]
+    assert all(len(one.nearest) == 3 for one in found)
 
 
 def test_soft_tokens_that_are_the_span_means_have_no_error(texts):
