@@ -183,6 +183,29 @@ def extremes(schedule: Schedule) -> tuple[float, float]:
     return min(found), max(found)
 
 
+def ever_on(schedule: Schedule, steps: int) -> bool:
+    """Whether a schedule leaves 0 within the first ``steps`` steps, apart from gates and factors.
+
+    Example:
+      >>> late = ScheduleConfig(kind="delay", begin=100)
+      >>> ever_on(late, 100), ever_on(late, 101), ever_on(0.0, 10)
+      (False, True, False)
+    """
+    cfg, last = as_config(schedule), steps - 1
+    if cfg.kind == "constant":
+        return cfg.value != 0
+    if cfg.kind == "taper":
+        return cfg.value != 0 or (cfg.end != 0 and last > cfg.begin)
+    if cfg.kind == "staged":
+        # A ramp is where the stage before it was until its second step.
+        begun = [s for s in cfg.stages if s.begin + (s.ramp > 0) <= last]
+        first = cfg.stages[0]
+        before = cfg.start != 0 and (first.begin > 0 or first.ramp > 0)
+        return before or any(stage.value != 0 for stage in begun)
+    ramp = cfg.kind != "delay"
+    return cfg.start != 0 or (cfg.value != 0 and cfg.begin + ramp <= last)
+
+
 def init_gates(*tables: Mapping[str, Any]) -> GateStates:
     """Returns the adaptive state of every weight with a gate or an auto-scale in any table.
 

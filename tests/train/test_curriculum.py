@@ -12,6 +12,8 @@ from latent_jax.core.types import Mean
 from latent_jax.train.config import OptimizerConfig
 from latent_jax.train.curriculum import (
     ScheduleConfig,
+    StageConfig,
+    ever_on,
     init_gates,
     make_schedule,
     update_gates,
@@ -103,3 +105,23 @@ def test_gate_on_an_unknown_value_names_what_there_is():
     weights = {"w": parse(ScheduleConfig, {"gate": {"metric": "nope"}})}
     with pytest.raises(ConfigError, match="nope.*accuracy"):
         update_gates(weights, init_gates(weights), {"accuracy": 1.0})
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ScheduleConfig(value=0.0), ScheduleConfig(kind="delay", begin=5),
+        ScheduleConfig(kind="delay", begin=5, start=1.0, value=0.0),
+        ScheduleConfig(kind="linear", begin=5, steps=3), ScheduleConfig(kind="cosine", steps=2),
+        ScheduleConfig(kind="linear", begin=2, steps=3, value=0.0),
+        ScheduleConfig(kind="taper", begin=4, steps=4, value=0.0, end=0.5),
+        ScheduleConfig(kind="taper", begin=4, steps=4),
+        ScheduleConfig(kind="staged", stages=(StageConfig(3, 0.0), StageConfig(6, 1.0, ramp=2))),
+        ScheduleConfig(kind="staged", stages=(StageConfig(0, 0.0), StageConfig(4, 1.0))),
+        ScheduleConfig(kind="staged", start=1.0, stages=(StageConfig(0, 0.0),)),
+    ],
+)  # fmt: skip
+def test_whether_a_schedule_is_ever_on_against_its_values(schedule):
+    values = [float(make_schedule(schedule)(step)) for step in range(9)]
+    for steps in range(1, 10):
+        assert ever_on(schedule, steps) == any(values[:steps]), steps

@@ -19,6 +19,7 @@ from latent_jax.systems.latentwire.model_config import (
 )
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
+from latent_jax.train.curriculum import ScheduleConfig, ever_on
 
 __all__ = [
     "MAIN", "PHASES", "TASKS", "TAUGHT", "AdapterConfig", "DataConfig", "EncoderConfig",
@@ -94,6 +95,10 @@ class DataConfig:
         wrong = [n for n in self.lengths if n < 1 or self.length % n]
         if wrong:
             raise ConfigError(f"data.lengths: {wrong} do not divide data.length={self.length}")
+
+
+# Losses that only the main reader has, other than from a teacher; 0 unless they are asked for.
+_OF_MAIN = ("embeddings", "contrast", "magnitude", "first_entropy", "gist", "anchor")
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class LatentWireRun(RunBase):
             raise ConfigError(
                 f"losses.distil_*: only the main reader is a teacher: put {MAIN} into data.read_by"
             )
+        self._refuse_idle_losses()
         segment = self.model.segment
         for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)
@@ -212,6 +218,29 @@ class LatentWireRun(RunBase):
             raise ConfigError(
                 f"model.ratio={self.model.ratio} is above the shortest text, {shortest} tokens: "
                 "it would be shorter than the span of one latent"
+            )
+
+    def _refuse_idle_losses(self) -> None:
+        """Refuses settings of losses that this run would not notice."""
+        losses, steps = self.losses, self.train.steps
+        others = {"continue" if n == "proceed" else n: n for n in vars(losses)}
+        replaced = {others.get(n, n) for phase in self.train.phases for n in phase.weights}
+        for name, value in vars(losses).items():
+            timed = isinstance(value, ScheduleConfig) and value.kind != "constant"
+            if timed and steps and name not in replaced and not ever_on(value, steps):
+                raise ConfigError(
+                    f"losses.{name}: stays 0 in all {steps} steps of this run (kind={value.kind}): "
+                    "let it begin earlier, or give train.steps more"
+                )
+        if losses.corrupt != 0 and not self.data.mix.get("reconstruct"):
+            raise ConfigError(
+                "losses.corrupt: it is of texts that are rebuilt: give data.mix a share of "
+                "reconstruct"
+            )
+        idle = [name for name in _OF_MAIN if getattr(losses, name) != 0]
+        if idle and MAIN not in self.read_by:
+            raise ConfigError(
+                f"losses.{', '.join(idle)}: of the main reader alone: put {MAIN} into data.read_by"
             )
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.types import Mean
 from latent_jax.systems.latentwire.adapters import ERROR, rms
@@ -24,11 +24,12 @@ def unit_means(model: Compressor, wire: Wire) -> Float[Array, "b z"]:
     return mean / (jnp.linalg.norm(mean, axis=-1, keepdims=True) + 1e-6)
 
 
-def contrast(model: Compressor, wire: Wire) -> Mean:
-    """Mean squared cosine between the mean latents of different texts."""
+def contrast(model: Compressor, wire: Wire, texts: Int[Array, "b t"]) -> Mean:
+    """Mean squared cosine between the mean latents of different texts; equal ones do not count."""
     mean = unit_means(model, wire)
-    square = jnp.square(mean @ mean.T) * (1 - jnp.eye(len(mean)))
-    return Mean(square.sum(), jnp.float32(max(len(mean) * (len(mean) - 1), 1)))
+    differ = jnp.any(texts[:, None] != texts[None], axis=-1)
+    square = jnp.square(mean @ mean.T) * differ
+    return Mean(square.sum(), jnp.maximum(differ.sum(), 1).astype(jnp.float32))
 
 
 def stood_for(
@@ -111,7 +112,8 @@ def extra_terms(
     if wire is None:
         return terms, aux
     if losses.contrast != 0:
-        terms["contrast"] = contrast(model, wire)
+        texts = jnp.where(batch["context_mask"], batch["context"], -1)
+        terms["contrast"] = contrast(model, wire, texts)
     if prefix.embeds is not None and losses.magnitude != 0:
         terms["magnitude"] = magnitude(prefix, frozen["embed"])
     if prefix.embeds is not None and losses.embeddings != 0:

@@ -88,6 +88,10 @@ def open_encoder(
     """
     e = config.encoder
     if e.backbone is None:
+        if e.layers > reader.config.num_layers:
+            raise ConfigError(
+                f"model.encoder.layers={e.layers}: the reader has {reader.config.num_layers}"
+            )
         return None
     found = backbone or backbones.load(e.backbone, dtype=reader.dtype)
     check_weights(e.backbone, found.sha256, sha256)

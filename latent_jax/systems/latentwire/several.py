@@ -57,7 +57,8 @@ def evaluate_readers(
     samples: list[dict[str, Any]] = []
     examples = system.held_out_questions() if e.questions else []
     judges = {MAIN: Judge(wire.backbone, wire.latents, wire.builder)}
-    said = {MAIN: [row["predictions"]["latent"] for row in main]}
+    together = bool(examples) and "latent" in e.arms
+    said = {MAIN: [row["predictions"]["latent"] for row in main]} if together else {}
     for label, reader in system.readers.items():
         latents = reader.latents(wire.latents)
         if e.segments and "reconstruct" in wire.tasks:
@@ -83,8 +84,9 @@ def evaluate_readers(
         found |= scores
         samples += _by(label, answers)
         judges[label] = Judge(reader.backbone, latents, reader.builder)
-        said[label] = [row["predictions"]["latent"] for row in answers]
-    if examples and "latent" in e.arms:
+        if together:
+            said[label] = [row["predictions"]["latent"] for row in answers]
+    if together:
         joint, picked = rescored(
             judges, wire.builder, examples, said, seed=config.seed, task=task, **shared
         )

@@ -315,6 +315,7 @@ def test_an_answers_probability_is_that_of_its_tokens(system, params):
         ({"data.read_by": ["gemma"]}, "no reader gemma; there are: main, tiny"),
         ({"model.encoder.slots": "pooled"}, r"private latents \(main, tiny\) are memory slots"),
         ({"data.read_by": ["tiny"], "losses.distil_logits": 1.0}, "only the main reader is a"),
+        ({"data.read_by": ["tiny"], "losses.contrast": 0.1}, "losses.contrast: of the main reader"),
     ],
 )
 def test_impossible_readers(changes, message):

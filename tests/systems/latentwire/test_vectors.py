@@ -229,9 +229,15 @@ def test_contrast_is_one_for_equal_texts_and_none_for_perpendicular_ones():
     model = Compressor(shape(wire={"d_z": 4}), byte_reader().config)
     z = jnp.eye(4)[:, None]
     wire = Wire(z, jnp.ones((4, 1), bool), jnp.zeros((4, 1), jnp.int32), jnp.ones(4, jnp.int32))
-    assert float(regularise.contrast(model, wire).value) == pytest.approx(0, abs=1e-6)
+    texts = jnp.arange(8).reshape(4, 2)
+    assert float(regularise.contrast(model, wire, texts).value) == pytest.approx(0, abs=1e-6)
     same = wire._replace(z=jnp.ones_like(z))
-    assert float(regularise.contrast(model, same).value) == pytest.approx(1, abs=1e-4)
+    assert float(regularise.contrast(model, same, texts).value) == pytest.approx(1, abs=1e-4)
+    # Two questions on one passage have the latents of one text: nothing to push apart.
+    pairs = same._replace(z=z[jnp.array([0, 0, 2, 2])])
+    twice = texts[jnp.array([0, 0, 2, 2])]
+    assert float(regularise.contrast(model, pairs, twice).value) == pytest.approx(0, abs=1e-6)
+    assert float(regularise.contrast(model, same, twice[:1].repeat(4, 0)).value) == 0
 
 
 def test_magnitude_is_the_squared_log_of_the_size():
@@ -310,6 +316,9 @@ def test_what_cannot_be_wired_is_refused(model, named):
     "changes, named",
     [
         ({"losses": {"magnitude": 0.1}}, "adapter.kind=soft"),
+        ({"losses": {"corrupt": 0.3}, "data": {"mix": {"answer": 1}}}, "losses.corrupt"),
+        ({"train": {"steps": 9}, "losses": {"answer": {"kind": "delay", "begin": 9}}},
+         "losses.answer: stays 0 in all 9 steps"),
         ({"losses": {"label_smoothing": 0.1, "distil_logits": 1.0}, "data": {"mix": {"answer": 1}}},
          "label_smoothing"),
         ({"losses": {"keep": 0.5}, "model": {"encoder": {"slots": "heads"}}}, "no latents"),
