@@ -374,6 +374,18 @@ class MegaRun(RunBase):
             raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
         if e.stream:
             least = max(least, cover_cost(layout, e.stream, layout.levels))
+        if e.tasks:
+            room = cover_cost(layout, e.task_blocks, layout.levels)
+            if e.budgets[0] < room:
+                raise ConfigError(
+                    f"eval.budgets: the first, {e.budgets[0]}, cannot hold eval.task_blocks="
+                    f"{e.task_blocks}, which cost {room} entries at their coarsest"
+                )
+        if e.questions and e.question_blocks < self.model.matcher.window:
+            raise ConfigError(
+                f"eval.question_blocks={e.question_blocks} is below model.matcher.window="
+                f"{self.model.matcher.window}: not one window of filler"
+            )
         small = [w for w in e.budgets if w < least]
         if small:
             raise ConfigError(

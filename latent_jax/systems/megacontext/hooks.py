@@ -32,9 +32,9 @@ class StoreHooks:
           StoreError: there is none, or it belongs to something else.
         """
         backbone = dataclasses.replace(self.backbone, params=frozen["base"])
-        params = variables["params"]["gist"]
+        model, params = self.config.model, variables["params"]["gist"]
         return Memory.open(
-            store, backbone, self.config.model, params, digest(params), writable,
+            store, backbone, model, params, digest(params, model.gist), writable,
             variables["params"].get("lens"), variables["params"].get("matcher"),
         )  # fmt: skip
 

@@ -70,11 +70,14 @@ def label(
     history = config.history or _roomy(layout, config.budget, step)
     tl.start(layout, history, config.budget)  # says at once if W is too small
     ends = np.arange(history, len(memory.tree) // size - config.horizon + 1)
+    firsts = -(-(ends - history) // step) * step
+    ends = ends[ends - firsts > layout.protected]  # something must stand before the tail
     if len(ends) < config.places:
         raise ConfigError(
             f"{memory.tree.path}: {len(memory.tree) // size} blocks have {len(ends)} places with "
-            f"{history} blocks of history and {config.horizon} to predict, and {config.places} are "
-            "wanted: ingest more text, or lower --places or --history"
+            f"at most {history} blocks of history, of which {step} may be missing, and "
+            f"{config.horizon} to predict, and {config.places} are wanted: ingest more text, lower "
+            "--places, or give --history another number"
         )
     rng = np.random.default_rng(config.seed)
     places = np.sort(rng.choice(ends, config.places, replace=False))

@@ -48,7 +48,7 @@ class LensRows:
             )
         flat = read_weights(source).items()
         gist = {k.removeprefix("params/gist/"): v for k, v in flat if k.startswith("params/gist/")}
-        version = digest(trees.unflatten(gist))
+        version = digest(trees.unflatten(gist), config.model.gist)
         layout, counts = config.model.layout, None
         if config.model.gist.kind == "heads":
             counts = HeadGists(config.model, backbone.decoder, 0).all_counts(
@@ -78,12 +78,14 @@ class LensRows:
         shift = found.first // self._widths[found.level]
         nodes = list(zip(found.level.tolist(), (found.index + shift).tolist(), strict=True))
         tail = sight.tail(found.first + found.cursor)
+        # Nodes count from the stretch's first block; a causal lens compares the two.
         return {
             "level": np.pad(found.level, (0, room), constant_values=-1).astype(np.int32),
             "index": np.pad(found.index, (0, room)).astype(np.int32),
             "count": np.int32(count),
             "entry": np.pad(sight.nodes(nodes), [(0, room), (0, 0)]),
-            "tail": tail.feature, "tail_at": tail.at, "tail_mask": tail.mask,
+            "tail": tail.feature, "tail_mask": tail.mask,
+            "tail_at": tail.at - np.int32(found.first),
             "utility": np.pad(found.utility, (0, room)),
             "measured": np.pad(found.measured, (0, room)),
         }  # fmt: skip

@@ -28,6 +28,7 @@ from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.backbones.sink import sink_token
 from latent_jax.backbones.streams import streams
 from latent_jax.core import trees
+from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MatcherConfig
 from latent_jax.systems.megacontext.policies import bm25, in_pairs, of_blocks
@@ -50,6 +51,10 @@ class States:
 
     def __init__(self, backbone: Backbone, layers: Sequence[int]):
         last = max(layers)
+        if last > backbone.config.num_layers:
+            raise ConfigError(
+                f"model.matcher.layers={list(layers)}: the base has {backbone.config.num_layers}"
+            )
         self.width = len(layers) * backbone.config.hidden_size
         self._params = first_params(backbone.params, last)
         decoder = Decoder(first_config(backbone.config, last))

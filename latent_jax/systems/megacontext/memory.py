@@ -23,7 +23,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
 from latent_jax.systems.megacontext.behind import Behind
-from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.contexts import Entries, Held
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.focus import Lens
@@ -306,9 +306,16 @@ def spec_fields(model: Backbone | Outline, config: ModelConfig) -> dict[str, Any
     }
 
 
-def digest(params: Any) -> str:
-    """Names a GistNet by its weights: 16 hexadecimal digits of their SHA-256."""
+def digest(params: Any, gist: GistConfig | None = None) -> str:
+    """Names what makes gists: 16 hexadecimal digits of the SHA-256 of its weights.
+
+    Args:
+      params: of the GistNet.
+      gist: its configuration, of which the text that the encoder sees with a block counts too.
+    """
     found = hashlib.sha256()
+    if gist is not None:
+        found.update(f"window={gist.window} lead={gist.lead} ".encode())
     for name, leaf in sorted(trees.flatten(params).items()):
         found.update(name.encode())
         found.update(np.ascontiguousarray(leaf, np.float32).tobytes())

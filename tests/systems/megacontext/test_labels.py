@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import shutil
 
@@ -19,7 +20,7 @@ from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.labelling import LabelConfig, label
 from latent_jax.systems.megacontext.layout import Layout
-from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.runtime import RuntimeConfig, nll_at_h, policy_table
 from latent_jax.systems.megacontext.sight import Look, lens_net, sight_width
@@ -179,6 +180,20 @@ def test_a_table_holds_its_contexts(memory, table):
     assert one["nll"][0] == pytest.approx(float(loss), abs=1e-5)
 
 
+def test_short_histories_have_something_before_the_tail(memory):
+    """Stretches begin where top nodes do: of a history shorter than those little may be left."""
+    config = LabelConfig(56, places=9, horizon=1, history=3, policies=("recency",), drops=False)
+    found, _ = label(memory, dataclasses.replace(config, actions=1))
+    assert {row["cursor"] for row in found} == {2, 3}
+
+
+def test_what_the_encoder_sees_with_a_block_names_gists_too(params):
+    same = digest(params, MODEL.gist)
+    assert same == digest(params, MODEL.gist) != digest(params)
+    for change in ({"window": MODEL.gist.window * 2}, {"lead": MODEL.gist.lead + 2}):
+        assert digest(params, dataclasses.replace(MODEL.gist, **change)) != same
+
+
 def test_stale_and_foreign_tables_are_refused(memory, table, base, params, tmp_path):
     path, rows, provenance = table
     labels.check(path, provenance, memory.tree, "one")
@@ -205,6 +220,7 @@ def test_stale_and_foreign_tables_are_refused(memory, table, base, params, tmp_p
     [
         (LabelConfig(56, places=99, history=24), "99 are wanted"),
         (LabelConfig(16, places=2, history=24), "needs 34 entries at its coarsest"),
+        (LabelConfig(56, places=99, history=2), "at most 2 blocks of history"),
     ],
 )
 def test_what_cannot_be_labelled_is_said(memory, config, said):

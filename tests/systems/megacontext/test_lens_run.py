@@ -52,6 +52,17 @@ def test_only_the_lens_is_trained_and_can_be_asked(trained, table, tmp_path, cap
     assert "raw blocks" in capsys.readouterr().out
 
 
+def test_nodes_and_tail_gists_count_from_the_same_block(trained, table, tmp_path):
+    """A causal lens orders the two, also of a stretch that begins later in the store."""
+    run, _, _ = trained
+    config = runs.resolve("megacontext/tiny_lens", overrides(run, table, tmp_path / "lens"))
+    rows = LensRows(config, runs.system_class("megacontext")(config).backbone)
+    assert any(found.first for _, found in rows.train)
+    for sight, found in rows.train:
+        row = rows.row(sight, found)
+        assert row["tail_at"][row["tail_mask"]].max() == found.cursor - 1
+
+
 def test_tables_that_do_not_belong_are_refused_before_training(trained, table, tmp_path):
     run, _, _ = trained
     given = overrides(run, table, tmp_path / "lens")

@@ -86,6 +86,8 @@ def test_both_phases_were_trained(results):
         ({"eval.budgets": [200], "eval.policies": ["lens"]}, "lens needs model.lens"),
         ({"eval.tasks": ["riddle"]}, "eval.tasks: unknown"),
         ({"eval.tasks": ["passkey"]}, "need eval.budgets"),
+        ({"eval.tasks": ["passkey"], "eval.budgets": [200], "eval.task_blocks": 4096},
+         "cannot hold eval.task_blocks=4096"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, said):
