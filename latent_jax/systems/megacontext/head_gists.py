@@ -177,13 +177,12 @@ class HeadGists:
         layout, (n, branch) = self.config.layout, below.shape[:2]
         flat = below.reshape(n * branch, *below.shape[2:])
         found = self.spread(params, flat, level - 1)
-        child = layout.block * int(layout.widths[level - 1])
-        at = jnp.tile(jnp.arange(branch) * child, n)[:, None]
+        at = jnp.tile(jnp.arange(branch) * layout.apart(level), n)[:, None]
         at = jnp.broadcast_to(at, found.k.shape[1:3])
         found = found._replace(k=rope.rotate_layers(found.k, at, self.waves))
         found = Spread(*(x.reshape(x.shape[0], n, -1, *x.shape[3:]) for x in found))
         m = params["query"].shape[1]
-        where = child * branch + jnp.arange(m) * self.config.gist.reach // m
+        where = layout.room(level) + jnp.arange(m) * self.config.gist.reach // m
 
         def layer(x):
             waves, k, v, bias, p, count = x

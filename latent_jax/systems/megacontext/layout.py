@@ -9,6 +9,8 @@ import numpy as np
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 
+_NODE = 2048  # positions over which the children of a node begin, at most
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -66,6 +68,25 @@ class Layout:
     def collapse_gains(self) -> np.ndarray:
         """Entries that collapsing a block or a sibling group frees, by its level; 0 at the top."""
         return np.append(self.expand_costs[1:], np.int32(0))
+
+    def apart(self, level: int) -> int:
+        """Positions between the children of a node of an upper level: their tokens, if not many.
+
+        A node of the third level spans more tokens than a base has positions. Behind the farthest
+        that it looks all text stands together, so the children of wide nodes do too, in order.
+
+        Example:
+          >>> layout = Layout(block=32, branching=32, slots=(4, 4, 4, 4))
+          >>> [layout.apart(level) for level in (2, 3, 4)], layout.room(2), layout.room(4)
+          ([32, 64, 64], 1024, 4992)
+        """
+        return min(self.block * int(self.widths[level - 1]), _NODE // self.branching)
+
+    def room(self, level: int) -> int:
+        """Positions that a node of gists of single heads' entries takes."""
+        if level < 2:
+            return self.block
+        return self.room(level - 1) + (self.branching - 1) * self.apart(level)
 
     def capacity(self, budget: int) -> int:
         """Nodes that can be needed at once: a context of ``budget`` entries and one more block."""

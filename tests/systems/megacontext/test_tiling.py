@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import doctest
+
 import jax
 import numpy as np
 import pytest
 
 from latent_jax.core.config import parse
 from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext import layout
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
 
@@ -140,3 +143,13 @@ def test_the_check_sees_what_is_broken():
         assert not bool(getattr(check(tiling), name)), name
     full = good._replace(count=good.level.shape[0] + good.count * 0)
     assert not bool(check(tl.append(SMALL, full)).padding)
+
+
+def test_children_stand_where_their_text_does_unless_a_node_is_wider_than_a_base_can_look():
+    assert doctest.testmod(layout).failed == 0
+    for branching, slots in ((4, (4, 4, 4)), (8, (4, 1, 1)), (32, (4, 4))):
+        made = Layout(block=32, branching=branching, slots=slots)
+        for level in range(1, made.levels + 1):
+            assert made.room(level) == 32 * made.widths[level]
+    far = Layout(block=32, branching=32, slots=(4,) * 5)
+    assert [far.room(level) for level in range(1, 6)] == [32, 1024, 3008, 4992, 6976]
