@@ -64,7 +64,14 @@ class StoreHooks:
             seconds = time.perf_counter() - began
             rate = made.get(1, 0) * self.config.model.layout.block / max(seconds, 1e-9)
         each = ", ".join(f"{n:,} of level {level}" for level, n in sorted(made.items()))
-        return f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
+        told = f"{store}: gists made: {each or 'none was missing'} ({rate:,.0f} tokens/s)"
+        if memory.damaged:
+            told += (
+                f"; {len(memory.damaged)} blocks are damaged and have none, the first at token "
+                f"{memory.damaged[0] * self.config.model.layout.block:,}: `mega info --verify` "
+                "says which"
+            )
+        return told
 
     def recall(
         self, variables, frozen, store: str, prompt: str, budget: int = 512,

@@ -56,6 +56,7 @@ class Memory(Behind):
         windows: int = 16, lens: Any = None, matcher: Any = None, kept: str | Path | None = None,
     ):  # fmt: skip
         self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
+        self.damaged: list[int] = []
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
         self.net = GistNet(model, backbone.config)
@@ -170,6 +171,8 @@ class Memory(Behind):
     def build(self, progress: Any = None) -> dict[int, int]:
         """Makes every gist that is missing or of another version; returns how many per level.
 
+        Blocks whose tokens are damaged, so that they have none, are ``damaged`` from then on.
+
         Raises:
           StoreError: the tree is not open for writing.
         """
@@ -190,6 +193,7 @@ class Memory(Behind):
             self.tree, make, batch=self.model.gist.window, neighbours=True,
             lead=self.model.gist.lead, top=layout.levels, progress=progress,
         )  # fmt: skip
+        self.damaged = found.skipped
         return found.nodes
 
     def prompt_gists(

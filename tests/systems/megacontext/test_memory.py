@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,17 @@ def test_records_round_trip(base):
     back = from_records(rows, r)
     np.testing.assert_array_equal(back.k, k)
     np.testing.assert_array_equal(back.v, v)
+
+
+def test_damaged_blocks_are_named_when_gists_are_made(store, base, params, tmp_path):
+    path = shutil.copytree(store, tmp_path / "s")
+    raw = bytearray((path / "ids.bin").read_bytes())
+    raw[2 * (9 * LAYOUT.block + 1)] ^= 1
+    (path / "ids.bin").write_bytes(raw)
+    with Memory.open(path, base, MODEL, params, "two", writable=True) as memory:
+        assert memory.build()[1] == 20 and memory.damaged == [9]
+    with Memory.open(store, base, MODEL, params, "one") as memory:
+        assert memory.damaged == []
 
 
 def test_streamed_gists_equal_those_built_at_once(store, base, params, ids, tmp_path):
