@@ -258,23 +258,22 @@ def update_gates(
 ) -> GateStates:
     """Advances the adaptive state by one step's values (loss terms and aux; scalars or `Mean`).
 
-    An empty `Mean` is no observation: what depends on it stays as it was.
-
-    Raises:
-      ConfigError: at trace time, if a gate monitors a value that the step does not produce.
+    An empty `Mean` is no observation, and neither is a value that this kind of batch does not have:
+    what depends on it stays as it was. (`watched` and `latent_jax.train.setup.check_gates` find
+    values that no batch has.)
     """
     new: GateStates = {}
     for name, state in gates.items():
         cfg = as_config(weights[name])
         state = dict(state)
         if cfg.gate is not None:
-            value, seen = _lookup(values, cfg.gate.metric, name, "gate")
+            value, seen = _lookup(values, cfg.gate.metric)
             moved = _step_gate(cfg.gate, state, value)
             state |= {k: jnp.where(seen, v, state[k]) for k, v in moved.items()}
         if cfg.auto_scale is not None:
             auto = cfg.auto_scale
-            term, seen_term = _lookup(values, name, name, "auto_scale")
-            reference, seen_ref = _lookup(values, auto.reference, name, "auto_scale")
+            term, seen_term = _lookup(values, name)
+            reference, seen_ref = _lookup(values, auto.reference)
             seen, first = seen_term & seen_ref, state["count"] == 0
             for key, value in (("term", term), ("reference", reference)):
                 ema = jnp.where(first, value, auto.decay * state[key] + (1.0 - auto.decay) * value)
@@ -309,16 +308,28 @@ def _step_gate(
     }
 
 
+def watched(*tables: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What adaptive weights look at: (name of the setting, loss term or aux value)."""
+    found: dict[tuple[str, str], None] = {}
+    for name, schedule in (item for table in tables for item in table.items()):
+        cfg = as_config(schedule)
+        if not isinstance(cfg, ScheduleConfig):
+            continue
+        if cfg.gate is not None:
+            found[f"weights.{name}.gate", cfg.gate.metric] = None
+        if cfg.auto_scale is not None:
+            found[f"weights.{name}.auto_scale", name] = None
+            found[f"weights.{name}.auto_scale", cfg.auto_scale.reference] = None
+    return list(found)
+
+
 def _lookup(
-    values: Mapping[str, Any], key: str, name: str, what: str
+    values: Mapping[str, Any], key: str
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
     """Returns the value, and whether there was anything of it in the batch."""
-    if key not in values:
-        raise ConfigError(
-            f"weights.{name}.{what}: no loss term or aux value {key!r}; there are: "
-            + ", ".join(sorted(values))
-        )
-    value = values[key]
+    value = values.get(key)
+    if value is None:
+        return jnp.zeros(()), jnp.asarray(False)
     if isinstance(value, Mean):
         return value.value, jnp.asarray(value.count) > 0
     return jnp.asarray(value, jnp.float32), jnp.asarray(True)

@@ -28,7 +28,7 @@ from latent_jax.train.config import PhaseConfig, RunBase
 from latent_jax.train.optimizers import GroupedOptimizer
 from latent_jax.train.phases import active_labels
 from latent_jax.train.protocol import BatchSpec, System
-from latent_jax.train.setup import abstract_state
+from latent_jax.train.setup import abstract_state, check_gates
 from latent_jax.train.state import TrainState
 from latent_jax.train.step import DEFAULT_RNGS, rates_at, weighted
 
@@ -145,7 +145,8 @@ def footprint(
 
     Raises:
       MeshError: the batch does not divide over the mesh.
-      ConfigError: a phase that trains nothing, or labels that are not there.
+      ConfigError: a phase that trains nothing, labels that are not there, or a gate on what no
+        batch gives.
     """
     cfg = config.train
     check_batch(cfg.batch_size, mesh)
@@ -153,6 +154,7 @@ def footprint(
     specs = {name: _specs(system, name) for name in dict.fromkeys(p.data for p in phases)}
     first = specs[phases[0].data][0]
     variables = variable_shapes(system, config.seed, first.arrays)
+    check_gates(system, config, variables, [s.arrays for found in specs.values() for s in found])
     state, shardings, optimizer = abstract_state(system, config, mesh, variables)
     rules = system.logical_rules
     rows = tuple(_rows(system, optimizer, state, shardings, mesh, cfg.accumulate))

@@ -44,7 +44,7 @@ from latent_jax.train.profile import StepProfile
 from latent_jax.train.progress import ProgressEvent, ProgressFn
 from latent_jax.train.protocol import System
 from latent_jax.train.selection import Selection
-from latent_jax.train.setup import describe_params, plan_state
+from latent_jax.train.setup import check_gates, describe_params, plan_state
 from latent_jax.train.state import TrainState
 from latent_jax.train.step import StepFn, drop_empty, make_train_step
 from latent_jax.train.writers import Writers, open_writers
@@ -140,6 +140,7 @@ class _Run:
         )
         sample = self._sample_batch(phase_at(cfg, 0)[1].data)
         plan = self._plan = plan_state(system, self.config, self.mesh, sample)
+        self._check_gates(plan.abstract.variables, sample)
         self.frozen = jax.device_put(
             system.frozen, tree_shardings(system.frozen, system.logical_rules, self.mesh)
         )
@@ -165,6 +166,19 @@ class _Run:
             state, line = apply_init_from(state, cfg.init_from, cfg.init_partial, plan.shardings)
             self.message(line)
         return state
+
+    def _check_gates(self, variables: Any, sample: Mapping[str, Any]) -> None:
+        """Refuses gates on what no batch gives, where all kinds of batches are known before they
+        are read.
+        """
+        kinds = getattr(self.system, "batch_specs", lambda _: ())
+        names = dict.fromkeys(phase.data for phase in self.cfg.phases) or ["main"]
+        specs = [kinds(name) for name in names]
+        if len(specs) == 1 and not specs[0]:
+            check_gates(self.system, self.config, variables, [sample])
+        elif all(specs):
+            known = [spec.arrays for found in specs for spec in found]
+            check_gates(self.system, self.config, variables, known)
 
     def _sample_batch(self, name: str) -> Mapping[str, Any]:
         """One batch for its shapes; the iterator goes back to where it was."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,14 +12,15 @@ from jax.sharding import AbstractMesh, Mesh
 
 from latent_jax.core import rng as rng_lib
 from latent_jax.core import trees
+from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import PyTree
 from latent_jax.sharding import shard_batch
 from latent_jax.train.config import RunBase
-from latent_jax.train.curriculum import init_gates
+from latent_jax.train.curriculum import init_gates, watched
 from latent_jax.train.optimizers import FROZEN, GroupedOptimizer
 from latent_jax.train.protocol import System
 from latent_jax.train.state import TrainState, create_state, state_shardings
-from latent_jax.train.step import DEFAULT_RNGS
+from latent_jax.train.step import DEFAULT_RNGS, rates_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,3 +102,39 @@ def describe_params(params: PyTree, optimizer: GroupedOptimizer, frozen: PyTree)
     held = trees.count_params(optimizer.select(params, (FROZEN,))) + trees.count_params(frozen)
     parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     return f"trained parameters {sum(counts.values()):,} ({parts}); frozen {held:,}"
+
+
+def check_gates(
+    system: System, config: RunBase, variables: PyTree, batches: Sequence[Mapping[str, Any]]
+) -> None:
+    """Refuses gates and auto-scales that look at what no batch gives. Traces, compiles nothing.
+
+    Args:
+      system: what is trained.
+      config: the run.
+      variables: or their shapes.
+      batches: one of every kind that training reads, or their shapes.
+
+    Raises:
+      ConfigError: what is looked at, and what there is.
+    """
+    tables = (system.weights, *(phase.weights for phase in config.train.phases))
+    wanted = watched(*tables)
+    if not wanted:
+        return
+    names = tuple(getattr(system, "rng_names", DEFAULT_RNGS))
+
+    def observed(variables: Any, frozen: Any, batch: Any) -> dict[str, Any]:
+        rngs, now = rng_lib.named(config.seed, names, 0), rates_at(system, 0)
+        terms, _, aux = system.loss_terms(variables, frozen, batch, rngs, True, **now)
+        return {**aux, **terms}
+
+    found: set[str] = set()
+    for batch in batches:
+        found |= set(jax.eval_shape(observed, variables, system.frozen, dict(batch)))
+    for setting, name in wanted:
+        if name not in found:
+            raise ConfigError(
+                f"{setting}: no loss term or aux value {name!r}; there are: "
+                + ", ".join(sorted(found))
+            )

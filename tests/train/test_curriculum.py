@@ -17,6 +17,7 @@ from latent_jax.train.curriculum import (
     init_gates,
     make_schedule,
     update_gates,
+    watched,
     weight_at,
 )
 from latent_jax.train.optimizers import learning_rate
@@ -101,10 +102,21 @@ def test_auto_scale_is_clipped():
     assert seen == pytest.approx([0.5, 0.5, 1.5, 2.0])
 
 
-def test_gate_on_an_unknown_value_names_what_there_is():
-    weights = {"w": parse(ScheduleConfig, {"gate": {"metric": "nope"}})}
-    with pytest.raises(ConfigError, match="nope.*accuracy"):
-        update_gates(weights, init_gates(weights), {"accuracy": 1.0})
+def test_batches_without_the_value_leave_a_gate_as_it_was():
+    """As in alternating training, where every other batch has other terms."""
+    seen, gates = run_gate({"gate": {"metric": "m", "decay": 0.0}}, [0.9, {"other": 0.0}, 0.1])
+    assert seen == [0.0, 1.0, 1.0, 0.5] and int(gates["w"]["seen"]) == 2
+    tree = {"value": 0.5, "auto_scale": {"reference": "r", "decay": 0.0}}
+    seen, gates = run_gate(tree, [{"w": 6.0, "r": 2.0}, {"w": 1.0}, {"r": 1.0}])
+    assert seen == [0.5, 1.5, 1.5, 1.5] and int(gates["w"]["count"]) == 1
+
+
+def test_what_adaptive_weights_look_at():
+    one = {"w": parse(ScheduleConfig, {"gate": {"metric": "m"}}), "v": 1.0}
+    other = {"w": parse(ScheduleConfig, {"auto_scale": {"reference": "r"}})}
+    assert watched(one, other) == [
+        ("weights.w.gate", "m"), ("weights.w.auto_scale", "w"), ("weights.w.auto_scale", "r")
+    ]
 
 
 @pytest.mark.parametrize(

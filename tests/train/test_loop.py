@@ -14,6 +14,7 @@ from latent_jax.core.errors import CheckpointError, ConfigError, MeshError, RunE
 from latent_jax.sharding import MeshConfig, make_mesh
 from latent_jax.train import Preempted, fit, load_variables, read_warnings, save_weights
 from latent_jax.train import loop as loop_module
+from latent_jax.train.protocol import BatchSpec
 from latent_jax.train.testing import ToySystem, toy_config
 
 
@@ -227,6 +228,35 @@ def test_gate_state_survives_a_resume(tmp_path):
     with pytest.raises(Stop):
         run(tmp_path / "b", crashing, **kw)
     same(whole, run(tmp_path / "b", ToySystem(weights=weights), **kw))
+
+
+def test_a_gate_on_what_no_batch_gives_is_said_before_anything_is_compiled(tmp_path):
+    """Also where several phases read batches of different kinds, one of which has it."""
+
+    class Alternating(ToySystem):
+        def loss_terms(self, variables, frozen, batch, rngs, train):
+            terms, new, aux = super().loss_terms(variables, frozen, batch, rngs, train)
+            if "other" in batch:
+                terms["rare"] = terms.pop("watched")
+            return terms, new, aux
+
+        def batch_specs(self, phase):
+            rows = jax.ShapeDtypeStruct((16,), np.float32)
+            arrays = {"x": jax.ShapeDtypeStruct((16, 8), np.float32), "y": rows, "mask": rows}
+            own = {"other": rows} if phase == "other" else {}
+            return (BatchSpec(phase, 1.0, arrays | own),)
+
+    def gated(metric):
+        return {"mse": 1.0, "l2": {"value": 0.01, "gate": {"metric": metric}}}
+
+    phases = [{"name": "a", "steps": 2}, {"name": "b", "steps": 2, "data": "other"}]
+    said = "weights.l2.gate: no loss term or aux value 'nope'; there are: accuracy, l2, mse"
+    for system, given in ((ToySystem, {}), (Alternating, {"phases": phases})):
+        wrong = system(weights=gated("nope"))
+        with pytest.raises(ConfigError, match=said):
+            fit(wrong, toy_config(**given), tmp_path / "no")
+    right = Alternating(weights=gated("rare"))
+    fit(right, toy_config(steps=4, phases=phases), tmp_path / "yes")
 
 
 def test_best_peak_and_last_are_kept(tmp_path):
