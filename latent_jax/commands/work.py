@@ -122,6 +122,7 @@ def dry_run(config: Any) -> None:
     next(iter(system.train_data(phase_at(config.train, 0)[1].data, None)))
     found = footprint(config, system, mesh, *plans.without_remat(config))
     plans.show(found, console(), plans.Machine(mesh.size))
+    _note(system)
     print(f"configuration {resume_hash(config)} is valid; it would write {out_dir(config)}")
 
 
@@ -136,4 +137,11 @@ def show(results: runs.Results) -> None:
     else:
         for table in results_table(results, config):
             console().print(table)
+    _note(results.system)
     print(f"report: {results.report}")
+
+
+def _note(system: Any) -> None:
+    """What a system says of its configuration."""
+    for line in getattr(system, "notes", ()):
+        print(f"note: {line}")

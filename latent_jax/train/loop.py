@@ -162,6 +162,8 @@ class _Run:
         self.guards.set_state({}, 0)
         state = plan.create()
         self.message(describe_params(state.params, plan.optimizer, system.frozen))
+        for line in getattr(system, "notes", ()):
+            self.message(line)
         if cfg.init_from:
             state, line = apply_init_from(state, cfg.init_from, cfg.init_partial, plan.shardings)
             self.message(line)

@@ -81,6 +81,8 @@ class System(Protocol):
       waits, for data that takes minutes to prepare.
     * ``findings(results, samples, log) -> Sequence[str]``, static: what is known to be wrong with a
       run, a line each, from what it left behind; stands in its report.
+    * ``notes: Sequence[str]``: what a person should know of the configuration, a line each: said
+      when training starts, by a dry run and beside the results.
     * ``jit_init: bool``: set False if ``init`` must run outside jit (it reads files or large
       constants such as pretrained weights).
     """

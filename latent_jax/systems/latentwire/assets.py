@@ -30,6 +30,9 @@ WEIGHTS = "compressor.safetensors"
 SCALE = ".scale"
 CENTRE = "centre.safetensors"
 
+# Of a curve of losses.
+_POINTS = 50
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -120,9 +123,9 @@ def save_centre(directory: str | Path, centre: np.ndarray, texts: str) -> Path:
 
 
 def trained_tasks(run: LatentWireRun) -> tuple[str, ...]:
-    """Tasks with a share of the batches, here or in what the run started from."""
+    """Tasks that batches ask for and a loss counts, here or in what the run started from."""
     before = read_compressor(run.model.start).tasks if run.model.start is not None else ()
-    return tuple(t for t in TASKS if run.data.mix.get(t) or t in before)
+    return tuple(t for t in TASKS if run.trains(t) or t in before)
 
 
 def training_record(run: str | Path) -> dict[str, Any]:
@@ -130,8 +133,8 @@ def training_record(run: str | Path) -> dict[str, Any]:
 
     Returns:
       ``config``, ``environment``, ``steps``, ``tokens`` (compressed in training), ``curve`` (rows
-      of the evaluation while training), ``results``, and ``before``: the same, less ``results``,
-      of each compressor that it started from, oldest first.
+      of the evaluation while training, or where there was none its losses), ``results``, and
+      ``before``: the same, less ``results``, of each compressor that it started from, oldest first.
 
     Raises:
       CheckpointError: neither this nor what it started from is a run or a compressor.
@@ -146,10 +149,14 @@ def training_record(run: str | Path) -> dict[str, Any]:
     environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     rows = [json.loads(x) for x in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = max((row["step"] for row in rows), default=0)
+    seen = [row for row in rows if any(k.startswith("eval.") for k in row)]
+    if not seen:  # nothing was evaluated while training: its losses
+        some = [row for row in rows if "loss" in row]
+        some = some[:: max(len(some) // _POINTS, 1)]
+        kept = ("step", "phase", "loss", "lr")
+        seen = [{k: v for k, v in r.items() if k in kept or k.startswith("term.")} for r in some]
     curve = [
-        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-        for row in rows
-        if any(k.startswith("eval.") for k in row)
+        {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in seen
     ]
     results = path / "results.json"
     start = (config.get("model") or {}).get("start")

@@ -17,6 +17,7 @@ from latent_jax.systems.latentwire.model_config import (
     ModelConfig,
     ReaderConfig,
 )
+from latent_jax.systems.latentwire.pool import num_latents, span_edges
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig, ever_on
@@ -242,6 +243,39 @@ class LatentWireRun(RunBase):
             raise ConfigError(
                 f"losses.{', '.join(idle)}: of the main reader alone: put {MAIN} into data.read_by"
             )
+
+    def trains(self, task: str) -> bool:
+        """Whether batches ask for a task, and a loss counts what comes of it at any step."""
+        term, steps = "proceed" if task == "continue" else task, self.train.steps
+        terms = (term, *(("distil_logits", "distil_states") if task in TAUGHT else ()))
+        weights = [getattr(self.losses, name) for name in terms]
+        weights += [phase.weights.get(name, 0.0) for phase in self.train.phases
+                    for name in (task, *terms[1:])]  # fmt: skip
+        return bool(self.data.mix.get(task)) and any(ever_on(w, steps) for w in weights)
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """What is said of texts whose tokens do not divide into whole spans, a line each."""
+        ratio, where = self.model.ratio, {}
+        lengths = {"data.length": (self.data.length, *self.data.lengths)}
+        if self.data.mix.get("answer") or self.eval.questions:
+            lengths["data.max_context"] = (self.data.max_context,)
+        if self.data.mix.get("recall"):
+            lengths["data.recall"] = (self.data.recall,)
+        for name, found in lengths.items():
+            for tokens in found:  # a longer text is whole segments
+                where.setdefault(min(tokens, self.model.segment), {})[name] = None
+        lines = []
+        for tokens, names in where.items():
+            count = num_latents(tokens, ratio)
+            last = tokens - int(span_edges(count, ratio)[-2])
+            if abs(tokens / ratio - count) > 1e-9:
+                lines.append(
+                    f"model.ratio={ratio:g} does not divide {tokens} tokens ({', '.join(names)}): "
+                    f"M = ceil({tokens} / {ratio:g}) = {count} latents, of which the last stands "
+                    f"for {last} token{'' if last == 1 else 's'}"
+                )
+        return tuple(lines)
 
     @property
     def read_by(self) -> tuple[str, ...]:

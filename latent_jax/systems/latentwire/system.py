@@ -128,6 +128,11 @@ class LatentWireSystem:
             )
         return {**found, "params": params}
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How many latents texts get whose tokens do not divide into whole spans."""
+        return self.config.spans
+
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`."""
         return recipe.batch_specs(self.config, phase)

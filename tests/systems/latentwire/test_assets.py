@@ -12,6 +12,7 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.backbones.tokenizer import ByteTokenizer
+from latent_jax.core.config import parse
 from latent_jax.core.errors import CheckpointError, DataError
 from latent_jax.systems.latentwire import bottleneck
 from latent_jax.systems.latentwire.api import LatentWire
@@ -20,9 +21,10 @@ from latent_jax.systems.latentwire.assets import (
     load_compressor,
     read_compressor,
     save_compressor,
+    trained_tasks,
     training_record,
 )
-from latent_jax.systems.latentwire.config import EncoderConfig, ModelConfig
+from latent_jax.systems.latentwire.config import EncoderConfig, LatentWireRun, ModelConfig
 from latent_jax.systems.latentwire.model import Compressor
 
 READER = tiny_config("llama", vocab_size=300)
@@ -104,6 +106,46 @@ def test_record_of_a_run_that_started_from_runs_and_a_compressor(tmp_path, param
     assert record["before"][2]["tokens"] == 200
     assert record["before"][2]["config"]["name"] == "second"
     assert not any("results" in b or "before" in b for b in record["before"])
+
+
+def test_a_run_that_was_not_evaluated_while_training_is_recorded_by_its_losses(tmp_path):
+    run = _run(tmp_path / "run", "null", 10)
+    rows = [{"step": i, "phase": "main", "loss": 1.0 / i, "grad_norm": 1.0} for i in range(1, 201)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    curve = training_record(run)["curve"]
+    assert 50 <= len(curve) <= 100 and curve[0] == {"step": 1, "phase": "main", "loss": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(rows[0] | {"eval.ae.nll": 2.0}))
+    assert training_record(run)["curve"] == [rows[0] | {"eval.ae.nll": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ({"data": {"mix": {"reconstruct": 1, "answer": 1}}}, ("reconstruct", "answer")),
+        ({"losses": {"answer": 0.0}, "data": {"mix": {"reconstruct": 1, "answer": 1}}},
+         ("reconstruct",)),
+        ({"losses": {"answer": 0.0, "distil_logits": 1.0}, "data": {"mix": {"answer": 1}}},
+         ("answer",)),
+        ({"losses": {"proceed": {"kind": "delay", "begin": 4}}, "train": {"steps": 5},
+          "data": {"mix": {"continue": 1}}}, ("continue",)),
+        ({"losses": {"answer": 0.0}, "data": {"mix": {"reconstruct": 1, "answer": 1}},
+          "train": {"phases": [{"weights": {"answer": 1.0}}]}}, ("reconstruct", "answer")),
+    ],
+)  # fmt: skip
+def test_a_task_was_trained_if_a_loss_counts_it(given, expected):
+    assert trained_tasks(parse(LatentWireRun, {"system": "latentwire", **given})) == expected
+
+
+def test_what_does_not_divide_is_told_with_its_count():
+    given = {"model": {"ratio": 3, "segment": 64}, "data": {"length": 64, "lengths": [32, 16]}}
+    found = parse(LatentWireRun, {"system": "latentwire", **given}).spans
+    assert found[0] == (
+        "model.ratio=3 does not divide 64 tokens (data.length): M = ceil(64 / 3) = 22 latents, of "
+        "which the last stands for 1 token"
+    )
+    assert [line.split("= ")[1].split()[0] for line in found] == ["22", "11", "6"]
+    given["model"]["ratio"] = 4
+    assert parse(LatentWireRun, {"system": "latentwire", **given}).spans == ()
 
 
 def test_record_whose_start_is_gone_is_one_line(tmp_path):
