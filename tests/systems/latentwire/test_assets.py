@@ -143,7 +143,7 @@ def test_what_does_not_divide_is_told_with_its_count():
         "model.ratio=3 does not divide 64 tokens (data.length): M = ceil(64 / 3) = 22 latents, of "
         "which the last stands for 1 token"
     )
-    assert [line.split("= ")[1].split()[0] for line in found] == ["22", "11", "6"]
+    assert [line.split(" = ")[2].split()[0] for line in found] == ["22", "11", "6"]
     given["model"]["ratio"] = 4
     assert parse(LatentWireRun, {"system": "latentwire", **given}).spans == ()
 
