@@ -10,6 +10,7 @@ from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.faults import FAULTS
 from latent_jax.systems.latentwire.loss_config import LossConfig
 from latent_jax.systems.latentwire.model_config import (
     MAIN,
@@ -134,9 +135,15 @@ class EvalConfig:
     wire_bits: tuple[str, ...] = field(
         default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
     )
+    faults: tuple[str, ...] = field(
+        default=(), help="errors made on purpose, for the gallery of failures alone: "
+        f"{', '.join(FAULTS)}",
+    )  # fmt: skip
 
     def validate(self) -> None:
-        """Refuses unknown number formats."""
+        """Refuses unknown number formats and faults."""
+        if wrong := [name for name in self.faults if name not in FAULTS]:
+            raise ConfigError(f"eval.faults: unknown {wrong}; allowed: {', '.join(FAULTS)}")
         unknown = [form for form in self.wire_bits if form not in FORMATS]
         if unknown:
             raise ConfigError(f"eval.wire_bits: unknown {unknown}; allowed: {', '.join(FORMATS)}")

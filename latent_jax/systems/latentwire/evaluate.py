@@ -16,6 +16,7 @@ from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import faults as faults_made
 from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
@@ -164,6 +165,7 @@ def evaluate_qa(
     sink: int | None = None,
     cramming_steps: int = 200,
     source: PromptBuilder | None = None,
+    faults: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -189,11 +191,13 @@ def evaluate_qa(
       sink: token that every arm gets first, outside its budget (`sink`).
       cramming_steps: of the arm ``cramming``.
       score: also compute teacher-forced NLL and first-token ranks.
+      faults: of `faults.FAULTS`, made on purpose.
       progress: called after every arm of every batch.
 
     Returns:
       Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``first_top1``,
-      ``first_top5``, ``empty``; comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and
+      ``first_top5``, ``empty``; ``padding``, the most that other ids in the padding change a row's
+      loss, nats per token; comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and
       ``<name>.f1_gain.<arm>``), and one sample per example.
     """
     tuned = dict(tuned or {})
@@ -228,7 +232,7 @@ def evaluate_qa(
         if (task_lead := task_embedding(latents, arm, task, 1)) is not None:
             leads[arm] = task_lead[0]
     lead_width = max((len(v) for v in leads.values()), default=0)
-    tokens = slots = done = 0
+    tokens, slots, done, padding, again = 0, 0, 0, {}, None
     for at, wide in zip(plan, context_widths, strict=True):
         real = len(dict.fromkeys(at.tolist()))
 
@@ -246,6 +250,8 @@ def evaluate_qa(
         prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
+        if faults_made.PADDING in faults:
+            own, prompt = faults_made.attended(own), faults_made.attended(prompt)
         bases = {base_arm(a) for a in arms}
         if bases & baselines.CACHED:
             cache = prefill(reader.decoder, reader.params, *own, first)
@@ -254,7 +260,9 @@ def evaluate_qa(
             wire = baselines.encode(latents, *sources(at))
         if baselines.REBUILT in bases:
             again = rebuild(behind, latents, wire, segment, rebuild_task)
-        for arm in arms:
+
+        def ask(arm, own, prompt, wire, at=at, wide=wide, cache=cache, again=again):
+            """The reader of an arm, and what it reads before it writes."""
             base = base_arm(arm)
             llm = behind if base in baselines.LATENT_ARMS else reader
             shown, sent = own, wire if base in baselines.LATENT_ARMS else None
@@ -272,21 +280,32 @@ def evaluate_qa(
                 latents=asked_of if base in baselines.LATENT_ARMS else None, wire=sent,
                 anchor_ids=anchor, key=jax.random.key(seed), sink=first,
             )  # fmt: skip
-            if base == "latent":
-                tokens += int(own[1][:real].sum())
-                slots += int(np.asarray(baselines.received(latents, wire))[:real].sum())
             if given.embeds is None:
                 held = 0 if given.kv is None else given.kv.mask.shape[1]
                 places = max(wide + (sink is not None), held)
                 given = widen(llm.decoder, llm.params, given, places)
             lead = leads.get(arm)
             lead = None if lead is None else jnp.broadcast_to(lead, (len(at), *lead.shape))
-            asked = Asked(given, *prompt, *common_lead(lead, lead_width, len(at), size))
+            return llm, Asked(given, *prompt, *common_lead(lead, lead_width, len(at), size))
+
+        for arm in arms:
+            llm, asked = ask(arm, own, prompt, wire)
+            if arm == "latent":
+                tokens += int(own[1][:real].sum())
+                slots += int(np.asarray(baselines.received(latents, wire))[:real].sum())
             ids, lengths = decode(llm, asked, max_new_tokens, builder.stop_ids)
+            if faults_made.CUT in faults:
+                ids, lengths = faults_made.cut_off(ids, lengths, widths[0])
             forced = {}
             if score:
                 forced = score_answers(llm.decoder, llm.params, asked, *gold)
                 forced = {k: np.asarray(v) for k, v in forced.items()}
+            if score and arm in ("latent", "full_text") and arm not in padding:
+                # Other ids in the padding: nobody may notice.
+                filled = faults_made.refilled(own), faults_made.refilled(prompt)
+                other = score_answers(llm.decoder, llm.params, ask(arm, *filled, wire)[1], *gold)
+                change = np.abs(np.asarray(other["nll"]) - forced["nll"]) / forced["count"]
+                padding[arm] = float(change.max())
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])
                 table[arm].add(i, said, rows[i].example.answers, forced, j)
@@ -294,6 +313,7 @@ def evaluate_qa(
             if progress is not None:
                 progress(f"{name}: {arm}", done, len(plan) * len(arms))
     out: dict[str, Any] = {f"{name}.questions": len(rows), f"{name}.left_out": dropped}
+    out |= {f"{name}.padding.{arm}": change for arm, change in padding.items()}
     if slots:
         out[f"{name}.ratio"] = tokens / slots
     for arm, scores in table.items():

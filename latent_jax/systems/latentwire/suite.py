@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from latent_jax.core.errors import DataError
 from latent_jax.systems.latentwire import annealing, bits, diagnose, reader_lora
 from latent_jax.systems.latentwire.api import LatentWire, compress_ids
 from latent_jax.systems.latentwire.beside_text import beside_text
@@ -72,7 +74,7 @@ def final_evaluation(
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
             seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
             task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
-            rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None,
+            rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None, faults=e.faults,
         )  # fmt: skip
         metrics |= found
         samples += rows
@@ -190,6 +192,27 @@ def found_in(
         name.removeprefix("latent."): x for name, x in results.items() if name.startswith("latent.")
     }
     return findings(statistics, results, samples, log)
+
+
+def trained_again(system: Any, variables: Mapping[str, Any], frozen: Any) -> dict[str, float]:
+    """``train.<term>`` of the weights that were evaluated, on the first training batch, as in an
+    evaluation: what is evaluated is what was trained, or this is far above the end of the log.
+
+    Empty where nothing was trained, or its data is not here.
+    """
+    if not system.config.train.steps:
+        return {}
+    try:
+        batch = next(system.train_data("main", None))
+    except DataError:
+        return {}
+
+    @jax.jit
+    def terms(variables, frozen, batch):
+        return system.loss_terms(variables, frozen, batch, {}, False)[0]
+
+    found = terms(variables, frozen, batch)
+    return {f"train.{name}": float(term.value) for name, term in found.items() if term.count}
 
 
 def gradients(system: Any, variables: Mapping[str, Any], frozen: Any) -> dict[str, float]:

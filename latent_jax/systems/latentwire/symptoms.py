@@ -12,6 +12,7 @@ from typing import Any
 from latent_jax.systems.latentwire.diagnose import (
     Evidence,
     answers_fail,
+    ends,
     first_step,
     predictions,
 )
@@ -31,6 +32,10 @@ READER_F1 = 0.1
 COMMON, COMMON_RIGHT = 0.3, 2.0
 EMPTY, REPETITIVE = 0.2, 0.1
 GREEDY_GAP = 0.2
+# Rounding moves a loss by a millionth; a hundredth is attention.
+PADDING_NATS = 0.01
+# The same batch again, without what training adds to it: not twice the loss, and half a nat more.
+AGAIN, AGAIN_NATS = 2.0, 0.5
 # A number format may cost a point of F1.
 LOSSY = 0.01
 
@@ -57,6 +62,30 @@ def reader_fails(e: Evidence) -> Iterator[str]:
             f"the reader answers with F1 {full:.2f} from the full text: nothing about latents can "
             "be seen; put questions as it knows them (prompt.*), or take another reader"
         )
+
+
+def padding_read(e: Evidence) -> Iterator[str]:
+    """What stands in the padding changes what is said."""
+    for arm in ("full_text", "latent"):
+        change = e.results.get(f"squad.padding.{arm}")
+        if change is not None and change > PADDING_NATS:
+            yield (
+                f"other ids in the padding change the loss of {arm} by up to {change:.2f} nats per "
+                "token: the reader attends to padding; hand it the attention mask with the "
+                "embeddings"
+            )
+
+
+def not_what_was_trained(e: Evidence) -> Iterator[str]:
+    """The evaluated weights do much worse on a training batch than the log ends with."""
+    for name, again in e.results.items():
+        end = ends(e.log, f"term.{name[6:]}") if name.startswith("train.") else None
+        if end is not None and again > AGAIN * end[1] + AGAIN_NATS:
+            yield (
+                f"on a training batch {name[6:]} costs {again:.2f} nats where training ended at "
+                f"{end[1]:.2f}: what is evaluated is not what was trained; a part was not loaded, "
+                "or is switched off"
+            )
 
 
 def collapsed_latents(e: Evidence) -> Iterator[str]:
@@ -189,7 +218,10 @@ def _gold(samples: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 #: Of the evaluation itself: nothing that follows from answers is then worth saying.
-OF_EVALUATION = {"empty-everywhere": empty_everywhere, "reader-fails": reader_fails}
+OF_EVALUATION = {
+    "padding-read": padding_read, "not-what-was-trained": not_what_was_trained,
+    "empty-everywhere": empty_everywhere, "reader-fails": reader_fails,
+}  # fmt: skip
 SYMPTOMS = {
     "latents-collapsed": collapsed_latents, "magnitude": magnitude, "greedy-gap": greedy_gap,
     "reconstruction-ignores-latents": reconstruction_ignores, "lossy-format": lossy_format,

@@ -14,10 +14,11 @@ import numpy as np
 
 from latent_jax import backbones
 from latent_jax.backbones.sink import sink_token
-from latent_jax.core import trees
+from latent_jax.core import rng, trees
 from latent_jax.data.squad import QAExample
 from latent_jax.systems.latentwire import (
     beginning,
+    faults,
     heads,
     reader_lora,
     reader_start,
@@ -250,8 +251,20 @@ class LatentWireSystem:
 
     def evaluate(self, variables, frozen, progress=None):
         """See `suite.final_evaluation`."""
-        wire = self.wire(variables, frozen)
-        return suite.final_evaluation(self, wire, progress, self._tuned)
+        if faults.FRESH in self.config.eval.faults:
+            variables = self._without_a_part(variables)
+        found, artefacts = suite.final_evaluation(
+            self, self.wire(variables, frozen), progress, self._tuned
+        )
+        return found | suite.trained_again(self, variables, frozen), artefacts
+
+    def _without_a_part(self, variables):
+        """The largest trained part as it was before training."""
+        batch = next(self.train_data("main", None))
+        names = ("params", *self.rng_names)
+        fresh = jax.jit(self.init)(rng.named(self.config.seed, names), batch)["params"]
+        params, _ = faults.with_fresh_part(variables["params"], fresh)
+        return {**variables, "params": params}
 
     def judge(self, run: Path) -> dict[str, float]:
         """What a run's log says of annealing, if it was one; see `annealing.verdict`."""

@@ -40,6 +40,10 @@ def _low(r, log=()):
 
 # What is seen in results and log without any diagnosis; `repaired` shows none of it.
 SYMPTOMS = {
+    "attended_padding": lambda r, log: r["squad.padding.full_text"] > 0.01,
+    "bytes_alone": _low,
+    "cut_off": lambda r, log: r["squad.empty.full_text"] == 1,
+    "part_not_loaded": lambda r, log: r["squad.f1.latent"] < 0.5 and log[-1]["term.answer"] < 0.5,
     "answers_alone": lambda r, log: _low(r) and r["latent.cosine"] > 0.9,
     "closed_gate": lambda r, log: all(row.get("grad_norm.lora_b") == 0 for row in log),
     "dominant_term": lambda r, log: (
