@@ -64,7 +64,7 @@ class Retention:
 
 
 def _recorded(step: Path) -> tuple[Mapping[str, float] | None, bool]:
-    """The metrics in a checkpoint's meta, none where it has none or cannot be read; is it pinned."""
+    """The metrics in a checkpoint's meta, none where they cannot be read, and whether it stays."""
     try:
         meta = json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from latent_jax.systems.megacontext import policies
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import MEASURED
+from latent_jax.systems.megacontext.policy_names import MEASURED
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.memory import Memory

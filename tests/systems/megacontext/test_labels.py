@@ -18,7 +18,8 @@ from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelC
 from latent_jax.systems.megacontext.counterfactual import Action, Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import GistNet, Gists
-from latent_jax.systems.megacontext.labelling import LabelConfig, label
+from latent_jax.systems.megacontext.label_config import LabelConfig
+from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.oracle import Oracle
