@@ -132,8 +132,9 @@ class Counterfactuals:
             pool, mask = self._pool(shared, spans, part, start, room)
             first_position = int(self.memory.positions(np.asarray([start]), start)[0])
             found = self._read(
-                self.memory.base, self.memory.lora, {name: x[:, None] for name, x in pool.held.items()},
-                pool.positions, mask, np.asarray(ids, np.int32), first_position, horizon=horizon,
+                self.memory.base, self.memory.lora,
+                {name: x[:, None] for name, x in pool.held.items()}, pool.positions,
+                mask, np.asarray(ids, np.int32), first_position, horizon=horizon,
             )  # fmt: skip
             losses, divergence = (np.asarray(x, np.float64) for x in found)
             before = float(losses[0])

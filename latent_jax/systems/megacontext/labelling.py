@@ -75,7 +75,7 @@ def label(
     return found, {
         "store": str(memory.tree.path.resolve()), "tokens": tokens,
         "history": labels.history_digest(memory.tree, tokens), "gists": memory.tree.version,
-        "base": memory.backbone.sha256, "reader": memory.reader, "budget": config.budget, "horizon": config.horizon,
-        "history_blocks": history,
+        "base": memory.backbone.sha256, "reader": memory.reader,
+        "budget": config.budget, "horizon": config.horizon, "history_blocks": history,
         "policies": list(config.policies), "seed": config.seed,
     }  # fmt: skip

@@ -18,8 +18,8 @@ from latent_jax.systems.megacontext import base_lora, labels
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.labels import Snapshot
-from latent_jax.systems.megacontext.memory import digest, reader_version, spec_fields
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
+from latent_jax.systems.megacontext.memory import digest, reader_version, spec_fields
 from latent_jax.systems.megacontext.sight import Look, Sight, sight_width
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.train.init_from import read_weights

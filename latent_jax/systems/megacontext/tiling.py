@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext.layout import Layout, cover_cost, least_cost
+from latent_jax.systems.megacontext.layout import Layout, least_cost
 
 EXPANDED, COLLAPSED = 1, -1
 
