@@ -13,14 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from latent_jax.core.errors import DataError, RunError, StoreError
+from latent_jax.core.errors import DataError, StoreError
 from latent_jax.systems.megacontext import labels, recipe
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.lens_data import LensRows
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.train.config import PhaseConfig
+from latent_jax.train.phases import phase_at, span
 
 
 class Alternation:
@@ -36,22 +38,24 @@ class Alternation:
         """Measures the labels of a phase of the lens; see `latent_jax.train.protocol.System`.
 
         Tables stay in ``out/labels`` and are used again while the gists and the reader are the
-        same, so that a run that was stopped does not measure twice.
-
-        Raises:
-          RunError: several processes, of which only one could write the store.
+        same, so that a run that was stopped does not measure twice. Several processes measure
+        together, each with a store of its own.
         """
-        chosen = self.config.data.label
+        c, chosen = self.config, self.config.data.label
         if phase.data != "lens" or chosen is None:
             return False
-        if jax.process_count() > 1:
-            raise RunError(
-                "data.label: labels are measured by one process; with several measure them by "
-                "`latent-jax mega label` and give data.labels"
-            )
         # Places of every turn are its own.
         chosen = dataclasses.replace(chosen, seed=chosen.seed + start)
-        table, store = Path(out) / "labels" / f"{start:08d}.parquet", Path(out) / "store"
+        own = Path(out)
+        if jax.process_index():
+            own = own / f"process{jax.process_index()}"
+        # The same in every process: all have to agree on each.
+        turns = {
+            span(c.train, step)[0] for step in range(start + 1)
+            if phase_at(c.train, step)[1].data == "lens"
+        }
+        tables = [own / "labels" / f"{turn:08d}.parquet" for turn in sorted(turns)]
+        table, store = tables[-1], own / "store"
         with self.memory(variables, frozen, str(store), writable=True) as memory:
             if not len(memory.tree):
                 memory.tree.append(self._history())
@@ -59,13 +63,12 @@ class Alternation:
             self._say(f"phase {phase.name}: making the gists of {len(memory.tree):,} tokens")
             memory.build()
             memory.tree.flush()
-            if not _usable(table, memory):
+            if not _everywhere(_usable(table, memory)):
                 found, provenance = label(memory, chosen, self._labelled)
                 labels.write(table, found, provenance)
-            usable = [path for path in sorted(table.parent.glob("*.parquet"))
-                      if _usable(path, memory)]  # fmt: skip
+            usable = [path for path in tables if _everywhere(_usable(path, memory))]
         self.measured = LensRows(
-            self.config, self.backbone, variables["params"], usable, str(store)
+            c, self.backbone, variables["params"], usable, str(store)
         )
         return True
 
@@ -91,6 +94,13 @@ class Alternation:
     def _say(self, text: str) -> None:
         if self.notify is not None:
             self.notify(text)
+
+
+def _everywhere(found: bool) -> bool:
+    """Whether it is so in every process: what is measured next, all measure together."""
+    if jax.process_count() == 1:
+        return found
+    return bool(multihost_utils.process_allgather(np.asarray(found)).all())
 
 
 def _usable(path: Path, memory: Memory) -> bool:

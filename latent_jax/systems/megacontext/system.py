@@ -62,7 +62,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
     logical_rules = (
         *DECODER_RULES,
         (r"gist/.*/(query|bias)$", ("layers", None, None, None)),
-        (r"gist/.*/(keys|values)$", ("layers", None, None, None, "heads")),
+        (r"gist/.*/(keys|values)$", ("layers", None, None, "embed", "heads")),
     )
 
     def __init__(self, config: MegaRun, backbone: backbones.Backbone | None = None):
