@@ -141,7 +141,7 @@ def label(
     """
     from latent_jax.commands import inspect
     from latent_jax.core import config as configs
-    from latent_jax.systems.megacontext.labelling import LabelConfig
+    from latent_jax.systems.megacontext.label_config import LabelConfig
 
     options = configs.parse(LabelConfig, {
         "budget": budget, "places": places, "horizon": horizon, "drops": drops, "seed": seed,

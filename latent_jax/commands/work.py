@@ -20,7 +20,7 @@ from latent_jax.report.directory import out_dir
 from latent_jax.sharding import check_agreement, initialize_distributed, make_mesh
 from latent_jax.train.checkpoints import resume_hash
 from latent_jax.train.footprint import footprint
-from latent_jax.train.phases import phase_at
+from latent_jax.train.phases import first_phase
 from latent_jax.train.preemption import Preempted
 from latent_jax.train.progress import make_progress
 
@@ -119,7 +119,7 @@ def dry_run(config: Any) -> None:
     """Builds the system, reads its first batch, prints the plan, and writes nothing."""
     mesh = make_mesh(config.mesh)
     system = runs.system_class(config.system)(config)
-    next(iter(system.train_data(phase_at(config.train, 0)[1].data, None)))
+    next(iter(system.train_data(first_phase(config.train).data, None)))
     found = footprint(config, system, mesh, *plans.without_remat(config))
     plans.show(found, console(), plans.Machine(mesh.size))
     _note(system)

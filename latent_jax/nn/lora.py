@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -37,3 +38,33 @@ class LoRA(nn.Module):
             b = self.param(f"{name}_b", zeros, (self.num_layers, self.rank, fan_out))
             tree[name] = {"a": a, "b": b * jnp.asarray(scale, b.dtype)}
         return tree
+
+
+def placed(deltas: Any, layers: int, first: int = 0) -> Any:
+    """Deltas of some layers as deltas of all: the others' are 0.
+
+    Args:
+      deltas: of consecutive layers, stacked along the leading axis.
+      layers: of the decoder.
+      first: the first that they belong to.
+    """
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(first, layers - first - x.shape[0]), (0, 0), (0, 0)])
+
+    return jax.tree.map(padded, deltas)
+
+
+@jax.jit
+def merged(params: Any, deltas: Any) -> Any:
+    """A decoder's parameters with deltas ``{projection: {'a', 'b'}}`` of all layers added to its
+    kernels, in their precision.
+    """
+    layers = dict(params["layers"])
+    for name, delta in deltas.items():
+        kernel = layers[name]["kernel"]
+        add = jnp.einsum("lir,lro->lio", delta["a"], delta["b"])
+        layers[name] = {
+            **layers[name], "kernel": (kernel.astype(jnp.float32) + add).astype(kernel.dtype)
+        }  # fmt: skip
+    return {**params, "layers": layers}

@@ -35,7 +35,7 @@ from latent_jax.train.state import TrainState
 _NOT_HASHED = (
     "out", "name", "mesh", "train.log_every", "train.log", "train.checkpoint.keep_last",
     "train.checkpoint.keep_best", "train.checkpoint.asynchronous", "train.checkpoint.every",
-    "train.checkpoint.minutes", "train.max_minutes",
+    "train.checkpoint.minutes", "train.checkpoint.phases", "train.max_minutes",
 )
 _VERSION = 1
 _YEAR = 365 * 24 * 3600
@@ -85,7 +85,7 @@ class Checkpoints:
 
     def save(
         self, state: TrainState, step: int, *, data: Mapping[str, Any], host: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None, wait: bool = False,
+        metrics: Mapping[str, float] | None = None, wait: bool = False, pinned: bool = False,
     ) -> None:
         """Saves ``state`` as ``step`` (in the background unless ``wait``).
 
@@ -96,6 +96,7 @@ class Checkpoints:
           host: JSON counters of the loop (guards, peak).
           metrics: ``{"value", "smoothed"}`` that best and peak are judged by.
           wait: return when it is on disk.
+          pinned: it stays when newer ones come.
         """
         variables, training = _split(state)
         meta = {
@@ -106,8 +107,9 @@ class Checkpoints:
             "host": dict(host),
             "metrics": dict(metrics) if metrics else None,
             "param_count": trees.count_params(state.params),
+            "pinned": pinned,
         }
-        self._retention.note(step, metrics)
+        self._retention.note(step, metrics, pinned)
         try:
             self._manager.save(
                 step,

@@ -35,6 +35,9 @@ class OptimizerConfig:
         default="cosine", help="shape from the end of warm-up to the last step"
     )
     final_scale: float = field(default=0.1, ge=0.0, help="last learning rate ÷ peak")
+    per_phase: bool = field(
+        default=False, help="warm-up and decay begin anew with every phase, over its steps"
+    )
     b1: float = field(default=0.9, ge=0.0, lt=1.0, help="first-moment decay (momentum of sgd)")
     b2: float = field(default=0.95, ge=0.0, lt=1.0, help="second-moment decay")
     eps: float = field(default=1e-8, gt=0.0, help="added to the root of the second moment")
@@ -65,6 +68,9 @@ class CheckpointConfig:
     mode: Literal["min", "max"] = field(default="min", help="is a small or a large metric good")
     smoothing: float = field(
         default=0.5, ge=0.0, lt=1.0, help="EMA over evaluations that selects the peak (0 = raw)"
+    )
+    phases: bool = field(
+        default=False, help="also save where a phase ends, and keep those checkpoints"
     )
     asynchronous: bool = field(default=True, help="write in the background")
 
@@ -97,6 +103,21 @@ class PhaseConfig:
     data: str = field(default="main", help="passed to system.train_data(...)")
     weights: dict[str, float | ScheduleConfig] = field(
         default_factory=dict, help="weights that replace the system's during the phase"
+    )
+    patience: int = field(
+        default=0, ge=0,
+        help="end the phase after so many evaluations (train.eval_every) that are no better than "
+        "its best; the step counter goes to where it would have ended; 0 = never",
+    )  # fmt: skip
+    metric: str | None = field(
+        default=None, help="what patience looks at, e.g. eval.NAME; none: train.checkpoint.metric"
+    )
+    mode: Literal["min", "max"] | None = field(
+        default=None, help="is a small or a large one good; none: train.checkpoint.mode"
+    )
+    skip: bool = field(
+        default=False,
+        help="leave the phase out: the step counter passes over it (what does it contribute?)",
     )
 
 
@@ -148,6 +169,17 @@ class TrainConfig:
                 raise ConfigError(
                     f"train.phases: phase {phase.name!r} has steps=0, only the last may"
                 )
+        if self.phases and all(phase.skip for phase in self.phases):
+            raise ConfigError("train.phases: every phase is skipped: nothing is trained")
+        waiting = [phase.name for phase in self.phases if phase.patience]
+        if waiting and not self.eval_every:
+            raise ConfigError(
+                f"train.phases {waiting[0]!r}: patience counts evaluations: set train.eval_every"
+            )
+        if self.optimizer.per_phase and not isinstance(self.optimizer.lr, float | int):
+            raise ConfigError(
+                "train.optimizer.per_phase: lr is a schedule of its own; give the peak as a number"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

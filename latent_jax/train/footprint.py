@@ -150,7 +150,7 @@ def footprint(
     """
     cfg = config.train
     check_batch(cfg.batch_size, mesh)
-    phases = cfg.phases or (PhaseConfig(),)
+    phases = [phase for phase in cfg.phases if not phase.skip] or [PhaseConfig()]
     specs = {name: _specs(system, name) for name in dict.fromkeys(p.data for p in phases)}
     first = specs[phases[0].data][0]
     variables = variable_shapes(system, config.seed, first.arrays)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -34,11 +35,11 @@ from latent_jax.sharding import (
     tree_shardings,
 )
 from latent_jax.train.checkpoints import Checkpoints, resume_hash
-from latent_jax.train.config import RunBase
+from latent_jax.train.config import PhaseConfig, RunBase
 from latent_jax.train.guards import Guards
 from latent_jax.train.init_from import apply_init_from
 from latent_jax.train.meter import Meter
-from latent_jax.train.phases import active_labels, phase_at
+from latent_jax.train.phases import Patience, active_labels, first_phase, phase_at, phase_rate, span
 from latent_jax.train.preemption import Preempted, PreemptionWatch
 from latent_jax.train.profile import StepProfile
 from latent_jax.train.progress import ProgressEvent, ProgressFn
@@ -113,11 +114,13 @@ class _Run:
         # What depends on the clock must not decide anything where clocks may disagree.
         self._alone = jax.process_count() == 1
         self.selection = Selection(self.cfg.checkpoint)
+        self.patience = Patience(self.cfg.checkpoint)
         rules = (*self.cfg.guards, *getattr(system, "guards", ()))
         self.guards = Guards(rules, self.cfg.max_nonfinite,
                              out / "warnings.jsonl" if self._main else None, self.message)
         self.step = 0
         self.phase = "main"
+        self._begun: int | None = None  # at which step the phase that is on began
         self._data: dict[str, Any] = {}
         self._data_states: dict[str, Any] = {}
         self._steps: dict[int, StepFn] = {}
@@ -138,7 +141,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             self.out / "checkpoints", cfg.checkpoint, resume_hash(self.config)
         )
-        sample = self._sample_batch(phase_at(cfg, 0)[1].data)
+        sample = self._sample_batch(first_phase(cfg).data)
         plan = self._plan = plan_state(system, self.config, self.mesh, sample)
         self._check_gates(plan.abstract.variables, sample)
         self.frozen = jax.device_put(
@@ -152,6 +155,7 @@ class _Run:
                 self._data[name].set_state(self._data_states[name])
             self.selection.set_state(host.get("selection", {}))
             self.guards.set_state(host.get("guards", {}), self.step)
+            self.patience.set_state(host.get("patience", {}))
             self.message(f"resumed from step {self.step} in {self.out}")
             return state
         if (self.out / "metrics.jsonl").exists():
@@ -202,9 +206,12 @@ class _Run:
         """The compiled step of a phase (one per distinct phase)."""
         if index not in self._steps:
             phase = self.cfg.phases[index] if self.cfg.phases else None
+            optimizer = self._plan.optimizer
+            if phase is not None and self.cfg.optimizer.per_phase:
+                optimizer = dataclasses.replace(optimizer, schedule=phase_rate(self.cfg, index))
             self._steps[index] = make_train_step(
                 self.system,
-                self._plan.optimizer,
+                optimizer,
                 seed=self.config.seed,
                 accumulate=self.cfg.accumulate,
                 active=active_labels(phase, self._plan.optimizer.names) if phase else None,
@@ -274,6 +281,10 @@ class _Run:
         while self.step < total and self.guards.stop_reason is None:
             index, phase = phase_at(cfg, self.step)
             self.phase = phase.name
+            if phase.skip:
+                state = self._pass_on(state)
+                continue
+            self._begin(phase, state)
             batch = self._next_batch(phase.data)
             units = self._units(batch)
             self._meter.count(units)
@@ -293,9 +304,14 @@ class _Run:
                 self._log(keep=1)
             elif self._alone and time.perf_counter() - self._logged > _LOG_SECONDS:
                 self._log(keep=self._running())  # slow steps: what is finished, without waiting
-            last = self.step == total
-            due = last or (cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0)
-            evaluated = self._quick_eval(state, last)
+            evaluated = self._quick_eval(state, self.step == total)
+            if evaluated and self.patience.spent(self._begun, phase, evaluated):
+                state = self._pass_on(state, phase)
+            last = self.step >= total
+            ended = cfg.checkpoint.phases and span(cfg, self.step)[0] != self._begun
+            due = last or ended or (
+                cfg.checkpoint.every and self.step % cfg.checkpoint.every == 0
+            )
             if cfg.max_minutes and time.perf_counter() - self._began > 60 * cfg.max_minutes:
                 watch.request()
             preempted = watch.requested(self.step)
@@ -307,7 +323,7 @@ class _Run:
                     observed = self.selection.observe(self.step, self._measured(evaluated))
                 better = evaluated is not None and self.selection.improved(self.step)
                 if due or timely or preempted or better or self.guards.stop_reason is not None:
-                    self._save(state, observed, wait=preempted or last)
+                    self._save(state, observed, wait=preempted or last, pinned=ended)
                     saved = self.step
             if preempted and not last:
                 raise Preempted(
@@ -327,6 +343,41 @@ class _Run:
                 f"train.checkpoint.metric = {name} was never measured (have: "
                 f"{', '.join(sorted(self._latest)) or 'nothing'}); best and peak are the last",
             )
+        return state
+
+    def _begin(self, phase: PhaseConfig, state: TrainState) -> None:
+        """Lets a system prepare the data of a phase: where it begins, and where training resumes in
+        it.
+        """
+        start, _ = span(self.cfg, self.step)
+        prepare = getattr(self.system, "begin_phase", None)
+        if start != self._begun and prepare is not None:
+            began = time.perf_counter()
+            self._log(keep=0)
+            if prepare(phase, start, state.variables, self.frozen, self.out):
+                self._data.pop(phase.data, None)
+                if start == self.step:  # the position was in what is not there any more
+                    self._data_states.pop(phase.data, None)
+            self._meter.pause(time.perf_counter() - began)
+        self._begun = start
+
+    def _pass_on(self, state: TrainState, ended: PhaseConfig | None = None) -> TrainState:
+        """Goes to where the present phase ends, so that schedules and cycles stay where they are.
+
+        Args:
+          ended: the phase that has been on until now; none: one that is skipped.
+        """
+        self._log(keep=0)
+        last = self.step if ended is None else self.step - 1
+        _, stop = span(self.cfg, last)
+        if ended is not None and stop > self.step:
+            self.message(
+                f"phase {ended.name}: no better for {ended.patience} evaluations: ends at step "
+                f"{self.step}, training goes on at {stop}"
+            )
+        state = state.replace(step=state.step + (stop - self.step))
+        self.step = stop
+        self._meter.start(stop)
         return state
 
     def _measured(self, evaluated: dict[str, float] | None) -> dict[str, float]:
@@ -395,7 +446,9 @@ class _Run:
         flags = [metrics["loss"].is_ready() for _, _, metrics, _ in self._pending]
         return len(flags) - flags.index(False) if False in flags else 0
 
-    def _save(self, state: TrainState, metrics: dict[str, float] | None, wait: bool) -> None:
+    def _save(
+        self, state: TrainState, metrics: dict[str, float] | None, wait: bool, pinned: bool = False
+    ) -> None:
         if self.writers is not None:
             self.writers.flush()
         # Iterators of later phases keep the position they were restored with.
@@ -405,9 +458,13 @@ class _Run:
             state,
             self.step,
             data=self._data_states,
-            host={"selection": self.selection.get_state(), "guards": self.guards.get_state()},
+            host={
+                "selection": self.selection.get_state(), "guards": self.guards.get_state(),
+                "patience": self.patience.get_state(),
+            },
             metrics=metrics,
             wait=wait,
+            pinned=pinned,
         )
         self._saved_at = time.perf_counter()
         self._meter.pause(self._saved_at - began)

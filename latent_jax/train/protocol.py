@@ -71,6 +71,10 @@ class System(Protocol):
     * ``quick_eval(variables, frozen) -> dict[str, float]``: called every ``train.eval_every``
       steps; logged as ``eval.<name>`` and usable as ``train.checkpoint.metric``.
     * ``guards: tuple[GuardConfig, ...]``: added to ``train.guards``.
+    * ``begin_phase(phase, start, variables, frozen, out) -> bool``: called with a `PhaseConfig`
+      where it begins, at step ``start``, and again where training resumes in its middle, before its
+      data is asked for: what that depends on of the parameters is made here, under ``out``. True:
+      the data is to be opened anew.
     * ``batch_specs(phase) -> tuple[BatchSpec, ...]``: the kinds of batches that ``train_data`` of a
       phase may give, so that a run can be planned without its data (``()``: they must be read).
     * ``init_shapes(batch) -> variables``: shapes of what ``init`` returns, where that cannot be

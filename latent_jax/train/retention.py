@@ -26,15 +26,24 @@ class Retention:
         self._cfg = cfg
         self._sign = 1.0 if cfg.mode == "max" else -1.0
         self._metrics: dict[int, Mapping[str, float]] = {}
+        self._pinned: set[int] = set()
         for step in directory.glob("*"):
             if step.name.isdigit():
-                self.note(int(step.name), _recorded(step))
+                self.note(int(step.name), *_recorded(step))
 
-    def note(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        """Says what ``step`` is judged by: ``{"value", "smoothed"}``; without it, by nothing."""
+    def note(
+        self, step: int, metrics: Mapping[str, float] | None, pinned: bool = False
+    ) -> None:
+        """Says what ``step`` is judged by: ``{"value", "smoothed"}``; without it, by nothing.
+
+        Args:
+          pinned: it stays, whatever it is judged by.
+        """
         self._metrics.pop(step, None)
         if metrics:
             self._metrics[step] = dict(metrics)
+        if pinned:
+            self._pinned.add(step)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any = None) -> list[bool]:
         """Whether each of ``checkpoints`` (anything with a ``step``) stays, in their order."""
@@ -44,7 +53,7 @@ class Retention:
     def kept(self, steps: Sequence[int]) -> set[int]:
         """Those of ``steps`` that stay."""
         steps = sorted(steps)
-        kept = set(steps[-self._cfg.keep_last :])
+        kept = set(steps[-self._cfg.keep_last :]) | (self._pinned & set(steps))
         for name, n in (("value", self._cfg.keep_best), ("smoothed", 1)):
             # Of equal ones the later: as train.selection chooses.
             ranked = sorted(
@@ -54,10 +63,16 @@ class Retention:
         return kept
 
 
-def _recorded(step: Path) -> Mapping[str, float] | None:
-    """The metrics in a checkpoint's meta; None where it has none or cannot be read."""
+def _recorded(step: Path) -> tuple[Mapping[str, float] | None, bool]:
+    """The metrics in a checkpoint's meta, none where they cannot be read, and whether it stays."""
     try:
-        metrics = json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))["metrics"]
-        return {name: float(metrics[name]) for name in ("value", "smoothed")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        meta = json.loads((step / "meta" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, False
+    if not isinstance(meta, dict):
+        return None, False
+    pinned = meta.get("pinned") is True
+    try:
+        return {name: float(meta["metrics"][name]) for name in ("value", "smoothed")}, pinned
+    except (ValueError, KeyError, TypeError):
+        return None, pinned

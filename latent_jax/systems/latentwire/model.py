@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.backbones.decoder import KV, Decoder, inverse_frequencies
 from latent_jax.core.types import Mean
+from latent_jax.nn.lora import placed
 from latent_jax.ops.fsq import fsq_bound
 from latent_jax.systems.latentwire import codes, heads, onto_soft, reader_lora
 from latent_jax.systems.latentwire.adapters import Adapter
@@ -267,7 +268,7 @@ class Compressor(Encoder):
         """What is added to the main reader's projections behind latents; None: it is frozen."""
         if not self.config.reader_lora.rank:
             return None
-        return reader_lora.for_all(self.reader_lora(), self.reader.num_layers)
+        return placed(self.reader_lora(), self.reader.num_layers)
 
     def filled_in(self, wire: Wire, x: Float[Array, "b t d"], real, masked) -> Array:
         """What `GistHead` says of the tokens of one segment each."""

@@ -11,13 +11,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.core import trees
-from latent_jax.nn.lora import LoRA
+from latent_jax.nn.lora import LoRA, merged
 from latent_jax.systems.latentwire.adapter_config import ReaderLoraConfig
 
 #: Name of the deltas among a compressor's parameters, and of the group that they are trained in.
@@ -29,28 +26,6 @@ def make(config: ReaderLoraConfig, reader: DecoderConfig) -> LoRA:
     shapes = {name: reader.projection_shapes[name] for name in config.targets}
     layers = min(config.layers, reader.num_layers) or reader.num_layers
     return LoRA(shapes, layers, config.rank, config.alpha)
-
-
-def for_all(deltas: Any, layers: int) -> Any:
-    """Deltas of the first layers as deltas of all: the others' are 0."""
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, layers - x.shape[0]), (0, 0), (0, 0)])
-
-    return jax.tree.map(padded, deltas)
-
-
-@jax.jit
-def merged(params: Any, deltas: Any) -> Any:
-    """A decoder's parameters with deltas ``{projection: {'a', 'b'}}`` added to its kernels."""
-    layers = dict(params["layers"])
-    for name, delta in deltas.items():
-        kernel = layers[name]["kernel"]
-        add = jnp.einsum("lir,lro->lio", delta["a"], delta["b"])
-        layers[name] = {
-            **layers[name], "kernel": (kernel.astype(jnp.float32) + add).astype(kernel.dtype)
-        }  # fmt: skip
-    return {**params, "layers": layers}
 
 
 def reading(latents: Any, reader: Backbone) -> Backbone:

@@ -16,6 +16,7 @@ from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError, StoreError
+from latent_jax.nn.lora import merged
 from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
@@ -28,19 +29,21 @@ _PROMPT = 64
 
 
 class Behind:
-    """Mixed into `memory.Memory`; needs its ``backbone``, ``model``, ``tree``, ``sink``, ``gather``
-    and ``positions``.
+    """Mixed into `memory.Memory`; needs its ``backbone``, ``model``, ``lora``, ``tree``, ``sink``,
+    ``gather`` and ``positions``.
     """
 
     backbone: Backbone
     model: ModelConfig
     decoder: Decoder
     base: Any
+    lora: Any
     sink: int
     tree: Any
 
     def _compiled(self) -> None:
         """Sets up what is compiled once."""
+        self._merged: Any = None
         self._nll = jax.jit(self._losses)
         self._prefix = jax.jit(self._as_prefix)
         self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
@@ -100,12 +103,20 @@ class Behind:
         tokenizer, room = self.backbone.tokenizer, -len(live) % _PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
         out = generate_ids(
-            self.decoder, self.base, self.backbone.embed(row), mask,
+            self.decoder, self._reading(), self.backbone.embed(row), mask,
             max_new_tokens=max_new_tokens, prefix=first,
             start=int(self.positions(np.asarray([start]), start)[0]),
             stop_ids=tokenizer.stop_ids,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+
+    def _reading(self) -> Any:
+        """The base's parameters where it reads on, with the deltas that it has there."""
+        if self.lora is None:
+            return self.base
+        if self._merged is None:
+            self._merged = merged(self.base, self.lora)
+        return self._merged
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)
@@ -136,7 +147,7 @@ class Behind:
         most = max(len(c.positions) for c in contexts)
         held, at, mask = stacked(contexts, self.places(capacity, most))
         first = int(self.positions(np.asarray([start]), start)[0])
-        return np.asarray(self._nll(self.base, held, at, mask, rows, first))
+        return np.asarray(self._nll(self.base, self.lora, held, at, mask, rows, first))
 
     def attention(
         self, nodes: Sequence[Node], ids: Int[np.ndarray, " t"], start: int, watched: int,
@@ -173,7 +184,7 @@ class Behind:
 
     def full_loss(self, stop: int, horizon: int) -> float:
         """Mean loss of the last ``horizon`` tokens before ``stop``, everything before them raw and
-        in one sequence.
+        in one sequence, read by the base as it is.
 
         Raises:
           StoreError: that is longer than the base can read.
@@ -191,9 +202,9 @@ class Behind:
         nll, _ = token_cross_entropy(self.decoder, base, hidden, ids[:, -horizon:])
         return nll.mean()
 
-    def _losses(self, base, held, at, mask, ids, first):
+    def _losses(self, base, lora, held, at, mask, ids, first):
         placed = self._as_prefix(base, held, at, mask)
         where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = read_on(self.decoder, base, self.sink, placed, ids, where)
+        hidden = read_on(self.decoder, base, self.sink, placed, ids, where, lora=lora)
         nll, _ = token_cross_entropy(self.decoder, base, hidden[:, :-1], ids[:, 1:])
         return nll

@@ -9,7 +9,11 @@ from typing import Literal
 from latent_jax.backbones.config import BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
+from latent_jax.systems.megacontext.base_lora import PART as LORA
+from latent_jax.systems.megacontext.base_lora import BaseLoraConfig
+from latent_jax.systems.megacontext.label_config import LabelConfig, labelled_blocks
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
+from latent_jax.systems.megacontext.policy_names import ENDS, POLICIES
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
 
@@ -134,6 +138,10 @@ class ModelConfig:
     matcher: MatcherConfig | None = field(
         default=None, help="what the policy match asks, trained by a phase with data questions"
     )
+    lora: BaseLoraConfig | None = field(
+        default=None,
+        help="deltas of the base where it reads on behind a working context; none: it is frozen",
+    )  # fmt: skip
     remat: bool = field(default=False, help="recompute activations in the backward pass")
 
 
@@ -161,6 +169,14 @@ class DataConfig:
     others: int = field(default=400, ge=1, help="windows of data.text that answer none of them")
     labels: tuple[str, ...] = field(
         default=(), help="tables of `mega label` that a phase with data lens reads"
+    )
+    label: LabelConfig | None = field(
+        default=None,
+        help="measure labels in the run, with the gists and the base as they are where a phase "
+        "with data lens begins; none: data.labels",
+    )  # fmt: skip
+    label_blocks: int = field(
+        default=1024, ge=8, help="blocks of training text that those labels are measured on"
     )
     store: str | None = field(
         default=None, help="store that the tables were measured on; none: where it was then"
@@ -208,21 +224,8 @@ class LossConfig:
 ARMS = (
     "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
 )  # fmt: skip
-# Focus policies; the last is told what every action would be worth, which no runtime knows.
-MEASURED = "oracle"
-POLICIES = (
-    "recency", "sink_recency", "uniform", "random", "bm25", "match", "attention", "lens",
-    MEASURED,
-)  # fmt: skip
-# Those that look at what the context holds, and so need its gists.
-LOOKING = ("attention", "lens", MEASURED)
-# Those that look for something: for a question they start from the coarsest tiling and open one
-# node after another, where the others start from the newest text sharp.
-SEARCHING = ("random", "bm25", "match", "attention", "lens")
 # Facts hidden in a history; see `tasks`.
 TASKS = ("passkey", "key_value", "straddling", "paraphrased")
-# What else a long history is read through.
-ENDS = ("full", "windowed", "dropped")
 
 
 @dataclass(frozen=True)
@@ -329,15 +332,8 @@ class MegaRun(RunBase):
                 f"data.beyond={d.beyond} leaves nothing to predict behind the protected tail "
                 f"(model.layout.protected={protected})"
             )
-        phases = self.train.phases
-        if any(p.data == "lens" for p in phases):
-            if self.model.lens is None:
-                raise ConfigError("train.phases: data lens trains model.lens; set it")
-            if any(p.data != "lens" or p.train != ("lens",) for p in phases):
-                raise ConfigError(
-                    "train.phases: labels are of the gists as they are, so a run that trains a "
-                    "lens trains nothing else: every phase needs data: lens and train: [lens]"
-                )
+        phases = [p for p in self.train.phases if not p.skip]
+        self._check_lens()
         if any(p.data == "questions" for p in phases):
             if self.model.matcher is None:
                 raise ConfigError("train.phases: data questions trains model.matcher; set it")
@@ -354,6 +350,8 @@ class MegaRun(RunBase):
             )
         if self.model.gist.kind == "heads":
             self._only_what_heads_can()
+        if self.model.lora is None and any(LORA in p.train for p in phases):
+            raise ConfigError("train.phases: lora is trained by no one without it: set model.lora")
         if self.model.gist.kind == "embeddings" and self.model.lens is not None:
             raise ConfigError(
                 "model.lens looks at the values of gists, and model.gist.kind=embeddings has none "
@@ -394,12 +392,56 @@ class MegaRun(RunBase):
                 "or add a level to model.layout.slots"
             )
 
+    def _check_lens(self) -> None:
+        """Refuses labels that would not be of the gists and the base that a lens is for."""
+        d, phases = self.data, [p for p in self.train.phases if not p.skip]
+        lens = [p for p in phases if p.data == "lens"]
+        if d.label is not None and (d.labels or not lens):
+            raise ConfigError(
+                "data.label measures labels for a phase with data lens: "
+                + ("leave data.labels out" if d.labels else "train.phases has none")
+            )
+        if not lens:
+            return
+        if self.model.lens is None:
+            raise ConfigError("train.phases: data lens trains model.lens; set it")
+        for phase in phases:
+            if phase.data == "lens" and phase.train != ("lens",):
+                raise ConfigError(
+                    f"train.phases {phase.name!r}: data lens has a loss of the lens alone: set "
+                    "train: [lens]"
+                )
+            if phase.data != "lens" and (not phase.train or "lens" in phase.train):
+                raise ConfigError(
+                    f"train.phases {phase.name!r}: data {phase.data} has no loss of the lens: "
+                    "name in train what it trains"
+                )
+        if len(lens) < len(phases) and d.label is None:
+            raise ConfigError(
+                "train.phases: labels are of the gists and the base as they are, and phases beside "
+                "that of the lens change them: set data.label, so that they are measured anew "
+                "where it begins, or train nothing else"
+            )
+        if d.label is not None:
+            if phases[0].data == "lens":
+                raise ConfigError(
+                    f"train.phases {phases[0].name!r}: with data.label another phase comes first; "
+                    "for a lens alone, `latent-jax mega label` makes a table (data.labels)"
+                )
+            if "match" in d.label.policies and self.model.matcher is None:
+                raise ConfigError("data.label.policies: match needs model.matcher")
+            labelled_blocks(
+                self.model.layout, self.model.gist.window, d.label, d.label_blocks,
+                "data.label_blocks", "raise data.label_blocks",
+            )  # fmt: skip
+
     def _only_what_heads_can(self) -> None:
         """Refuses what gists of the text's own entries do not have."""
-        phases = self.train.phases
-        beside = ("lens", "questions")
-        if (self.train.steps or phases) and not any(p.data in beside for p in phases):
+        phases = [p for p in self.train.phases if not p.skip]
+        beside = {"lens", "matcher", LORA}
+        trained = self.train.steps or phases
+        if trained and not (phases and all(p.train and beside >= {*p.train} for p in phases)):
             raise ConfigError(
                 "model.gist.kind=heads is calibrated, not trained: set train.steps=0 and no phases "
-                "(or phases that train a lens or a matcher)"
+                "(or phases that train the lens, the matcher or lora, and name them in train)"
             )

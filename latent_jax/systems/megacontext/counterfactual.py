@@ -132,8 +132,9 @@ class Counterfactuals:
             pool, mask = self._pool(shared, spans, part, start, room)
             first_position = int(self.memory.positions(np.asarray([start]), start)[0])
             found = self._read(
-                self.memory.base, {name: x[:, None] for name, x in pool.held.items()},
-                pool.positions, mask, np.asarray(ids, np.int32), first_position, horizon=horizon,
+                self.memory.base, self.memory.lora,
+                {name: x[:, None] for name, x in pool.held.items()}, pool.positions,
+                mask, np.asarray(ids, np.int32), first_position, horizon=horizon,
             )  # fmt: skip
             losses, divergence = (np.asarray(x, np.float64) for x in found)
             before = float(losses[0])
@@ -177,7 +178,7 @@ class Counterfactuals:
         return joined(pieces).padded(capacity), mask
 
     def _branches(
-        self, base: Any, held: Any, at: Int[Array, " m"], mask: Bool[Array, "r m"],
+        self, base: Any, lora: Any, held: Any, at: Int[Array, " m"], mask: Bool[Array, "r m"],
         ids: Int[Array, " t"], first: Int[Array, ""], horizon: int,
     ) -> tuple[Float[Array, " r"], Float[Array, " r"]]:  # fmt: skip
         """Loss of every row, and ``KL(row 0 || row)``, means over the horizon."""
@@ -185,7 +186,7 @@ class Counterfactuals:
         prefix = as_prefix(decoder, base, self.memory.sink, held, at[None], mask)
         ids = jnp.broadcast_to(ids, (rows, ids.size))
         where = first + jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = read_on(decoder, base, self.memory.sink, prefix, ids, where)
+        hidden = read_on(decoder, base, self.memory.sink, prefix, ids, where, lora=lora)
         hidden = hidden[:, -horizon - 1 : -1]
         logits = decoder.apply({"params": base}, hidden, method="unembed")
         log = jax.nn.log_softmax(logits)

@@ -13,9 +13,10 @@ import numpy as np
 from latent_jax.core.errors import DataError
 from latent_jax.core.parts import Parts
 from latent_jax.data import LongQuestion, load_long_questions
-from latent_jax.systems.megacontext import documents, match_data, recipe, stream, tasks
-from latent_jax.systems.megacontext.config import LOOKING, MEASURED, POLICIES
+from latent_jax.ops import bootstrap
+from latent_jax.systems.megacontext import base_lora, documents, match_data, recipe, stream, tasks
 from latent_jax.systems.megacontext.matcher import Finder
+from latent_jax.systems.megacontext.policy_names import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
 from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 
@@ -79,7 +80,17 @@ class Evaluation:
         params, base = variables["params"], frozen["base"]
         found = measure.losses(params, base, rows, e.arms, progress)
         artefacts[f"histories.lod{level}"] = found
-        return measure.summary(found)
+        metrics = measure.summary(found)
+        if self.config.model.lora is None:
+            return metrics
+        # What the base as it is makes of the same, and how far from that the deltas are.
+        alone = measure.losses(base_lora.frozen(params), base, rows, e.arms, progress)
+        metrics |= {f"frozen.{name}": x for name, x in measure.summary(alone).items()}
+        for arm, losses in found.items():
+            name = f"nll_at_h.lod{level}.{arm}.minus_frozen_full"
+            metrics[name] = float((losses - alone["full"]).mean())
+            metrics[f"{name}.ci95"] = list(bootstrap.difference_interval(losses, alone["full"]))
+        return metrics
 
     def _movers(self) -> list[str]:
         """Policies that a runtime can use."""

@@ -21,10 +21,10 @@ from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import policies, telemetry
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, Trace, refocus
-from latent_jax.systems.megacontext.config import MEASURED, POLICIES, SEARCHING
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.lens import LensNet
 from latent_jax.systems.megacontext.matcher import Finder
+from latent_jax.systems.megacontext.policy_names import MEASURED, POLICIES, SEARCHING
 from latent_jax.systems.megacontext.sight import Node, Sight
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.systems.megacontext.tiling import Tiling

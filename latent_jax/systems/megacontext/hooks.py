@@ -13,8 +13,9 @@ import numpy as np
 from latent_jax import __version__
 from latent_jax.core import config as configs
 from latent_jax.core.errors import RunError
-from latent_jax.systems.megacontext import labels, match_assets, telemetry
-from latent_jax.systems.megacontext.labelling import LabelConfig, label
+from latent_jax.systems.megacontext import base_lora, labels, match_assets, telemetry
+from latent_jax.systems.megacontext.label_config import LabelConfig
+from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 
@@ -36,6 +37,7 @@ class StoreHooks:
         return Memory.open(
             store, backbone, model, params, digest(params, model.gist), writable,
             variables["params"].get("lens"), variables["params"].get("matcher"),
+            base_lora.deltas(model.lora, backbone.config, variables["params"]),
         )  # fmt: skip
 
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:

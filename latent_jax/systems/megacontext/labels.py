@@ -146,14 +146,17 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return columns, provenance
 
 
-def check(path: str | Path, provenance: dict[str, Any], tree: GistTree, version: str) -> None:
-    """Refuses a table that was measured with other gists or on another history.
+def check(
+    path: str | Path, provenance: dict[str, Any], tree: GistTree, version: str, reader: str
+) -> None:
+    """Refuses a table that was measured with other gists, another reader or on another history.
 
     Args:
       path: of the table, for the message.
       provenance: from `read`.
       tree: the history that its places are in.
       version: digest of the GistNet that is in use now.
+      reader: what reads behind contexts now (`memory.reader_version`).
 
     Raises:
       StoreError: stale, or of another store.
@@ -162,6 +165,12 @@ def check(path: str | Path, provenance: dict[str, Any], tree: GistTree, version:
         raise StoreError(
             f"{path}: stale: measured with gists of version {provenance['gists']}, those in use "
             f"are {version}: run `latent-jax mega label` again"
+        )
+    # Tables without a reader are older than readers that are not frozen.
+    if (read := provenance.get("reader", "frozen")) != reader:
+        raise StoreError(
+            f"{path}: stale: measured with the reader {read}, that in use is {reader}: run "
+            "`latent-jax mega label` again"
         )
     tokens = provenance["tokens"]
     if tokens > len(tree) or history_digest(tree, tokens) != provenance["history"]:

@@ -106,3 +106,25 @@ def cover_cost(layout: Layout, history, top: int):
         total = total + rest // width * int(layout.costs[level])
         rest = rest % width
     return total
+
+
+def least_cost(layout: Layout, history: int, budget: int) -> int:
+    """Entries of a history at its coarsest.
+
+    Raises:
+      ConfigError: a working context of ``budget`` entries cannot hold them, or its protected tail.
+    """
+    needed = layout.protected * layout.block
+    if budget < needed:
+        raise ConfigError(
+            f"the working context of {budget} entries is smaller than its protected tail of "
+            f"{layout.protected} blocks ({needed} entries): raise W or lower protected"
+        )
+    least = int(cover_cost(layout, history, layout.levels))
+    if budget < least:
+        raise ConfigError(
+            f"a history of {history} blocks needs {least} entries at its coarsest and the working "
+            f"context has {budget}: raise W, lower protected, or add a level to slots="
+            f"{layout.slots}"
+        )
+    return least

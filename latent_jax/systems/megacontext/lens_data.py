@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,35 +11,74 @@ import numpy as np
 
 from latent_jax import data
 from latent_jax.backbones import Backbone
+from latent_jax.backbones.config import DecoderConfig
 from latent_jax.core import trees
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext import labels
+from latent_jax.systems.megacontext import base_lora, labels
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.labels import Snapshot
-from latent_jax.systems.megacontext.memory import digest, spec_fields
-from latent_jax.systems.megacontext.sight import Look, Sight
+from latent_jax.systems.megacontext.lens import TAIL_GISTS
+from latent_jax.systems.megacontext.memory import digest, reader_version, spec_fields
+from latent_jax.systems.megacontext.sight import Look, Sight, sight_width
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.train.init_from import read_weights
+from latent_jax.train.protocol import BatchSpec
 
 _HELD_OUT = 0.2  # of the snapshots of a table, the last ones
 
 
 class LensRows:
-    """The snapshots of ``data.labels`` with the vectors of their nodes.
+    """Labelled contexts with the vectors of their nodes.
 
     Args:
-      config: the run; its gists are those of ``train.init_from``.
+      config: the run.
       backbone: the base.
+      params: of the gists that the labels are of, and of the reader (``gist``, ``lora``).
+      tables: of labels, for `labels.read`.
+      store: what they were measured on; none: where it was then.
 
     Raises:
-      ConfigError: no table, or no run whose gists they were measured with.
       StoreError: a table that is stale or of another history; a store that is not there.
     """
 
-    def __init__(self, config: MegaRun, backbone: Backbone):
-        paths, source = config.data.labels, config.train.init_from
-        if not paths:
+    def __init__(
+        self, config: MegaRun, backbone: Backbone, params: Mapping[str, Any],
+        tables: Sequence[str | Path], store: str | Path | None = None,
+    ):  # fmt: skip
+        version = digest(params["gist"], config.model.gist)
+        reader = reader_version(base_lora.deltas(config.model.lora, backbone.config, params))
+        layout, counts = config.model.layout, None
+        if config.model.gist.kind == "heads":
+            counts = HeadGists(config.model, backbone.decoder, 0).all_counts(params["gist"])
+        look = Look(backbone.config, config.model.lens, counts)
+        self._widths = layout.widths
+        self.train: list[tuple[Sight, Snapshot]] = []
+        self.held_out: list[tuple[Sight, Snapshot]] = []
+        budget = 0
+        for path in tables:
+            columns, provenance = labels.read(path)
+            where = store or provenance["store"]
+            tree = GistTree.open(where, **spec_fields(backbone, config.model))
+            labels.check(path, provenance, tree, version, reader)
+            sight = Sight(tree, look)
+            rows = [(sight, found) for found in labels.snapshots(columns, layout)]
+            budget = max(budget, provenance["budget"])
+            kept = max(round(len(rows) * (1 - _HELD_OUT)), 1)
+            self.train += rows[:kept]
+            self.held_out += rows[kept:]
+        self.nodes = layout.capacity(budget)
+
+    @classmethod
+    def of_tables(cls, config: MegaRun, backbone: Backbone) -> LensRows:
+        """Those of ``data.labels``, measured with the gists of ``train.init_from``.
+
+        Raises:
+          ConfigError: no table, or no run whose gists they were measured with.
+          StoreError: see the constructor.
+        """
+        tables, source = config.data.labels, config.train.init_from
+        if not tables:
             raise ConfigError(
                 "train.phases: data lens needs data.labels; `latent-jax mega label` makes a table"
             )
@@ -46,31 +87,11 @@ class LensRows:
                 "train.phases: data lens needs train.init_from, the run whose gists data.labels "
                 "were measured with (and train.init_partial=true, for it has no lens yet)"
             )
-        flat = read_weights(source).items()
-        gist = {k.removeprefix("params/gist/"): v for k, v in flat if k.startswith("params/gist/")}
-        version = digest(trees.unflatten(gist), config.model.gist)
-        layout, counts = config.model.layout, None
-        if config.model.gist.kind == "heads":
-            counts = HeadGists(config.model, backbone.decoder, 0).all_counts(
-                trees.unflatten(gist)
-            )
-        look = Look(backbone.config, config.model.lens, counts)
-        self._widths = layout.widths
-        self.train: list[tuple[Sight, Snapshot]] = []
-        self.held_out: list[tuple[Sight, Snapshot]] = []
-        budget = 0
-        for path in paths:
-            columns, provenance = labels.read(path)
-            store = config.data.store or provenance["store"]
-            tree = GistTree.open(store, **spec_fields(backbone, config.model))
-            labels.check(path, provenance, tree, version)
-            sight = Sight(tree, look)
-            rows = [(sight, found) for found in labels.snapshots(columns, layout)]
-            budget = max(budget, provenance["budget"])
-            kept = max(round(len(rows) * (1 - _HELD_OUT)), 1)
-            self.train += rows[:kept]
-            self.held_out += rows[kept:]
-        self.nodes = layout.capacity(budget)
+        params = trees.unflatten({
+            name.removeprefix("params/"): x for name, x in read_weights(source).items()
+            if name.startswith(("params/gist/", "params/lora/"))
+        })  # fmt: skip
+        return cls(config, backbone, params, tables, config.data.store)
 
     def row(self, sight: Sight, found: Snapshot) -> dict[str, Any]:
         """One snapshot, padded. NumPy alone: it is called in a reading thread."""
@@ -104,3 +125,17 @@ class LensRows:
         if not self.held_out:
             return None
         return data.collate([self.row(*pair) for pair in self.held_out], {})
+
+
+def batch_spec(config: MegaRun, base: DecoderConfig) -> BatchSpec:
+    """Shapes of the batches of labels that are measured in the run (``data.label``)."""
+    b, n = config.train.batch_size, config.model.layout.capacity(config.data.label.budget)
+    width, tail = sight_width(base, config.model.lens), TAIL_GISTS
+    shapes = {
+        "level": ((b, n), np.int32), "index": ((b, n), np.int32), "count": ((b,), np.int32),
+        "entry": ((b, n, width), np.float32), "tail": ((b, tail, width), np.float32),
+        "tail_mask": ((b, tail), bool), "tail_at": ((b, tail), np.int32),
+        "utility": ((b, n), np.float32), "measured": ((b, n), bool),
+    }  # fmt: skip
+    arrays = {name: jax.ShapeDtypeStruct(*found) for name, found in shapes.items()}
+    return BatchSpec("lens", 1.0, arrays)

@@ -49,13 +49,16 @@ class Memory(Behind):
       lens: trained parameters of the LensNet, if there are.
       matcher: trained parameters of the matcher, if there are.
       kept: where the matcher's vectors are kept; see `matcher.Finder`.
+      lora: deltas of the base where it reads on behind a context (`base_lora.deltas`), if any.
     """
 
     def __init__(
         self, backbone: Backbone, model: ModelConfig, params: Any, tree: GistTree,
         windows: int = 16, lens: Any = None, matcher: Any = None, kept: str | Path | None = None,
+        lora: Any = None,
     ):  # fmt: skip
         self.backbone, self.model, self.params, self.tree = backbone, model, params, tree
+        self.lora = lora
         self.damaged: list[int] = []
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
@@ -92,6 +95,7 @@ class Memory(Behind):
         writable: bool = False,
         lens: Any = None,
         matcher: Any = None,
+        lora: Any = None,
     ) -> Memory:
         """Opens a store, or makes it if it is to be written.
 
@@ -99,6 +103,7 @@ class Memory(Behind):
           version: digest of ``params``; gists of others are stale.
           lens: as in the constructor.
           matcher: as in the constructor; its vectors are kept beside the store.
+          lora: as in the constructor.
 
         Raises:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
@@ -121,7 +126,9 @@ class Memory(Behind):
                 f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
                 f"{version}: run `latent-jax mega ingest` with this run first"
             )
-        return cls(backbone, model, params, tree, lens=lens, matcher=matcher, kept=path)
+        return cls(
+            backbone, model, params, tree, lens=lens, matcher=matcher, kept=path, lora=lora
+        )
 
     def stretch(self, first: int) -> Memory:
         """The same memory, its history beginning at a later block; see `Stretch`."""
@@ -139,6 +146,11 @@ class Memory(Behind):
 
     def __exit__(self, *problem: Any) -> None:
         self.tree.__exit__(*problem)
+
+    @property
+    def reader(self) -> str:
+        """Names what reads behind contexts; see `reader_version`."""
+        return reader_version(self.lora)
 
     @property
     def far(self) -> int:
@@ -308,6 +320,11 @@ def spec_fields(model: Backbone | Outline, config: ModelConfig) -> dict[str, Any
         "block": layout.block,
         "branch": layout.branching,
     }
+
+
+def reader_version(lora: Any) -> str:
+    """Names what reads behind contexts: ``frozen``, the base as it is, or its deltas' digest."""
+    return "frozen" if lora is None else digest(lora)
 
 
 def digest(params: Any, gist: GistConfig | None = None) -> str:

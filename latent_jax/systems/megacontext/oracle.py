@@ -9,10 +9,10 @@ from jaxtyping import Int
 from latent_jax.systems.megacontext import policies
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import MEASURED
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.policy_names import MEASURED
 from latent_jax.systems.megacontext.tiling import Tiling
 from latent_jax.systems.megacontext.utilities import utilities
 

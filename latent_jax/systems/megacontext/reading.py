@@ -126,12 +126,14 @@ def read_on(
     ids: Int[Array, "b t"],
     positions: Int[Array, "b t"],
     attention_mask: Bool[Array, "b t t"] | None = None,
+    lora: Any = None,
 ) -> Float[Array, "b t d"]:
     """Hidden states of tokens that follow the sink and placed entries.
 
     Args:
       entries: a prefix; its mask may say for each token what it sees.
       attention_mask: among the tokens themselves; causal by default.
+      lora: deltas of the base where it reads these tokens; see `base_lora`.
     """
     b, t = ids.shape
     first = sink_kv(decoder, params, jnp.int32(sink), b)
@@ -140,7 +142,7 @@ def read_on(
     prefix = behind(first, entries)
     x = decoder.apply({"params": params}, ids, method="embed")
     return decoder.apply(
-        {"params": params}, x, positions, attention_mask=attention_mask, prefix=prefix
+        {"params": params}, x, positions, attention_mask=attention_mask, prefix=prefix, lora=lora
     ).hidden
 
 

@@ -20,6 +20,7 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.core.errors import DataError
 from latent_jax.ops import bootstrap
+from latent_jax.systems.megacontext import base_lora
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
@@ -50,7 +51,8 @@ class Recovery:
     (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
     untrained (of input embeddings, if gists are such); ``kv_stride``, one raw entry per stretch;
     ``recency``, as many of the newest raw entries as there are slots; ``shuffled``, another
-    history's gists; ``dropped``, nothing.
+    history's gists; ``dropped``, nothing. Parameters with LoRA (`base_lora`) apply it to what is
+    read in every arm, the whole text among them.
     """
 
     def __init__(
@@ -87,16 +89,19 @@ class Recovery:
         c = self.config
         (b, t), past = ids.shape, self.past
         horizon = c.eval.horizon * c.model.layout.block
+        lora = base_lora.deltas(c.model.lora, self.decoder.config, params)
         if arm == "full":
             where = jnp.broadcast_to(jnp.arange(t), ids.shape)
-            hidden = read_on(self.decoder, base, self.sink, None, ids, where)
+            hidden = read_on(self.decoder, base, self.sink, None, ids, where, lora=lora)
         else:
             where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
             if isinstance(self.gists, EmbeddingGists) and arm in ("gist", "shuffled", "mean_pool"):
                 entries = self._of_embeddings(base, made, ids, arm)
             else:
                 entries = self._entries(params, raw, made, b, arm)
-            hidden = read_on(self.decoder, base, self.sink, entries, ids[:, past:], where)
+            hidden = read_on(
+                self.decoder, base, self.sink, entries, ids[:, past:], where, lora=lora
+            )
         nll, _ = token_cross_entropy(
             self.decoder, base, hidden[:, -horizon - 1 : -1], ids[:, -horizon:], c.losses.chunk
         )

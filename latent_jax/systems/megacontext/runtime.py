@@ -13,11 +13,11 @@ from latent_jax.backbones.decoder import KV
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.allocator import FocusConfig
-from latent_jax.systems.megacontext.config import ENDS, MEASURED
 from latent_jax.systems.megacontext.contexts import Entries
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
 from latent_jax.systems.megacontext.memory import Memory, Node
 from latent_jax.systems.megacontext.oracle import Oracle
+from latent_jax.systems.megacontext.policy_names import ENDS, MEASURED
 
 
 class Answer(NamedTuple):

@@ -27,7 +27,7 @@ class StandIn:
     sink: int
     gists: Any
 
-    def _behind_all(self, gist, base, ids, key, chunk):
+    def _behind_all(self, gist, base, ids, key, chunk, lora=None):
         """Every chunk of a row reads on behind the gists of what came before it."""
         c = self.config
         layout, window, lead = c.model.layout, c.model.gist.window, c.model.gist.lead
@@ -59,7 +59,7 @@ class StandIn:
             else:
                 gists, bias = build(self.gists, gist, own, 1), None
             placed = place(self.decoder, gists, at, seen, bias)
-        given = read_on(self.decoder, base, self.sink, placed, ids, where, raw)
+        given = read_on(self.decoder, base, self.sink, placed, ids, where, raw, lora)
         # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
         # has none).
         chunks = np.arange(t).reshape(-1, chunk * layout.block)
@@ -69,7 +69,7 @@ class StandIn:
             self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
         )
 
-    def _behind_one(self, gist, base, ids, level):
+    def _behind_one(self, gist, base, ids, level, lora=None):
         """The end of a row reads on behind one gist of everything before; the gists below it are
         taken as they are.
         """
@@ -96,7 +96,9 @@ class StandIn:
                 {"params": gist}, grouped(below, layout.branching), level
             )
             placed = place(self.decoder, found, at, jnp.ones(at.shape, bool))
-        given = read_on(self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:])
+        given = read_on(
+            self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:], lora=lora
+        )
         first = layout.protected * layout.block
         return substitution(
             self.decoder, base, full[:, past + first : -1], given[:, first:-1],

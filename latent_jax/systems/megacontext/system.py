@@ -15,7 +15,8 @@ from latent_jax.backbones.sharding import DECODER_RULES
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext import lens_losses, match_assets, recipe
+from latent_jax.systems.megacontext import base_lora, lens_losses, match_assets, recipe
+from latent_jax.systems.megacontext.alternation import Alternation
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_gists import calibrate as start_embeddings
@@ -25,7 +26,7 @@ from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
-from latent_jax.systems.megacontext.lens_data import LensRows
+from latent_jax.systems.megacontext.lens_data import LensRows, batch_spec
 from latent_jax.systems.megacontext.match_data import MatchRows
 from latent_jax.systems.megacontext.matcher import Matcher, matching, whitened
 from latent_jax.systems.megacontext.policies import squash
@@ -41,11 +42,12 @@ _LABELS = (
     (r"^gist/level_[0-9]+/(query|bias|look|prefer)$", "upper_queries"),
     (r"^gist/level_[0-9]+/(keys|values|maps|size)$", "upper_maps"),
     (r"^lens/", "lens"),
+    (r"^lora/", base_lora.PART),
     (r"^matcher/", "matcher"),
 )
 
 
-class MegaContextSystem(Evaluation, StandIn, StoreHooks):
+class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
     """Gists that substitute for text, and a lens that says where; implements
     `latent_jax.train.protocol.System`.
 
@@ -60,7 +62,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     logical_rules = (
         *DECODER_RULES,
         (r"gist/.*/(query|bias)$", ("layers", None, None, None)),
-        (r"gist/.*/(keys|values)$", ("layers", None, None, None, "heads")),
+        (r"gist/.*/(keys|values)$", ("layers", None, None, "embed", "heads")),
     )
 
     def __init__(self, config: MegaRun, backbone: backbones.Backbone | None = None):
@@ -88,6 +90,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         lens = config.model.lens
         self.lens = None if lens is None else lens_net(lens, config.model.layout)
         self._terms = jax.jit(self._lens_terms)
+        lora = config.model.lora
+        self.lora = None if lora is None else base_lora.make(lora, self.backbone.config)
         matcher = config.model.matcher
         self.matcher = None if matcher is None else Matcher(matcher.width)
 
@@ -106,12 +110,19 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             shape = (r.num_layers, 1, layout.block, r.num_kv_heads, r.head_dim)
             some = Gists(jnp.zeros(shape), jnp.zeros(shape))
             params = {"gist": self.gists.init(rngs["params"], some, method="touch")["params"]}
-        if self.lens is not None:
-            width = sight_width(r, self.config.model.lens)
-            params["lens"] = self.lens.init(rngs["params"], *nothing_seen(width))["params"]
         if self.matcher is not None:
             params["matcher"] = self._fresh_matcher(rngs["params"], batch)
-        return {"params": params}
+        return {"params": params | self._beside(rngs["params"])}
+
+    def _beside(self, key: jax.Array) -> dict[str, Any]:
+        """Fresh parameters of what stands beside gists and matcher."""
+        base, found = self.backbone.config, {}
+        if self.lens is not None:
+            width = sight_width(base, self.config.model.lens)
+            found["lens"] = self.lens.init(key, *nothing_seen(width))["params"]
+        if self.lora is not None:
+            found[base_lora.PART] = self.lora.init(key)["params"]
+        return found
 
     def _fresh_matcher(self, key: jax.Array, batch: Mapping[str, Any]) -> dict[str, Any]:
         """A packaged one; or both maps the principal directions of a batch's states."""
@@ -128,14 +139,18 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         return params
 
     def _calibrated(self) -> dict[str, Any]:
-        if self._trains_lens():  # labels are of the gists of train.init_from
+        if self._taken():
             return self.gists.empty()
         tokenizer = self.backbone.tokenizer
         rows = functools.partial(recipe.calibration, self.config, tokenizer)
         return calibrate(self.gists, self.frozen["base"], rows)
 
     def _trains_lens(self) -> bool:
-        return any(p.data == "lens" for p in self.config.train.phases)
+        return any(p.data == "lens" and not p.skip for p in self.config.train.phases)
+
+    def _taken(self) -> bool:
+        """Gists are those of train.init_from, of which labels are."""
+        return self._trains_lens() and self.config.train.init_from is not None
 
     @property
     def _states(self) -> int:
@@ -148,7 +163,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     def init_shapes(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Shapes of what `init` returns, without its texts."""
         gist = None
-        if isinstance(self.gists, HeadGists) and not self._trains_lens():
+        if isinstance(self.gists, HeadGists) and not self._taken():
             gist = jax.eval_shape(self.gists.empty)
         elif isinstance(self.gists, EmbeddingGists):
             gist = jax.eval_shape(self.gists.fresh, jax.random.key(0))
@@ -157,7 +172,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             if self.matcher is not None:
                 key, some = jax.random.key(0), jnp.zeros((1, 2, self._states))
                 params["matcher"] = jax.eval_shape(self.matcher.init, key, some)["params"]
-            return {"params": params}
+            return {"params": params | jax.eval_shape(self._beside, jax.random.key(0))}
         return jax.eval_shape(lambda b: self.init({"params": jax.random.key(0)}, b), dict(batch))
 
     def param_labels(self, params):
@@ -168,6 +183,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
 
     def batch_specs(self, phase: str):
         """See `recipe.batch_specs`; the size of labelled contexts is known from their tables."""
+        if phase == "lens" and self.config.data.label is not None:
+            return (batch_spec(self.config, self.backbone.config),)
         return () if phase in ("lens", "questions") else recipe.batch_specs(self.config, phase)
 
     def unit_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -190,14 +207,16 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
             lost, right = matching(self.matcher, params, batch, size)
             return {"matching": lost}, {}, {"right": right}
         base, ids, gist = frozen["base"], batch["ids"], variables["params"]["gist"]
+        model, params = self.config.model, variables["params"]
+        lora = base_lora.deltas(model.lora, self.backbone.config, params)
         if "upper" in batch:
             # The level is in the shape: rows of a level are longer than those of the one below.
-            found = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]))
+            found = self._behind_one(gist, base, ids, self._level_of(ids.shape[1]), lora)
             terms = {"upper": Mean.of(found.kl)}
         else:
             key = rngs["lod"] if train else None
             chunk = 1 if "near" in batch else self.config.data.chunk
-            found = self._behind_all(gist, base, ids, key, chunk)
+            found = self._behind_all(gist, base, ids, key, chunk, lora)
             terms = {"substitute": Mean.of(found.kl), "next_token": Mean.of(found.nll)}
         return terms, {}, {"lost": Mean.of(found.nll - found.full_nll)}
 
@@ -234,7 +253,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         if self.config.eval.documents:
             self.questions()
         if phase == "lens":
-            stream = self.lens_rows.stream(self.config)
+            stream = (self.measured or self.lens_rows).stream(self.config)
         elif phase == "questions":
             stream = self.match_rows.stream()
         else:
@@ -246,7 +265,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
     @functools.cached_property
     def lens_rows(self) -> LensRows:
         """The labelled contexts of ``data.labels``."""
-        return LensRows(self.config, self.backbone)
+        return LensRows.of_tables(self.config, self.backbone)
 
     @functools.cached_property
     def match_rows(self) -> MatchRows:
@@ -262,20 +281,26 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks):
         """Recovery on a few held-out histories, with own and with another history's gists; of a
         lens in training, its losses on held-out contexts.
         """
-        if self._trains_lens():
-            batch = self.lens_rows.held_out_batch()
-            if batch is None:
-                return {}
-            terms, ordered = self._terms(variables["params"]["lens"], batch)
-            found = {f"lens.{name}": float(term.value) for name, term in terms.items()}
-            return found | {"lens.ordered": float(ordered.value)}
+        found = self._quick_lens(variables) if self._trains_lens() else {}
+        if self._trains_lens() and self.config.data.label is None:
+            return found
         if self._trains_matcher():
             quick = self.config.eval.quick_rows, min(self.config.eval.question_blocks, 512)
-            found = self._questions(variables, frozen, {}, None, *quick)
+            found |= self._questions(variables, frozen, {}, None, *quick)
             return {k: v for k, v in found.items() if isinstance(v, float)}
         rows = self.eval_data()[: self.config.eval.quick_rows]
-        found = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
-        return self.recovery.summary(found, intervals=False)
+        lost = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
+        return found | self.recovery.summary(lost, intervals=False)
+
+    def _quick_lens(self, variables) -> dict[str, float]:
+        """Losses of a lens on held-out contexts, if there are any yet."""
+        rows = self.measured if self.config.data.label is not None else self.lens_rows
+        batch = None if rows is None else rows.held_out_batch()
+        if batch is None:
+            return {}
+        terms, ordered = self._terms(variables["params"]["lens"], batch)
+        found = {f"lens.{name}": float(term.value) for name, term in terms.items()}
+        return found | {"lens.ordered": float(ordered.value)}
 
 
 LENS_TERMS = ("regression", "ranking", "budget", "legality")

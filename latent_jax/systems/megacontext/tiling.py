@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext.layout import Layout, cover_cost
+from latent_jax.systems.megacontext.layout import Layout, least_cost
 
 EXPANDED, COLLAPSED = 1, -1
 
@@ -248,19 +248,7 @@ def start(
       ConfigError: W is smaller than the protected tail, or than the coarsest tiling, or the arrays
         are too short for W.
     """
-    needed = layout.protected * layout.block
-    if budget < needed:
-        raise ConfigError(
-            f"the working context of {budget} entries is smaller than its protected tail of "
-            f"{layout.protected} blocks ({needed} entries): raise W or lower protected"
-        )
-    least = cover_cost(layout, history, layout.levels)
-    if budget < least:
-        raise ConfigError(
-            f"a history of {history} blocks needs {least} entries at its coarsest and the working "
-            f"context has {budget}: raise W, lower protected, or add a level to slots="
-            f"{layout.slots}"
-        )
+    least = least_cost(layout, history, budget)
     capacity = layout.capacity(budget) if capacity is None else capacity
     if capacity < layout.capacity(budget):
         raise ConfigError(

@@ -18,7 +18,8 @@ from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelC
 from latent_jax.systems.megacontext.counterfactual import Action, Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import GistNet, Gists
-from latent_jax.systems.megacontext.labelling import LabelConfig, label
+from latent_jax.systems.megacontext.label_config import LabelConfig
+from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.oracle import Oracle
@@ -196,13 +197,15 @@ def test_what_the_encoder_sees_with_a_block_names_gists_too(params):
 
 def test_stale_and_foreign_tables_are_refused(memory, table, base, params, tmp_path):
     path, rows, provenance = table
-    labels.check(path, provenance, memory.tree, "one")
+    labels.check(path, provenance, memory.tree, "one", "frozen")
     with pytest.raises(StoreError, match="stale: measured with gists of version one, .* are two"):
-        labels.check(path, provenance, memory.tree, "two")
+        labels.check(path, provenance, memory.tree, "two", "frozen")
+    with pytest.raises(StoreError, match="with the reader frozen, that in use is other"):
+        labels.check(path, provenance, memory.tree, "one", "other")
     with Memory.open(tmp_path / "s", base, MODEL, params, "one", writable=True) as other:
         other.tree.append(np.arange(10, 10 + 40 * 8))
         with pytest.raises(StoreError, match="measured on another history"):
-            labels.check(path, provenance, other.tree, "one")
+            labels.check(path, provenance, other.tree, "one", "frozen")
     with pytest.raises(StoreError, match="no such table"):
         labels.read(tmp_path / "none.parquet")
     (tmp_path / "bad.parquet").write_bytes(path.read_bytes()[:-9])

@@ -56,7 +56,7 @@ def test_nodes_and_tail_gists_count_from_the_same_block(trained, table, tmp_path
     """A causal lens orders the two, also of a stretch that begins later in the store."""
     run, _, _ = trained
     config = runs.resolve("megacontext/tiny_lens", overrides(run, table, tmp_path / "lens"))
-    rows = LensRows(config, runs.system_class("megacontext")(config).backbone)
+    rows = LensRows.of_tables(config, runs.system_class("megacontext")(config).backbone)
     assert any(found.first for _, found in rows.train)
     for sight, found in rows.train:
         row = rows.row(sight, found)
@@ -71,7 +71,7 @@ def test_tables_that_do_not_belong_are_refused_before_training(trained, table, t
     def refused(error, said, **other):
         config = runs.resolve("megacontext/tiny_lens", given | other)
         with pytest.raises(error, match=said):
-            LensRows(config, system.backbone)
+            LensRows.of_tables(config, system.backbone)
 
     columns, provenance = labels.read(table)
     lines = zip(*columns.values(), strict=True)

@@ -14,9 +14,9 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import policies
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig, refocus
-from latent_jax.systems.megacontext.config import POLICIES
 from latent_jax.systems.megacontext.focus import RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.policy_names import POLICIES
 
 LAYOUT = Layout(block=4, branching=3, slots=(1, 2), protected=1)
 BUDGET = 20
