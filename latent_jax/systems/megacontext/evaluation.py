@@ -145,12 +145,22 @@ class Evaluation:
             )[0]
 
     def questions(self) -> list[LongQuestion]:
-        """Questions on long documents, the English ones: others need other scores."""
+        """Questions on long documents, the English ones: others need other scores.
+
+        Raises:
+          DataError: there are none.
+          ConfigError: a document that the working context cannot hold.
+        """
         e = self.config.eval
         found = [q for q in load_long_questions(e.documents) if q.language == "en"]
         if not found:
             raise DataError(f"eval.documents: {e.documents} has no question of language 'en'")
-        return found[: e.document_rows]
+        found = found[: e.document_rows]
+        documents.check(
+            found, self.backbone.tokenizer, self.config.model.layout, e.budgets[0],
+            e.document_tokens,
+        )  # fmt: skip
+        return found
 
     def _documents(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Questions on long documents, answered from a store of each."""

@@ -122,6 +122,21 @@ class Focus:
         room = 1 << max(blocks - 1, 1).bit_length()
         return np.pad(found, (0, room - free))
 
+    def start(self, blocks: int) -> Tiling:
+        """The tiling that `settle` begins with; says at once, and for nothing, what cannot be.
+
+        Raises:
+          ConfigError: W is too small for the history.
+          StoreError: the history has no whole block.
+        """
+        if not blocks:
+            raise StoreError(
+                f"{self.tree.path}: the history of {len(self.tree)} tokens has no whole block of "
+                f"{self.layout.block}: ingest text first"
+            )
+        c = self.config
+        return tl.start(self.layout, blocks, c.budget, coarse=c.policy in SEARCHING)
+
     def settle(
         self, query: Int[np.ndarray, " q"], blocks: int | None = None, seed: int = 0,
         newer: Float[np.ndarray, "k s w"] | None = None, iterations: int | None = None,
@@ -146,11 +161,7 @@ class Focus:
         """
         c = self.config
         blocks = self.blocks if blocks is None else blocks
-        if not blocks:
-            raise StoreError(
-                f"{self.tree.path}: the history of {len(self.tree)} tokens has no whole block of "
-                f"{self.layout.block}: ingest text first"
-            )
+        tiling = self.start(blocks)
         features = self._features(query, blocks, newer)
         moves: list[tuple[Trace, Tiling]] = []
         most, key = iterations or c.iterations, jax.random.key(seed)
@@ -159,7 +170,6 @@ class Focus:
             here = features | self._seen(tiling, query, blocks)
             return self._score(tiling, here, jax.random.fold_in(key, i))
 
-        tiling = tl.start(self.layout, blocks, c.budget, coarse=c.policy in SEARCHING)
         if c.policy in SEARCHING:
             single = dataclasses.replace(c.focus, max_actions=1)
             tiling = self._run(tiling, policy, single, most, moves)

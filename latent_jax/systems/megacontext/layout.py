@@ -106,3 +106,12 @@ def cover_cost(layout: Layout, history, top: int):
         total = total + rest // width * int(layout.costs[level])
         rest = rest % width
     return total
+
+
+def roomy(layout: Layout, blocks: int, budget: int) -> Layout:
+    """The layout with as many further levels as let half of W hold a history at its coarsest."""
+    while int(cover_cost(layout, blocks, layout.levels)) > budget // 2:
+        layout = dataclasses.replace(layout, slots=(*layout.slots, layout.slots[-1]))
+        if layout.widths[-1] > blocks:
+            break
+    return layout

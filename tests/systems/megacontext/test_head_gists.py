@@ -35,6 +35,7 @@ SINK = 1
 HEADS = {
     "mesh.data": 1, "train.steps": 0, "train.phases": [], "train.eval_every": 0,
     "train.optimizer.groups": {}, "model.layout.slots": [4], "model.gist.kind": "heads",
+    "model.gist.reads": 4,
     "model.gist.queries": 32, "model.gist.reach": 32, "model.gist.calibration": 4,
     "eval.rows": 16, "eval.upper_rows": 0, "data.rows": 100,
 }  # fmt: skip
