@@ -88,12 +88,7 @@ class Behind:
         Raises:
           ConfigError: more than the base has positions for.
         """
-        most = self.backbone.config.max_position
-        if capacity + len(live) + max_new_tokens > most:
-            raise ConfigError(
-                f"W={capacity}, {len(live)} tokens behind it and {max_new_tokens} new ones do not "
-                f"fit the base's {most} positions"
-            )
+        self.check_room(start, len(live), max_new_tokens)
         first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
         if entries is not None:
             first = behind(first, self.prefix(entries, capacity))
@@ -102,10 +97,34 @@ class Behind:
         out = generate_ids(
             self.decoder, self.base, self.backbone.embed(row), mask,
             max_new_tokens=max_new_tokens, prefix=first,
-            start=int(self.positions(np.asarray([start]), start)[0]),
+            start=self._first(start),
             stop_ids=tokenizer.stop_ids,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+
+    def check_room(self, start: int, live: int, new: int) -> None:
+        """Refuses text whose last token would stand where the base has no position any more.
+
+        How many entries stand before it does not matter: they stand where their text did.
+
+        Args:
+          start: position in the history of the first live token.
+          live: tokens from there on.
+          new: tokens that follow them.
+
+        Raises:
+          ConfigError: too many.
+        """
+        most, first = self.backbone.config.max_position, self._first(start)
+        if first + live + new > most:
+            raise ConfigError(
+                f"{live} live tokens from rotary position {first} on and {new} new ones do not fit "
+                f"the base's {most} positions: ask for fewer, or ask less"
+            )
+
+    def _first(self, start: int) -> int:
+        """Rotary position of the first live token."""
+        return int(self.positions(np.asarray([start]), start)[0])
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)
@@ -135,7 +154,7 @@ class Behind:
         """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         most = max(len(c.positions) for c in contexts)
         held, at, mask = stacked(contexts, self.places(capacity, most))
-        first = int(self.positions(np.asarray([start]), start)[0])
+        first = self._first(start)
         return np.asarray(self._nll(self.base, held, at, mask, rows, first))
 
     def attention(
@@ -158,7 +177,7 @@ class Behind:
         owner = np.repeat(np.arange(len(nodes)), widths)
         owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
         held, at, mask = stacked([entries], places)
-        first = int(self.positions(np.asarray([start]), start)[0])
+        first = self._first(start)
         return np.asarray(
             self._attention(
                 self.base, held, at, mask, owner, ids, first, nodes=count, watched=watched

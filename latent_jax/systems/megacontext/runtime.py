@@ -83,6 +83,8 @@ class Runtime(Focus):
         asked = np.asarray(memory.backbone.tokenizer.encode(prompt), np.int32)
         if not asked.size:
             raise ConfigError("the prompt is empty: ask something")
+        nodes, start = self.nodes(self.start(self.blocks))  # refuses before anything is read
+        memory.check_room(start, len(memory.tree) - start + asked.size, max_new_tokens)
         newer = memory.prompt_gists(asked) if self.config.policy == "lens" else None
         tiling = self.settle(asked, newer=newer)
         nodes, start = self.nodes(tiling)

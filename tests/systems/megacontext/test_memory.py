@@ -173,6 +173,21 @@ def test_what_cannot_be_asked_is_refused(memory):
         Runtime(memory, RuntimeConfig(budget=48, policy="oracle"))
 
 
+def test_the_last_token_must_have_a_position(memory, monkeypatch):
+    """What stands before the live text takes no positions beyond those of its own text."""
+    most, live = memory.backbone.config.max_position, np.arange(10, 26)
+    near, far = memory.gather([(1, 0)], 8), memory.gather([(1, 0)], most)
+    wide = most  # entries of the compiled shape are no positions
+    monkeypatch.setattr(memory, "prefix", lambda *_: None)
+    assert memory.continued(near, live, 8, wide, 2)
+    room = most - memory.far - len(live)
+    assert isinstance(memory.continued(far, live, most, 8, room), str)
+    with pytest.raises(ConfigError, match="do not fit the base"):
+        memory.continued(far, live, most, 8, room + 1)
+    with pytest.raises(ConfigError, match="do not fit the base"):
+        Runtime(memory, RuntimeConfig(budget=48)).answer("The mill", most)
+
+
 def call(*arguments):
     return CliRunner().invoke(cli.app, list(arguments))
 
