@@ -121,7 +121,7 @@ def label(
     horizon: Annotated[int, typer.Option(help="Blocks that are predicted.")] = 2,
     history: Annotated[
         int | None,
-        typer.Option(help="Blocks of history; default what half of the budget can hold."),
+        typer.Option(help="Most blocks of history; default what half of the budget can hold."),
     ] = None,
     policies: Annotated[
         str, typer.Option(help="What moves the focus there, in turn.")

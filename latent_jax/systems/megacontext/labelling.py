@@ -31,7 +31,8 @@ class LabelConfig:
     horizon: int = field(default=2, ge=1, help="blocks that are predicted")
     history: int | None = field(
         default=None, ge=2,
-        help="blocks of history before a place; none: what half of W holds at its coarsest",
+        help="most blocks of history before a place, which begins with a node of the top and a "
+        "window of the encoder; none: what half of W holds at its coarsest",
     )  # fmt: skip
     policies: tuple[str, ...] = field(
         default=("recency", "bm25", "random"), help="which move the focus there, in turn"
@@ -52,6 +53,10 @@ def label(
     memory: Memory, config: LabelConfig, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measures snapshots on the way of some policies through a history.
+
+    A place has between ``history - step + 1`` and ``history`` blocks before it, where a step is
+    the least stretch of whole nodes of the top level and whole windows of the encoder: the history
+    must begin with one, and places fall anywhere. The provenance has both as ``history_blocks``.
 
     Args:
       memory: the history with all its gists.
@@ -117,7 +122,7 @@ def label(
         "store": str(memory.tree.path.resolve()), "tokens": tokens,
         "history": labels.history_digest(memory.tree, tokens), "gists": memory.tree.version,
         "base": memory.backbone.sha256, "budget": config.budget, "horizon": config.horizon,
-        "history_blocks": history,
+        "history_blocks": [history - step + 1, history],
         "policies": list(config.policies), "seed": config.seed,
     }  # fmt: skip
 
