@@ -210,4 +210,5 @@ class Evaluation:
                 progress("nll_at_h", number + 1, len(rows))
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         artefacts["places"] = found
-        return policy_table(found, e.budgets)
+        texts = np.repeat(np.arange(len(parts)), len(places))
+        return policy_table(found, e.budgets, texts)

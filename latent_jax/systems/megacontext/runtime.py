@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from latent_jax.backbones.decoder import KV
 from latent_jax.core.errors import ConfigError
@@ -151,37 +151,50 @@ def nll_at_h(
                 loss = memory.losses([entries], live, start, horizon, width)[0]
             found.setdefault(name, []).append(float(loss))
         for w in budgets:
-            if w in oracles:
-                found.setdefault(f"{MEASURED}.w{w}", []).append(
-                    oracles[w].settle(cursor, live, start, horizon)[0]
-                )
-            these = [key for key in runtimes if key[1] == w]
-            if not these:
-                continue
-            for name, _ in these:  # one at a time: a context of gists of heads is large
+            settled = []
+            for name in (name for name, size in runtimes if size == w):
+                # One at a time: a context of gists of heads is large.
                 runtime = runtimes[name, w]
-                entries = memory.gather(runtime.nodes(runtime.settle(query, cursor))[0], start)
+                settled.append(runtime.settle(query, cursor))
+                entries = memory.gather(runtime.nodes(settled[-1])[0], start)
                 loss = memory.losses([entries], live, start, horizon, w)[0]
                 found.setdefault(f"{name}.w{w}", []).append(float(loss))
+            if w in oracles:
+                found.setdefault(f"{MEASURED}.w{w}", []).append(
+                    oracles[w].settle(cursor, live, start, horizon, settled)[0]
+                )
         if progress is not None:
             progress("nll_at_h", number + 1, len(cursors))
     return {name: np.asarray(x) for name, x in found.items()}
 
 
 def policy_table(
-    losses: dict[str, Float[np.ndarray, " n"]], budgets: Sequence[int]
-) -> dict[str, Any]:
-    """Results of `nll_at_h` under stable names, with intervals over the places.
+    losses: dict[str, Float[np.ndarray, " n"]], budgets: Sequence[int],
+    texts: Int[np.ndarray, " n"],
+) -> dict[str, Any]:  # fmt: skip
+    """Results of `nll_at_h` under stable names, with intervals over the texts.
 
-    ``nll_at_h.<policy>.w<W>`` and, paired because places differ far more than contexts do,
-    ``….minus_full``; ``regret.<policy>.w<W>``, what a policy loses against ``oracle``; and
-    ``gain.<policy>.w<W>``, its share of what ``oracle`` gains on ``recency``.
+    Places of one text share its history and its style: they are drawn together, all or none
+    (`ops.bootstrap`), and of a single text there is no interval.
+
+    Args:
+      losses: of every place, by policy.
+      budgets: sizes W that were compared.
+      texts: which text each place is in.
+
+    Returns:
+      ``nll_at_h.<policy>.w<W>`` and, paired because places differ far more than contexts do,
+      ``….minus_full``; ``regret.<policy>.w<W>``, what a policy loses against ``oracle``; and
+      ``gain.<policy>.w<W>``, its share of what ``oracle`` gains on ``recency``.
     """
     found: dict[str, Any] = {}
+    several = len(np.unique(texts)) > 1
 
     def paired(name: str, one: Any, other: Any) -> None:
         found[name] = float((one - other).mean())
-        found[f"{name}.ci95"] = list(bootstrap.difference_interval(one, other))
+        if several:
+            interval = bootstrap.difference_interval(one, other, clusters=texts)
+            found[f"{name}.ci95"] = list(interval)
 
     for name, x in losses.items():
         found[f"nll_at_h.{name}"] = float(x.mean())
@@ -196,5 +209,7 @@ def policy_table(
             if plain is not None and plain.mean() > best.mean() and not name.startswith("recency"):
                 gained, possible = plain - losses[name], plain - best
                 found[f"gain.{name}"] = float(gained.sum() / possible.sum())
-                found[f"gain.{name}.ci95"] = list(bootstrap.ratio_interval(gained, possible))
+                if several:
+                    interval = bootstrap.ratio_interval(gained, possible, clusters=texts)
+                    found[f"gain.{name}.ci95"] = list(interval)
     return found
