@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from latent_jax.backbones import Backbone
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
-from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.generate import Begun, generate_ids, go_on, prefill
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext.attention import node_attention
@@ -24,7 +24,7 @@ from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
 
 # Prompts are padded to multiples of this, so that few lengths are compiled.
-_PROMPT = 64
+PROMPT = 64
 
 
 class Behind:
@@ -45,6 +45,7 @@ class Behind:
         self._prefix = jax.jit(self._as_prefix)
         self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
         self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
+        self._begin = jax.jit(self._read_live, static_argnames=("room",))
 
     def places(self, capacity: int, most: int) -> int:
         """Length of the compiled shape for contexts of ``capacity`` entries.
@@ -92,7 +93,7 @@ class Behind:
         first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
         if entries is not None:
             first = behind(first, self.prefix(entries, capacity))
-        tokenizer, room = self.backbone.tokenizer, -len(live) % _PROMPT
+        tokenizer, room = self.backbone.tokenizer, -len(live) % PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
         out = generate_ids(
             self.decoder, self.base, self.backbone.embed(row), mask,
@@ -101,6 +102,42 @@ class Behind:
             stop_ids=tokenizer.stop_ids,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
+
+    def begin(
+        self, context: Any, live: Int[np.ndarray, " t"], start: int, width: int, room: int
+    ) -> Begun:
+        """Reads live tokens behind a context: what follows can be decoded (`generate.go_on`).
+
+        Args:
+          context: what they stand behind, a `WorkingContext`.
+          live: tokens.
+          start: position of the first of them in the history.
+          width: tokens of the compiled shape.
+          room: free entries for what follows.
+        """
+        gap = width - len(live)
+        row, mask = np.pad(live, (gap, 0))[None], np.arange(width)[None] >= gap
+        where = np.asarray([self._first(start)])
+        return self._begin(
+            self.base, context.held, *context.placed(start), row, mask, where, room=room
+        )
+
+    def decode(self, begun: Begun, room: int, limit: int) -> tuple[list[int], bool]:
+        """Greedy tokens behind what was read, without the one that ends a text, and whether there
+        was one.
+        """
+        stops = self.backbone.tokenizer.stop_ids
+        out = go_on(self.decoder, self.base, begun, room, limit, stops)
+        ids, stopped = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist(), bool(out.stopped)
+        return ids[: len(ids) - stopped], stopped
+
+    def _read_live(self, base, held, at, there, row, mask, where, room):
+        prefix = behind(
+            sink_kv(self.decoder, base, jnp.int32(self.sink), 1),
+            self._as_prefix(base, held, at, there),
+        )
+        x = self.decoder.apply({"params": base}, row, method="embed")
+        return Begun(*prefill(self.decoder, base, x, mask, where, prefix, room))
 
     def check_room(self, start: int, live: int, new: int) -> None:
         """Refuses text whose last token would stand where the base has no position any more.
@@ -171,10 +208,11 @@ class Behind:
           capacity: entries of the compiled shape.
           count: nodes of the compiled shape.
         """
-        entries = self.gather(nodes, start)
+        readable = [(i, node) for i, one in enumerate(nodes) for node in self.sound([one])]
+        entries = self.gather([node for _, node in readable], start)
         places = self.places(capacity, len(entries.positions))
-        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
-        owner = np.repeat(np.arange(len(nodes)), widths)
+        widths = [len(entry_offsets(self.model, level)) for _, (level, _) in readable]
+        owner = np.repeat(np.asarray([i for i, _ in readable], int), widths)
         owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
         held, at, mask = stacked([entries], places)
         first = self._first(start)

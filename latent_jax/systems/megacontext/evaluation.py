@@ -14,10 +14,10 @@ from latent_jax.core.errors import DataError
 from latent_jax.core.parts import Parts
 from latent_jax.data import LongQuestion, load_long_questions
 from latent_jax.systems.megacontext import documents, match_data, recipe, stream, tasks
+from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
 from latent_jax.systems.megacontext.config import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.recovery import Recovery
-from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 
 
 class Evaluation:

@@ -157,7 +157,7 @@ def measure(
     }
     for one in (e for kind in kinds for e in made[kind]):
         memory.tree.append(one.ids)
-    memory.build()
+    memory.build(breaks=range(0, len(memory.tree) // size, blocks))  # no episode knows another
     movers = {name: Runtime(memory, RuntimeConfig(budget, name)) for name in policies}
     found: dict[str, Any] = {}
     for number, kind in enumerate(kinds):

@@ -15,6 +15,7 @@ from latent_jax import backbones
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import labels, utilities
 from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
 from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.counterfactual import Action, Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
@@ -23,7 +24,7 @@ from latent_jax.systems.megacontext.labelling import LabelConfig, label
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.oracle import Oracle
-from latent_jax.systems.megacontext.runtime import RuntimeConfig, nll_at_h, policy_table
+from latent_jax.systems.megacontext.runtime import RuntimeConfig
 from latent_jax.systems.megacontext.sight import Look, lens_net, sight_width
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
