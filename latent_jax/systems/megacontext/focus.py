@@ -125,16 +125,18 @@ class Focus:
         """Whole blocks of the history."""
         return len(self.tree) // self.layout.block
 
-    def overlap(self, query: Int[np.ndarray, " q"], blocks: int) -> Float[np.ndarray, " m"]:
+    def overlap(
+        self, query: Int[np.ndarray, " q"], blocks: int, again: bool = True
+    ) -> Float[np.ndarray, " m"]:
         """How well the blocks before the protected tail match a query, in pairs; padded to a power
         of two. The tail is read raw, and may be the query: what stands beside it would always win.
-        Damaged blocks match nothing.
+        Damaged blocks match nothing. ``again`` is that of `Finder.rank`.
         """
         size, free = self.layout.block, max(blocks - self.layout.protected, 0)
         ids, damaged = self.tree.readable(0, free * size)
         found = np.zeros(0, np.float32)
         if free and self.config.policy == "match":
-            score = self.finder.rank(query, np.maximum(ids, 0))
+            score = self.finder.rank(query, np.maximum(ids, 0), again)
             score[damaged] = score.min()
             found = policies.first_ones(score)
         elif free:
@@ -256,14 +258,18 @@ class Focus:
     def scores(
         self, tiling: Tiling, query: Int[np.ndarray, " q"], blocks: int, key: jax.Array
     ) -> Float[np.ndarray, " n"]:
-        """What the policy makes of a tiling of a history of ``blocks``; see `settle`."""
-        features = self._features(query, blocks, None) | self._seen(tiling, query, blocks)
+        """What the policy makes of a tiling of a history of ``blocks``; see `settle`.
+
+        For a focus that moves from block to block: only for a question are candidates read again.
+        """
+        features = self._features(query, blocks, None, again=False)
+        features |= self._seen(tiling, query, blocks)
         return self._readable(tiling, self._score(tiling, features, key))
 
-    def _features(self, query, blocks, newer) -> dict[str, Any]:
+    def _features(self, query, blocks, newer, again=True) -> dict[str, Any]:
         """What a policy looks at, whatever the tiling."""
         if self.config.policy in ("bm25", "match"):
-            return {"overlap": jnp.asarray(self.overlap(query, blocks))}
+            return {"overlap": jnp.asarray(self.overlap(query, blocks, again))}
         if self.config.policy == "lens":
             return {"tail": self.lens.sight.tail(blocks, newer)}
         return {}

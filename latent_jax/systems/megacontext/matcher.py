@@ -239,16 +239,17 @@ class Finder:
         return of_blocks(self._matching(question, index), len(index))
 
     def rank(
-        self, question: Int[np.ndarray, " q"], ids: Int[np.ndarray, " t"]
+        self, question: Int[np.ndarray, " q"], ids: Int[np.ndarray, " t"], again: bool = True
     ) -> Float[np.ndarray, " n"]:
-        """Scores the blocks of a history; the best ones are read again if `rerank` says so.
+        """Scores the blocks of a history; the best ones are read again if `rerank` says so, unless
+        ``again`` is false.
 
         What is read again are the best pairs of blocks by the matcher, and a quarter as many by
         BM25, which knows names and numbers better; a pair without a word of the question is none
         of those. They come before all others.
         """
         index = self.index(ids)
-        found, count = self._matching(question, index), self.config.rerank
+        found, count = self._matching(question, index), self.config.rerank * again
         if count and len(found):
             texts = in_pairs(np.asarray(ids).reshape(len(index), -1))
             words = bm25(texts, question[-self.config.question :])

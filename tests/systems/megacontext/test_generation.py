@@ -15,7 +15,6 @@ from latent_jax import backbones, cli
 from latent_jax.backbones import generate
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import allocator, working
-from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
@@ -60,30 +59,6 @@ def store(base, params, ids, tmp_path_factory):
 def memory(store, base, params):
     with Memory.open(store, base, MODEL, params, "one") as memory:
         yield memory
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """Every context of a generation, against one that is made from nothing."""
-    seen, moved = [], Runtime._moved
-
-    def look(self, tiling, context, clock):
-        tiling, edit, begun = moved(self, tiling, context, clock)
-        memory, budget = self.memory, self.config.budget
-        assert bool(tl.check(self.layout, tiling, self.blocks, budget).ok)
-        assert len(memory.tree) % self.layout.block == 0
-        nodes, live, start = self.context(tiling)
-        assert context.nodes == nodes
-        fresh = WorkingContext(memory, budget)
-        fresh.edit(nodes, start)
-        again = memory.begin(fresh, live, start, len(live), self.layout.block)
-        np.testing.assert_allclose(begun.hidden, again.hidden, atol=1e-4)
-        assert int(begun.position[0]) == int(again.position[0])
-        seen.append((nodes, edit))
-        return tiling, edit, begun
-
-    monkeypatch.setattr(Runtime, "_moved", look)
-    return seen
 
 
 def test_raw_in_one_window_it_says_what_the_base_says(base, params, ids, tmp_path, watched):
@@ -205,3 +180,18 @@ def test_a_long_answer_by_command(trained, tmp_path):
     assert ask("--append").exit_code == 0
     with GistTree.open(path) as tree:
         assert len(tree) > before + 100 and tree.verify().ok
+
+
+def test_damaged_blocks_are_named_by_command(trained, tmp_path):
+    run, store, _ = trained
+    path = shutil.copytree(store, tmp_path / "s")
+    raw = bytearray((path / "ids.bin").read_bytes())
+    for block in (5, 6):
+        raw[2 * (block * LAYOUT.block + 1)] ^= 1
+    (path / "ids.bin").write_bytes(raw)
+    asked = CliRunner().invoke(cli.app, [
+        "mega", "ask", str(path), "The mill burned", "--run", run, "--budget", "160",
+        "--max-new-tokens", "4",
+    ])  # fmt: skip
+    assert asked.exit_code == 0, asked.output
+    assert "damaged blocks are left out: 5, 6" in asked.output

@@ -260,6 +260,8 @@ def test_a_pair_without_a_word_of_the_question_is_not_read_for_its_words(reader,
     for question in (foreign, ids[41:46]):
         again.rank(question, ids)
     assert read[0] == 4 <= read[1]
+    again.rank(ids[41:46], ids, again=False)
+    assert len(read) == 2
 
 
 def test_the_focus_opens_what_matches(reader, finder, ids, tmp_path):
