@@ -20,36 +20,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from latent_jax.backbones import decode_cpu
+from latent_jax.backbones.decode_loop import Generated, decode
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.padding import bucket, left_align, pad_left, pad_prefix
-from latent_jax.backbones.sampling import Sampling, SamplingMode, choose, row_keys
+from latent_jax.backbones.sampling import Sampling, SamplingMode, row_keys
 from latent_jax.core.errors import BackboneError, ConfigError
-
-
-class Generated(NamedTuple):
-    """New tokens of each row.
-
-    Attributes:
-        tokens: ids, 0 after a row's end; the stop token itself is kept.
-        lengths: tokens of each row, its stop token included.
-        stopped: whether the row ended on a stop token (False: it ran out of `max_new_tokens`).
-    """
-
-    tokens: Int[Array, "b n"]
-    lengths: Int[Array, " b"]
-    stopped: Bool[Array, " b"]
-
-
-class _Loop(NamedTuple):
-    """What the decode loop carries; `cache` is whatever the step in use keeps its entries in."""
-
-    step: Array
-    token: Int[Array, " b"]
-    cache: Any
-    valid: Bool[Array, "b s"]
-    tokens: Int[Array, "b n"]
-    lengths: Int[Array, " b"]
-    stopped: Bool[Array, " b"]
 
 
 def prefill(
@@ -95,44 +70,6 @@ def prefill(
     return out.hidden[:, -1], KV(k, v, valid, bias, cross), start + jnp.sum(mask, axis=1)
 
 
-def decode_step(
-    decoder: Decoder,
-    params: Any,
-    token: Int[Array, " b"],
-    position: Int[Array, " b"],
-    cache: KV,
-    slot: Int[Array, ""],
-    dtype: Any,
-    lora: Any = None,
-) -> tuple[Float[Array, "b d"], KV]:
-    """One token per row through the decoder; its keys and values go into `slot` (in place).
-
-    Args:
-        decoder: the decoder module.
-        params: its parameters.
-        token: ids.
-        position: rotary positions.
-        cache: entries that the tokens see besides themselves.
-        slot: free entry, the same for every row.
-        dtype: compute dtype.
-        lora: low-rank deltas.
-
-    Returns:
-        (hidden states, cache with the entry written and valid).
-    """
-    x = decoder.apply({"params": params}, token[:, None], dtype, method="embed")
-    out = decoder.apply({"params": params}, x, position[:, None], prefix=cache, lora=lora)
-    at = (0, 0, slot, 0, 0)
-    cache = KV(
-        jax.lax.dynamic_update_slice(cache.k, out.kv.k, at),
-        jax.lax.dynamic_update_slice(cache.v, out.kv.v, at),
-        jax.lax.dynamic_update_slice(cache.mask, out.kv.mask, (0, slot)),
-        cache.bias,
-        cache.cross,
-    )
-    return out.hidden[:, 0], cache
-
-
 @functools.partial(jax.jit, static_argnames=("decoder", "slots", "mode"))
 def _generate(
     decoder: Decoder,
@@ -151,83 +88,64 @@ def _generate(
     slots: int,
     mode: SamplingMode,
 ) -> Generated:
-    b, dtype = inputs_embeds.shape[0], inputs_embeds.dtype
     hidden, cache, position = prefill(
         decoder, params, inputs_embeds, mask, start, prefix, room=slots, lora=lora
     )
-    first_slot = cache.mask.shape[1] - slots
-    valid = cache.mask
+    return decode(
+        decoder, params, layers, hidden, cache, position, lora, keys, limit, stops, values,
+        slots=slots, mode=mode,
+    )  # fmt: skip
 
-    if layers is None:
 
-        def forward(token: Array, step: Array, cache: KV, valid: Array) -> tuple[Array, KV]:
-            return decode_step(
-                decoder, params, token, position + step, cache, first_slot + step, dtype, lora
-            )
+class Begun(NamedTuple):
+    """A prompt that was read, of one row.
 
-        def logits_of(hidden: Array) -> Array:
-            return decoder.apply({"params": params}, hidden[:, None], method="unembed")[:, 0]
-    else:
-        cache = decode_cpu.lay_out_cache(cache)
+    Attributes:
+        hidden: last hidden state.
+        cache: keys and values of prefix and prompt, with free entries at the end.
+        position: rotary position of the next token.
+    """
 
-        def forward(token: Array, step: Array, cache: Any, valid: Array) -> tuple[Array, Any]:
-            x = decoder.apply({"params": params}, token[:, None], dtype, method="embed")[:, 0]
-            return decode_cpu.step(
-                decoder.config,
-                layers,
-                params["final_norm"]["scale"],
-                x,
-                position + step,
-                cache,
-                valid,
-                first_slot + step,
-            )
+    hidden: Float[Array, "1 d"]
+    cache: KV
+    position: Int[Array, " 1"]
 
-        def logits_of(hidden: Array) -> Array:
-            return decode_cpu.unembed(decoder.config, params, hidden)
 
-    def pick(hidden: Array, step: Array) -> Array:
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        return choose(step_keys, logits_of(hidden), mode, *values)
+@functools.partial(jax.jit, static_argnames=("decoder", "slots"))
+def _go_on(decoder, params, layers, begun, limit, stops, *, slots):
+    keys, greedy = row_keys(jax.random.key(0), jnp.arange(1)), Sampling()
+    return decode(
+        decoder, params, layers, *begun, None, keys, limit, stops, greedy.values,
+        slots=slots, mode=greedy.mode,
+    )  # fmt: skip
 
-    def record(state: _Loop, token: Array) -> _Loop:
-        """Store `token` for the rows still running and see which of them it ends."""
-        alive = ~state.stopped
-        tokens = jax.lax.dynamic_update_slice(
-            state.tokens, jnp.where(alive, token, 0)[:, None], (0, state.step)
-        )
-        ends = alive & jnp.any(token[:, None] == stops[None, :], axis=1)
-        return state._replace(
-            token=token,
-            tokens=tokens,
-            lengths=state.lengths + alive,
-            stopped=state.stopped | ends,
-        )
 
-    def running(state: _Loop) -> Array:
-        return (state.step + 1 < limit) & ~jnp.all(state.stopped)
+def go_on(
+    decoder: Decoder, params: Any, begun: Begun, slots: int, limit: int,
+    stop_ids: Sequence[int] = (),
+) -> Generated:  # fmt: skip
+    """Greedy tokens behind a prompt that was read (`prefill`); one program per size of its cache.
 
-    def advance(state: _Loop) -> _Loop:
-        # A finished row keeps computing on its own entries; nothing of it is recorded.
-        valid = jax.lax.dynamic_update_slice(
-            state.valid, jnp.ones((b, 1), bool), (0, first_slot + state.step)
-        )
-        hidden, cache = forward(state.token, state.step, state.cache, valid)
-        state = state._replace(step=state.step + 1, cache=cache, valid=valid)
-        return record(state, pick(hidden, state.step))
+    Args:
+        decoder: the decoder module.
+        params: its parameters.
+        begun: what they follow.
+        slots: free entries at the end of its cache.
+        limit: tokens wanted, at most so many.
+        stop_ids: as of `generate_ids`.
+    """
+    layers = None
+    if decode_cpu.pays(decoder.config, params, 1, slots):
+        layers = decode_cpu.laid_out(decoder.config, params, None, begun.hidden.dtype)
+    limit, stops = jnp.int32(min(limit, slots)), jnp.asarray(_padded(stop_ids))
+    return _go_on(decoder, params, layers, begun, limit, stops, slots=slots)
 
-    state = _Loop(
-        step=jnp.int32(0),
-        token=jnp.zeros((b,), jnp.int32),
-        cache=cache,
-        valid=valid,
-        tokens=jnp.zeros((b, slots), jnp.int32),
-        lengths=jnp.zeros((b,), jnp.int32),
-        stopped=jnp.zeros((b,), bool),
-    )
-    state = record(state, pick(hidden if layers is None else hidden.T, state.step))
-    state = jax.lax.while_loop(running, advance, state)
-    return Generated(state.tokens, state.lengths, state.stopped)
+
+def _padded(stop_ids: Sequence[int]) -> Int[np.ndarray, " e"]:
+    """Stop ids as a traced vector: another set of the same size class compiles nothing."""
+    stops = np.full((bucket(max(len(stop_ids), 1), 4),), -1, np.int32)  # -1 never matches
+    stops[: len(stop_ids)] = list(stop_ids)
+    return stops
 
 
 def generate_ids(
@@ -301,11 +219,6 @@ def generate_ids(
     if isinstance(rng, int):
         rng = jax.random.key(rng)
     slots = bucket(max_new_tokens)
-    # Stop ids are a traced, padded vector: another set of the same size class compiles nothing.
-    # -1 never matches.
-    padded = bucket(max(len(stop_ids), 1), 4)
-    stops = np.full((padded,), -1, np.int32)
-    stops[: len(stop_ids)] = list(stop_ids)
     layers = None
     plain = prefix is None or prefix.cross is None  # its step knows no blocks
     if plain and decode_cpu.pays(decoder.config, params, b, max_new_tokens):
@@ -321,7 +234,7 @@ def generate_ids(
         lora,
         row_keys(rng, jnp.arange(b) if rows is None else jnp.asarray(rows)),
         jnp.int32(max_new_tokens),
-        jnp.asarray(stops),
+        jnp.asarray(_padded(stop_ids)),
         sampling.values,
         slots=slots,
         mode=sampling.mode,

@@ -98,13 +98,20 @@ def ask(
     policy: Annotated[str, typer.Option(help="What scores the nodes: bm25, attention, …")] = "bm25",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 32,
     trace: Annotated[str | None, typer.Option(help="Keep the focus here (.npz).")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Add prompt and answer to the store, with gists.")
+    ] = False,
 ) -> None:
-    """Continue a prompt behind a working context that was focused for it."""
+    """Continue a prompt behind a working context that was focused for it.
+
+    The context keeps its size however long the answer is: block by block what was said joins the
+    history, and the focus moves.
+    """
     from latent_jax.commands import inspect
 
     options = {
         "store": store, "prompt": prompt, "budget": budget, "policy": policy,
-        "max_new_tokens": max_new_tokens, "trace": trace,
+        "max_new_tokens": max_new_tokens, "trace": trace, "append": append,
     }  # fmt: skip
     present(inspect.call("recall", run, options))
 
@@ -121,7 +128,7 @@ def label(
     horizon: Annotated[int, typer.Option(help="Blocks that are predicted.")] = 2,
     history: Annotated[
         int | None,
-        typer.Option(help="Blocks of history; default what half of the budget can hold."),
+        typer.Option(help="Most blocks of history; default what half of the budget can hold."),
     ] = None,
     policies: Annotated[
         str, typer.Option(help="What moves the focus there, in turn.")
@@ -251,7 +258,8 @@ def _levels(tree, sizes: dict[str, int], out: Console) -> None:
     from latent_jax.systems.megacontext.store import State
 
     grid = Table(title="levels", title_justify="left")
-    for column in ("level", "tokens per node", "nodes", "current", "stale", "none", "bytes/token"):
+    for column in ("level", "tokens per node", "nodes", "current", "partial", "stale", "none",
+                   "bytes/token"):
         grid.add_column(column, justify="right")
     for level in range(1, tree.levels + 1):
         state = tree.state(level)

@@ -1,4 +1,9 @@
-"""Percentile bootstrap over examples (Efron & Tibshirani 1993), vectorised and seeded."""
+"""Percentile bootstrap over examples (Efron & Tibshirani 1993), vectorised and seeded.
+
+Examples that are not independent, such as places of one text, belong to one cluster: clusters are
+drawn whole (Davison & Hinkley 1997, section 3.8, resampling clusters only). The fewer the clusters,
+the more such an interval is too narrow; of a single one there is none.
+"""
 
 from __future__ import annotations
 
@@ -41,37 +46,52 @@ def _interval(statistic: np.ndarray, level: float) -> Interval:
 def mean_interval(
     values: np.ndarray, counts: np.ndarray | None = None, *,
     resamples: int = 2000, level: float = 0.95, seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> Interval:  # fmt: skip
     """Interval of ``sum(values) / sum(counts)``, or of the mean over examples without counts."""
     values = np.asarray(values, np.float64)
     if values.size == 0:
         return float("nan"), float("nan")
     counts = np.ones_like(values) if counts is None else np.asarray(counts, np.float64)
-    return ratio_interval(values, counts, resamples=resamples, level=level, seed=seed)
+    return ratio_interval(
+        values, counts, resamples=resamples, level=level, seed=seed, clusters=clusters
+    )
 
 
 def difference_interval(
     first: np.ndarray, second: np.ndarray, *,
     resamples: int = 2000, level: float = 0.95, seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> Interval:  # fmt: skip
     """Interval of ``mean(first) - mean(second)`` on the same examples (paired)."""
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired arms need equal shapes, got {first.shape} and {second.shape}")
-    return mean_interval(first - second, resamples=resamples, level=level, seed=seed)
+    return mean_interval(
+        first - second, resamples=resamples, level=level, seed=seed, clusters=clusters
+    )
 
 
 def ratio_interval(
     numerator: np.ndarray, denominator: np.ndarray, *,
     resamples: int = 2000, level: float = 0.95, seed: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> Interval:  # fmt: skip
     """Interval of ``mean(numerator) / mean(denominator)`` on the same examples.
 
     A ratio of means, not a mean of ratios; draws with a zero denominator are left out.
+
+    Args:
+      clusters: which cluster each example is in, ``[n]``; none: every example is one.
     """
     pair = np.stack(
         [np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)], axis=1
     )
+    if clusters is not None:
+        names, at = np.unique(clusters, return_inverse=True)
+        sums = np.zeros((len(names), 2))
+        np.add.at(sums, at, pair)
+        pair = sums if len(names) > 1 else sums[:0]
     if len(pair) == 0:
         return float("nan"), float("nan")
     sums = resampled_sums(pair, resamples, seed)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from latent_jax.backbones import decode_cpu, generate, sampling
+from latent_jax.backbones import decode_cpu, decode_loop, generate, sampling
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.generate import generate_ids
 from latent_jax.backbones.generate_text import generate_text
@@ -118,7 +118,7 @@ def test_decode_logits_match_prefill_logits():
         5,
     )
     np.testing.assert_allclose(hidden, full[:, 5], atol=1e-5)
-    step = jax.jit(generate.decode_step, static_argnums=(0, 6))
+    step = jax.jit(decode_loop.decode_step, static_argnums=(0, 6))
     for i in range(5):
         slot = jnp.int32(6 + i)
         hidden, cache = step(decoder, params, ids[:, 6 + i], position + i, cache, slot, jnp.float32)

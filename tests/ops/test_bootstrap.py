@@ -41,6 +41,21 @@ def test_ratio_of_means_is_not_a_mean_of_ratios():
     assert np.isnan(bootstrap.ratio_interval(a, np.zeros_like(a))).all()
 
 
+def test_clusters_are_drawn_whole():
+    """Copies of an example say nothing new: the interval is that of the examples themselves."""
+    x = np.random.default_rng(2).normal(size=12)
+    alone = bootstrap.mean_interval(x)
+    copies, which = np.repeat(x, 50), np.repeat(np.arange(12), 50)
+    assert bootstrap.mean_interval(copies, clusters=which) == pytest.approx(alone)
+    low, high = bootstrap.mean_interval(copies)
+    assert high - low < 0.3 * (alone[1] - alone[0])
+    shifted = bootstrap.difference_interval(copies + 1, np.zeros(600), clusters=which[::-1])
+    assert shifted == pytest.approx((alone[0] + 1, alone[1] + 1), abs=0.2)
+    uneven = bootstrap.ratio_interval(np.arange(4.0), np.ones(4), clusters=np.array([0, 0, 0, 1]))
+    assert uneven == pytest.approx((1.0, 3.0))
+    assert np.isnan(bootstrap.mean_interval(x, clusters=np.zeros(12))).all()
+
+
 def test_token_weighted_mean():
     correct, count = np.array([3.0, 1.0] * 100), np.array([4.0, 4.0] * 100)
     low, high = bootstrap.mean_interval(correct, count)

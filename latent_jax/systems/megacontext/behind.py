@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from latent_jax.backbones import Backbone
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
-from latent_jax.backbones.generate import generate_ids
+from latent_jax.backbones.generate import Begun, generate_ids, go_on, prefill
 from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.nn.lora import merged
@@ -25,7 +25,7 @@ from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
 
 # Prompts are padded to multiples of this, so that few lengths are compiled.
-_PROMPT = 64
+PROMPT = 64
 
 
 class Behind:
@@ -48,6 +48,7 @@ class Behind:
         self._prefix = jax.jit(self._as_prefix)
         self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
         self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
+        self._begin = jax.jit(self._read_live, static_argnames=("room",))
 
     def places(self, capacity: int, most: int) -> int:
         """Length of the compiled shape for contexts of ``capacity`` entries.
@@ -91,21 +92,16 @@ class Behind:
         Raises:
           ConfigError: more than the base has positions for.
         """
-        most = self.backbone.config.max_position
-        if capacity + len(live) + max_new_tokens > most:
-            raise ConfigError(
-                f"W={capacity}, {len(live)} tokens behind it and {max_new_tokens} new ones do not "
-                f"fit the base's {most} positions"
-            )
+        self.check_room(start, len(live), max_new_tokens)
         first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
         if entries is not None:
             first = behind(first, self.prefix(entries, capacity))
-        tokenizer, room = self.backbone.tokenizer, -len(live) % _PROMPT
+        tokenizer, room = self.backbone.tokenizer, -len(live) % PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
         out = generate_ids(
             self.decoder, self._reading(), self.backbone.embed(row), mask,
             max_new_tokens=max_new_tokens, prefix=first,
-            start=int(self.positions(np.asarray([start]), start)[0]),
+            start=self._first(start),
             stop_ids=tokenizer.stop_ids,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
@@ -117,6 +113,67 @@ class Behind:
         if self._merged is None:
             self._merged = merged(self.base, self.lora)
         return self._merged
+
+    def begin(
+        self, context: Any, live: Int[np.ndarray, " t"], start: int, width: int, room: int
+    ) -> Begun:
+        """Reads live tokens behind a context: what follows can be decoded (`generate.go_on`).
+
+        Args:
+          context: what they stand behind, a `WorkingContext`.
+          live: tokens.
+          start: position of the first of them in the history.
+          width: tokens of the compiled shape.
+          room: free entries for what follows.
+        """
+        gap = width - len(live)
+        row, mask = np.pad(live, (gap, 0))[None], np.arange(width)[None] >= gap
+        where = np.asarray([self._first(start)])
+        return self._begin(
+            self.base, self._reading(), context.held, *context.placed(start), row, mask, where,
+            room=room,
+        )  # fmt: skip
+
+    def decode(self, begun: Begun, room: int, limit: int) -> tuple[list[int], bool]:
+        """Greedy tokens behind what was read, without the one that ends a text, and whether there
+        was one.
+        """
+        stops = self.backbone.tokenizer.stop_ids
+        out = go_on(self.decoder, self._reading(), begun, room, limit, stops)
+        ids, stopped = np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist(), bool(out.stopped)
+        return ids[: len(ids) - stopped], stopped
+
+    def _read_live(self, base, reading, held, at, there, row, mask, where, room):
+        prefix = behind(
+            sink_kv(self.decoder, base, jnp.int32(self.sink), 1),
+            self._as_prefix(base, held, at, there),
+        )
+        x = self.decoder.apply({"params": base}, row, method="embed")
+        return Begun(*prefill(self.decoder, reading, x, mask, where, prefix, room))
+
+    def check_room(self, start: int, live: int, new: int) -> None:
+        """Refuses text whose last token would stand where the base has no position any more.
+
+        How many entries stand before it does not matter: they stand where their text did.
+
+        Args:
+          start: position in the history of the first live token.
+          live: tokens from there on.
+          new: tokens that follow them.
+
+        Raises:
+          ConfigError: too many.
+        """
+        most, first = self.backbone.config.max_position, self._first(start)
+        if first + live + new > most:
+            raise ConfigError(
+                f"{live} live tokens from rotary position {first} on and {new} new ones do not fit "
+                f"the base's {most} positions: ask for fewer, or ask less"
+            )
+
+    def _first(self, start: int) -> int:
+        """Rotary position of the first live token."""
+        return int(self.positions(np.asarray([start]), start)[0])
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)
@@ -146,7 +203,7 @@ class Behind:
         """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         most = max(len(c.positions) for c in contexts)
         held, at, mask = stacked(contexts, self.places(capacity, most))
-        first = int(self.positions(np.asarray([start]), start)[0])
+        first = self._first(start)
         return np.asarray(self._nll(self.base, self.lora, held, at, mask, rows, first))
 
     def attention(
@@ -163,13 +220,14 @@ class Behind:
           capacity: entries of the compiled shape.
           count: nodes of the compiled shape.
         """
-        entries = self.gather(nodes, start)
+        readable = [(i, node) for i, one in enumerate(nodes) for node in self.sound([one])]
+        entries = self.gather([node for _, node in readable], start)
         places = self.places(capacity, len(entries.positions))
-        widths = [len(entry_offsets(self.model, level)) for level, _ in nodes]
-        owner = np.repeat(np.arange(len(nodes)), widths)
+        widths = [len(entry_offsets(self.model, level)) for _, (level, _) in readable]
+        owner = np.repeat(np.asarray([i for i, _ in readable], int), widths)
         owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
         held, at, mask = stacked([entries], places)
-        first = int(self.positions(np.asarray([start]), start)[0])
+        first = self._first(start)
         return np.asarray(
             self._attention(
                 self.base, held, at, mask, owner, ids, first, nodes=count, watched=watched

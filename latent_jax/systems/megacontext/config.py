@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.base_lora import PART as LORA
 from latent_jax.systems.megacontext.base_lora import BaseLoraConfig
 from latent_jax.systems.megacontext.label_config import LabelConfig, labelled_blocks
-from latent_jax.systems.megacontext.layout import Layout, cover_cost
+from latent_jax.systems.megacontext.layout import Layout, cover_cost, roomy
 from latent_jax.systems.megacontext.policy_names import ENDS, POLICIES
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
@@ -75,7 +76,17 @@ class GistConfig:
     )
 
     def validate(self) -> None:
-        """Refuses text before windows whose entries are made anew for every context."""
+        """Refuses text before windows whose entries are made anew for every context, and what
+        gists of the text's own entries do not look at.
+        """
+        if self.kind == "heads":
+            given = {f.name: f.default for f in dataclasses.fields(self)}
+            unread = [n for n in ("reads", "focus", "place") if getattr(self, n) != given[n]]
+            if unread:
+                raise ConfigError(
+                    f"model.gist.{unread[0]}={getattr(self, unread[0])}: kind=heads has no slots "
+                    "that read, and its entries stand where their text does: leave it out"
+                )
         if self.lead and self.kind == "embeddings":
             raise ConfigError(
                 "model.gist.lead: gists that are input embeddings are read together in every "
@@ -366,8 +377,17 @@ class MegaRun(RunBase):
                 f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
                 f"a multiple of {step} (nodes of the top level, windows of the encoder)"
             )
+        self._reachable()
         if e.documents and not e.budgets:
             raise ConfigError("eval.documents: give eval.budgets, the size of the working context")
+        if e.documents and e.document_tokens is not None:
+            blocks = e.document_tokens // layout.block
+            room = int(cover_cost(layout, blocks, layout.levels))
+            if e.budgets[0] < room:
+                raise ConfigError(
+                    f"eval.budgets: the first, {e.budgets[0]}, cannot hold eval.document_tokens="
+                    f"{e.document_tokens}, which cost {room} entries at their coarsest"
+                )
         if e.stream and not e.budgets:
             raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
         if e.stream:
@@ -434,6 +454,25 @@ class MegaRun(RunBase):
                 self.model.layout, self.model.gist.window, d.label, d.label_blocks,
                 "data.label_blocks", "raise data.label_blocks",
             )  # fmt: skip
+    def _reachable(self) -> None:
+        """Refuses histories that the allocator could not even hold at their coarsest."""
+        e, layout = self.eval, self.model.layout
+        if e.reach and not e.tasks:
+            raise ConfigError("eval.reach: give eval.tasks, the facts that are looked for")
+        for tokens in e.reach:
+            blocks = tokens // layout.block
+            if blocks <= layout.protected:
+                raise ConfigError(
+                    f"eval.reach: {tokens} tokens are no more than the protected tail of "
+                    f"{layout.protected} blocks: nothing has to be looked for"
+                )
+            wide = roomy(layout, blocks, e.reach_budget)
+            room = int(cover_cost(wide, blocks, wide.levels))
+            if e.reach_budget < room:
+                raise ConfigError(
+                    f"eval.reach_budget={e.reach_budget} cannot hold the {tokens} tokens of "
+                    f"eval.reach, which cost {room} entries at their coarsest: raise it"
+                )
 
     def _only_what_heads_can(self) -> None:
         """Refuses what gists of the text's own entries do not have."""

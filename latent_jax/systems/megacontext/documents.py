@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from latent_jax.core.errors import ConfigError
 from latent_jax.data.answers import exact_match, f1
 from latent_jax.data.long_documents import LongQuestion
 from latent_jax.ops import bootstrap
+from latent_jax.systems.megacontext.layout import Layout, cover_cost
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 
@@ -37,6 +39,30 @@ def said(text: str) -> str:
     """The first line of what was generated, which is the answer."""
     lines = text.strip().splitlines()
     return lines[0].strip() if lines else ""
+
+
+def check(
+    questions: Sequence[LongQuestion], tokenizer: Any, layout: Layout, budget: int,
+    most: int | None = None,
+) -> None:  # fmt: skip
+    """Refuses documents that a working context cannot hold, before any is read.
+
+    Args:
+      budget: entries of the working context, W.
+      most: tokens of a document; longer ones lose their middle.
+
+    Raises:
+      ConfigError: W cannot hold one at its coarsest, or it has no whole block.
+    """
+    for question in questions:
+        blocks = len(cut(np.asarray(tokenizer.encode(question.context)), most)) // layout.block
+        room = int(cover_cost(layout, blocks, layout.levels))
+        if not blocks or room > budget:
+            what = f"costs {room} entries at its coarsest" if blocks else "has no whole block"
+            raise ConfigError(
+                f"eval.documents: {question.id} {what}, and eval.budgets begins with {budget}: "
+                "raise it, or lower eval.document_tokens"
+            )
 
 
 def measure(

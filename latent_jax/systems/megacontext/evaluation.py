@@ -15,10 +15,10 @@ from latent_jax.core.parts import Parts
 from latent_jax.data import LongQuestion, load_long_questions
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import base_lora, documents, match_data, recipe, stream, tasks
+from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.policy_names import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
-from latent_jax.systems.megacontext.runtime import nll_at_h, policy_table
 
 
 class Evaluation:
@@ -156,12 +156,22 @@ class Evaluation:
             )[0]
 
     def questions(self) -> list[LongQuestion]:
-        """Questions on long documents, the English ones: others need other scores."""
+        """Questions on long documents, the English ones: others need other scores.
+
+        Raises:
+          DataError: there are none.
+          ConfigError: a document that the working context cannot hold.
+        """
         e = self.config.eval
         found = [q for q in load_long_questions(e.documents) if q.language == "en"]
         if not found:
             raise DataError(f"eval.documents: {e.documents} has no question of language 'en'")
-        return found[: e.document_rows]
+        found = found[: e.document_rows]
+        documents.check(
+            found, self.backbone.tokenizer, self.config.model.layout, e.budgets[0],
+            e.document_tokens,
+        )  # fmt: skip
+        return found
 
     def _documents(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Questions on long documents, answered from a store of each."""
@@ -211,4 +221,5 @@ class Evaluation:
                 progress("nll_at_h", number + 1, len(rows))
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         artefacts["places"] = found
-        return policy_table(found, e.budgets)
+        texts = np.repeat(np.arange(len(parts)), len(places))
+        return policy_table(found, e.budgets, texts)

@@ -17,7 +17,7 @@ from latent_jax.systems.megacontext import base_lora, labels, match_assets, tele
 from latent_jax.systems.megacontext.label_config import LabelConfig
 from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.memory import Memory, digest
-from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
+from latent_jax.systems.megacontext.runtime import Refocus, Runtime, RuntimeConfig
 
 
 class StoreHooks:
@@ -26,8 +26,13 @@ class StoreHooks:
     config: Any
     backbone: Any
 
-    def memory(self, variables, frozen, store: str, writable: bool = False) -> Memory:
+    def memory(
+        self, variables, frozen, store: str, writable: bool = False, append: bool = False
+    ) -> Memory:
         """A store as this run's base, GistNet, lens and matcher see it.
+
+        Args:
+          writable, append: as of `Memory.open`.
 
         Raises:
           StoreError: there is none, or it belongs to something else.
@@ -37,7 +42,7 @@ class StoreHooks:
         return Memory.open(
             store, backbone, model, params, digest(params, model.gist), writable,
             variables["params"].get("lens"), variables["params"].get("matcher"),
-            base_lora.deltas(model.lora, backbone.config, variables["params"]),
+            base_lora.deltas(model.lora, backbone.config, variables["params"]), append,
         )  # fmt: skip
 
     def export(self, variables, frozen, to: str, run: str | None = None) -> dict[str, Any]:
@@ -78,8 +83,12 @@ class StoreHooks:
     def recall(
         self, variables, frozen, store: str, prompt: str, budget: int = 512,
         policy: str = "bm25", max_new_tokens: int = 32, trace: str | None = None,
+        append: bool = False,
     ) -> dict[str, Any]:  # fmt: skip
-        """Continues a prompt behind a working context that was focused for it.
+        """Continues a prompt behind a working context that was focused for it and moves with it.
+
+        Args:
+          append: add prompt and answer to the store, with their gists.
 
         Raises:
           StoreError, ConfigError: what is wrong with the store or the options.
@@ -87,21 +96,29 @@ class StoreHooks:
         """
         if trace is not None and not Path(trace).absolute().parent.is_dir():
             raise RunError(f"--trace {trace}: no such folder; make it first")
-        with self.memory(variables, frozen, store) as memory:
+        with self.memory(variables, frozen, store, append=append) as memory:
             runtime = Runtime(memory, RuntimeConfig(budget, policy))
-            answer = runtime.answer(prompt, max_new_tokens)
+            answer = runtime.answer(prompt, max_new_tokens, append)
             if trace is not None:
                 telemetry.save(trace, runtime.layout, runtime.history, budget)
             levels = [level for level, _ in answer.nodes]
             counts = {f"level {n}": levels.count(n) for n in sorted(set(levels))}
             raw = " ".join(str(index) for level, index in answer.nodes if level == 0)
-            return {
+            found = {
                 "answer": answer.text,
                 "history": f"{len(memory.tree):,} tokens",
                 "nodes": ", ".join(f"{n} of {name}" for name, n in counts.items()),
                 "raw blocks": raw or "none but the tail",
                 "seconds": ", ".join(f"{k} {v:.2f}" for k, v in answer.seconds.items()),
             }
+            if answer.refocuses:
+                found["refocus"] = _by_place(answer.refocuses)
+            if memory.tree.damaged:
+                which = ", ".join(map(str, sorted(memory.tree.damaged)))
+                found["warning"] = (
+                    f"damaged blocks are left out: {which}; `mega info --verify` says where"
+                )
+            return found
 
     def label(
         self, variables, frozen, store: str, to: str, options: LabelConfig, progress=None,
@@ -135,6 +152,18 @@ class StoreHooks:
             "collapse": _spread(losses),
             "gists": provenance["gists"],
         }
+
+
+def _by_place(refocuses: list[Refocus]) -> str:
+    """Seconds of moving the focus, by where in the context its first edit was."""
+    told = []
+    for quarter in range(4):
+        spent = [r.seconds for r in refocuses if min(int(4 * r.first), 3) == quarter]
+        if spent:
+            each = f"{np.median(spent):.2f} s" + (f", {len(spent)} times" if spent[1:] else "")
+            told.append(f"{25 * quarter} to {25 * quarter + 25} %: {each}")
+    entries = np.mean([r.entries for r in refocuses])
+    return f"first edit at {'; '.join(told)}; {entries:.0f} entries written each time"
 
 
 def _spread(deltas: np.ndarray) -> str:

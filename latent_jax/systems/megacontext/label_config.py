@@ -23,7 +23,8 @@ class LabelConfig:
     horizon: int = field(default=2, ge=1, help="blocks that are predicted")
     history: int | None = field(
         default=None, ge=2,
-        help="blocks of history before a place; none: what half of W holds at its coarsest",
+        help="most blocks of history before a place, which begins with a node of the top and a "
+        "window of the encoder; none: what half of W holds at its coarsest",
     )  # fmt: skip
     policies: tuple[str, ...] = field(
         default=("recency", "bm25", "random"), help="which move the focus there, in turn"
@@ -61,7 +62,7 @@ def labelled_blocks(
       ConfigError: the history is too short for the places, or W too small.
     """
     step = math.lcm(int(layout.widths[-1]), window)
-    history = config.history or _roomy(layout, config.budget, step)
+    history = config.history or _longest(layout, config.budget, step)
     least_cost(layout, history, config.budget)
     ends = np.arange(history, blocks - config.horizon + 1)
     firsts = -(-(ends - history) // step) * step
@@ -76,7 +77,7 @@ def labelled_blocks(
     return step, history, ends
 
 
-def _roomy(layout: Layout, budget: int, step: int) -> int:
+def _longest(layout: Layout, budget: int, step: int) -> int:
     """The longest history of whole steps that takes half of the budget at its coarsest."""
     steps = 1
     while int(cover_cost(layout, (steps + 1) * step, layout.levels)) <= budget // 2:

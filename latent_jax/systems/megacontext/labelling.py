@@ -22,6 +22,10 @@ def label(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Measures snapshots on the way of some policies through a history.
 
+    A place has between ``history - step + 1`` and ``history`` blocks before it, where a step is
+    the least stretch of whole nodes of the top level and whole windows of the encoder: the history
+    must begin with one, and places fall anywhere. The provenance has both as ``history_blocks``.
+
     Args:
       memory: the history with all its gists.
       config: which contexts.
@@ -76,6 +80,7 @@ def label(
         "store": str(memory.tree.path.resolve()), "tokens": tokens,
         "history": labels.history_digest(memory.tree, tokens), "gists": memory.tree.version,
         "base": memory.backbone.sha256, "reader": memory.reader,
-        "budget": config.budget, "horizon": config.horizon, "history_blocks": history,
+        "budget": config.budget, "horizon": config.horizon,
+        "history_blocks": [history - step + 1, history],
         "policies": list(config.policies), "seed": config.seed,
     }  # fmt: skip

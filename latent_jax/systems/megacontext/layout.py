@@ -128,3 +128,12 @@ def least_cost(layout: Layout, history: int, budget: int) -> int:
             f"{layout.slots}"
         )
     return least
+
+
+def roomy(layout: Layout, blocks: int, budget: int) -> Layout:
+    """The layout with as many further levels as let half of W hold a history at its coarsest."""
+    while int(cover_cost(layout, blocks, layout.levels)) > budget // 2:
+        layout = dataclasses.replace(layout, slots=(*layout.slots, layout.slots[-1]))
+        if layout.widths[-1] > blocks:
+            break
+    return layout

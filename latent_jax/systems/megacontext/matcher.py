@@ -8,7 +8,6 @@ block's vectors are stored as int8.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections import OrderedDict
@@ -31,6 +30,7 @@ from latent_jax.core import trees
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MatcherConfig
+from latent_jax.systems.megacontext.match_cache import Kept
 from latent_jax.systems.megacontext.policies import bm25, in_pairs, of_blocks
 from latent_jax.systems.megacontext.reranker import Reranker, fused
 
@@ -192,7 +192,8 @@ class Finder:
       config: of the matcher.
       block: tokens of a block.
       params: of the matcher.
-      path: file that keeps windows' vectors from one process to the next.
+      path: store beside which windows' vectors are kept from one process to the next
+        (`match_cache.Kept`).
     """
 
     def __init__(
@@ -201,7 +202,7 @@ class Finder:
     ):  # fmt: skip
         self.config, self.block, self._params = config, block, {"params": params}
         self.states = States(backbone, config.layers)
-        self.path, self._windows = None, OrderedDict()
+        self._windows: OrderedDict[bytes, np.ndarray] = OrderedDict()
         matcher = Matcher(config.width)
         self._ask = jax.jit(lambda p, x, m: matcher.apply(p, x, m, method="ask"))
         self._store = jax.jit(
@@ -209,9 +210,11 @@ class Finder:
         )
         self._score = jax.jit(_pairs)
         self._reranker = Reranker(backbone, config.question)
+        self.kept = None
         if path is not None:
-            self.path = Path(f"{path}.matches-{digest(params)}")
-            self._read()
+            made = digest(params, backbone.sha256, config.layers)
+            self.kept = Kept(path, made, self.window, config.width)
+            self._windows.update(self.kept.read())
 
     @property
     def window(self) -> int:
@@ -236,23 +239,23 @@ class Finder:
         return of_blocks(self._matching(question, index), len(index))
 
     def rank(
-        self, question: Int[np.ndarray, " q"], ids: Int[np.ndarray, " t"]
+        self, question: Int[np.ndarray, " q"], ids: Int[np.ndarray, " t"], again: bool = True
     ) -> Float[np.ndarray, " n"]:
-        """Scores the blocks of a history; the best ones are read again if `rerank` says so.
+        """Scores the blocks of a history; the best ones are read again if `rerank` says so, unless
+        ``again`` is false.
 
         What is read again are the best pairs of blocks by the matcher, and a quarter as many by
-        BM25, which knows names and numbers better. They come before all others.
+        BM25, which knows names and numbers better; a pair without a word of the question is none
+        of those. They come before all others.
         """
         index = self.index(ids)
-        found, count = self._matching(question, index), self.config.rerank
+        found, count = self._matching(question, index), self.config.rerank * again
         if count and len(found):
             texts = in_pairs(np.asarray(ids).reshape(len(index), -1))
             words = bm25(texts, question[-self.config.question :])
-            best = np.concatenate([
-                np.argsort(-found, kind="stable")[:count],
-                np.argsort(-words, kind="stable")[: max(count // 4, 1)],
-            ])  # fmt: skip
-            best = np.unique(best)
+            named = np.argsort(-words, kind="stable")[: max(count // 4, 1)]
+            best = np.argsort(-found, kind="stable")[:count]
+            best = np.unique(np.concatenate([best, named[words[named] > 0]]))
             again = fused(found[best], self._reranker(question, texts[best]))
             found = found - found.max() - 1
             found[best] = again - again.min()
@@ -286,22 +289,8 @@ class Finder:
         self._windows.update(found)
         while len(self._windows) > _KEPT:
             self._windows.popitem(last=False)
-        if self.path is not None and found:
-            with contextlib.suppress(PermissionError), self.path.open("ab") as file:
-                file.write(b"".join(key + x.tobytes() for key, x in found.items()))
-
-    def _read(self) -> None:
-        """What other processes kept; a record that was not finished is left out."""
-        if not self.path.is_file():
-            return
-        raw, key = self.path.read_bytes(), len(_key(np.zeros(1, np.int32)))
-        size = key + self.window * self.config.width
-        whole = len(raw) // size
-        if len(raw) % size:  # what is appended next must begin where a record does
-            self.path.write_bytes(raw[: whole * size])
-        for at in range(0, whole * size, size):
-            x = np.frombuffer(raw, np.int8, size - key, at + key)
-            self._windows[raw[at : at + key]] = x.reshape(self.window, self.config.width)
+        if self.kept is not None and found:
+            self.kept.add(found)
 
 
 def _pairs(
@@ -321,9 +310,9 @@ def _key(ids: Int[np.ndarray, " t"]) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(ids, np.int32).tobytes(), digest_size=16).digest()
 
 
-def digest(params: Any) -> str:
-    """Of a matcher's parameters, short."""
-    made = hashlib.sha256()
+def digest(params: Any, base: str, layers: Sequence[int]) -> str:
+    """Names what makes vectors, short: a matcher's parameters, and the base and layers it reads."""
+    made = hashlib.sha256(f"{base} {list(layers)} ".encode())
     for name, leaf in sorted(trees.flatten(params).items()):
         made.update(name.encode())
         made.update(np.asarray(leaf, np.float32).tobytes())

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -34,7 +35,7 @@ from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
-from latent_jax.systems.megacontext.store import GistTree, Stretch, TreeSpec, build
+from latent_jax.systems.megacontext.store import GistTree, Overlay, Stretch, TreeSpec, build
 
 
 class Memory(Behind):
@@ -77,8 +78,9 @@ class Memory(Behind):
             counts = None if self.heads is None else self.heads.all_counts(params)
             sight = Sight(tree, Look(backbone.config, model.lens, counts))
             self.lens = Lens(lens_net(model.lens, model.layout), lens, sight)
-        # By window and where the history ended in it: a window that has grown is another.
-        self._kept: OrderedDict[tuple[int, int], Gists] = OrderedDict()
+        # By window, where the history ended in it (one that has grown is another), and the damaged
+        # block that it is read behind.
+        self._kept: OrderedDict[tuple[int, int, int], Gists] = OrderedDict()
         self._windows = windows
         self._encode = jax.jit(self._encode_window)
         self._make = jax.jit(self._gists, static_argnames=("level",))
@@ -96,6 +98,7 @@ class Memory(Behind):
         lens: Any = None,
         matcher: Any = None,
         lora: Any = None,
+        append: bool = False,
     ) -> Memory:
         """Opens a store, or makes it if it is to be written.
 
@@ -104,6 +107,7 @@ class Memory(Behind):
           lens: as in the constructor.
           matcher: as in the constructor; its vectors are kept beside the store.
           lora: as in the constructor.
+          append: open it for writing, but as one that is read: there and of this version.
 
         Raises:
           StoreError: there is none, or it belongs to another base, tokenizer or layout, or its
@@ -113,7 +117,7 @@ class Memory(Behind):
         if writable and not GistTree.exists(path):
             tree = GistTree.create(path, TreeSpec(**spec))
         else:
-            tree = GistTree.open(path, writable, **spec)
+            tree = GistTree.open(path, writable or append, **spec)
         if writable:
             try:
                 tree.set_version(version)
@@ -121,7 +125,7 @@ class Memory(Behind):
                 tree.close(discard=True)
                 raise
         elif tree.version != version:
-            tree.close()
+            tree.close(discard=True)
             raise StoreError(
                 f"{path}: its gists are of version {tree.version or 'none'}, this run's are "
                 f"{version}: run `latent-jax mega ingest` with this run first"
@@ -132,12 +136,18 @@ class Memory(Behind):
 
     def stretch(self, first: int) -> Memory:
         """The same memory, its history beginning at a later block; see `Stretch`."""
+        return self._over(Stretch(self.tree, first, self.model.layout.levels))
+
+    def grown(self) -> Memory:
+        """The same memory, whose history goes on without the store's; see `Overlay`."""
+        return self._over(Overlay(self.tree))
+
+    def _over(self, tree: Any) -> Memory:
+        """The same memory of another tree."""
         other = copy.copy(self)
-        other.tree = Stretch(self.tree, first, self.model.layout.levels)
-        other._kept = OrderedDict()
+        other.tree, other._kept = tree, OrderedDict()
         if self.lens is not None:
-            sight = Sight(other.tree, self.lens.sight.look)
-            other.lens = self.lens._replace(sight=sight)
+            other.lens = self.lens._replace(sight=Sight(tree, self.lens.sight.look))
         return other
 
     def __enter__(self) -> Memory:
@@ -170,7 +180,7 @@ class Memory(Behind):
         if self.heads is not None:
             return self.heads.merge(params, below, level)
         if self.embeddings is not None and level == 1:
-            return self.embeddings.make(params, base, below.reshape(1, -1))
+            return self.embeddings.make(params, base, jnp.maximum(below.reshape(1, -1), 0))
         if self.embeddings is not None:
             return self.embeddings.merge(params, base, below, level)
         if level == 1:
@@ -180,10 +190,15 @@ class Memory(Behind):
             below = grouped(from_records(children, self.backbone.config), layout.branching)
         return to_records(self.net.apply({"params": params}, below, level))
 
-    def build(self, progress: Any = None) -> dict[int, int]:
+    def build(self, progress: Any = None, breaks: Sequence[int] = ()) -> dict[int, int]:
         """Makes every gist that is missing or of another version; returns how many per level.
 
         Blocks whose tokens are damaged, so that they have none, are ``damaged`` from then on.
+
+        Args:
+          progress: called as progress(level, nodes made).
+          breaks: first blocks of texts that know nothing of what stands before them, as when
+            several stand in one tree (`stretch`); they must begin windows.
 
         Raises:
           StoreError: the tree is not open for writing.
@@ -203,7 +218,7 @@ class Memory(Behind):
 
         found = build(
             self.tree, make, batch=self.model.gist.window, neighbours=True,
-            lead=self.model.gist.lead, top=layout.levels, progress=progress,
+            lead=self.model.gist.lead, top=layout.levels, breaks=breaks, progress=progress,
         )  # fmt: skip
         self.damaged = found.skipped
         return found.nodes
@@ -222,36 +237,68 @@ class Memory(Behind):
         size, stop = self.model.layout.block, len(self.tree) if stop is None else stop
         count = min(-(-len(asked) // size), TAIL_GISTS, (stop + len(asked)) // size)
         before = max(count * size - len(asked), 0)
-        rows = np.zeros(((lead := self.model.gist.lead) + TAIL_GISTS, size), np.int32)
-        rows[:lead] = self._leading(stop - before)
-        ids = np.concatenate([self.tree.tokens(stop - before, stop), asked])
-        rows[lead : lead + count] = ids[len(ids) - count * size :].reshape(count, size)
+        lead = self.model.gist.lead
+        rows = np.zeros((lead + TAIL_GISTS, size), np.int32)
+        begin = max(stop - before - lead * size, 0)
+        ids = np.concatenate([self._sound(begin, stop), asked])[-(lead + count) * size :]
+        room = (lead + count) * size - len(ids)
+        rows[: lead + count] = np.pad(ids, (room, 0), constant_values=-1).reshape(-1, size)
         return np.asarray(self._make(self.base, self.params, rows, 1))[:count]
 
-    def _leading(self, stop: int) -> Int[np.ndarray, "lead block"]:
-        """Tokens of the blocks that lead to a place; -1 before the history begins."""
-        size, lead = self.model.layout.block, self.model.gist.lead
-        found = self.tree.tokens(max(stop - lead * size, 0), stop)
-        return np.pad(found, (lead * size - len(found), 0), constant_values=-1).reshape(lead, size)
+    def _sound(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Tokens, with -1 up to the last of those that are damaged."""
+        ids, damaged = self.tree.readable(start, stop)
+        if damaged:
+            ids[: (damaged[-1] + 1) * self.model.layout.block - start] = -1
+        return ids
 
     def raw(self, block: int) -> Gists:
         """Entries of one block of tokens, ``[l, 1, block, g, d]``, encoded behind the blocks of its
-        window that come before it.
+        window that come before it, as far back as they can be read.
+
+        Raises:
+          DamagedTokens: the block cannot.
         """
-        window, size = self.model.gist.window, self.model.layout.block
+        window, size, lead = self.model.gist.window, self.model.layout.block, self.model.gist.lead
         number, inside = divmod(block, window)
         start = number * window * size
-        stop = min(start + window * size, len(self.tree))
-        if (number, stop) not in self._kept:
-            before = self._leading(start).reshape(-1)
-            row = np.zeros((1, len(before) + window * size), np.int32)
-            row[0, : len(before)] = before
-            row[0, len(before) : len(before) + stop - start] = self.tree.tokens(start, stop)
-            self._kept[number, stop] = jax.tree.map(np.asarray, self._encode(self.base, row))
+        begin, stop = max(start - lead * size, 0), min(start + window * size, len(self.tree))
+        ids, damaged = self.tree.readable(begin, stop)
+        if block in damaged:
+            self.tree.tokens(block * size, (block + 1) * size)  # says so
+        hole = max((d for d in damaged if d < block), default=-1)
+        key = number, stop, hole
+        if key not in self._kept:
+            row = np.zeros((1, (lead + window) * size), np.int32)
+            row[:, : lead * size] = -1
+            at = lead * size - (start - begin)
+            row[0, at : at + len(ids)] = np.maximum(ids, 0)
+            row[0, : max(at + (hole + 1) * size - begin, 0) if hole >= 0 else 0] = -1
+            self._kept[key] = jax.tree.map(np.asarray, self._encode(self.base, row))
             while len(self._kept) > self._windows:
                 self._kept.popitem(last=False)
-        self._kept.move_to_end((number, stop))
-        return Gists(*(x[:, inside : inside + 1] for x in self._kept[number, stop]))
+        self._kept.move_to_end(key)
+        return Gists(*(x[:, inside : inside + 1] for x in self._kept[key]))
+
+    def sound(self, nodes: Sequence[Node]) -> list[Node]:
+        """Nodes as they can be read: in the place of a raw block whose tokens are damaged stands
+        its gist, if there is one, and what has neither is left out.
+
+        What is found damaged is in ``tree.damaged`` from then on.
+        """
+        size, found = self.model.layout.block, []
+        for level, index in nodes:
+            if not level and self.tree.readable(index * size, (index + 1) * size)[1]:
+                level = 1
+            if not level or not self.tree.lost(level, index):
+                found.append((level, index))
+        return found
+
+    def live(self, start: int) -> tuple[Int[np.ndarray, " t"], int]:
+        """Tokens from a block on that can be read to the history's end, and where they begin."""
+        ids = self._sound(start, len(self.tree))
+        skipped = int((ids < 0).sum())
+        return ids[skipped:], start + skipped
 
     def forget(self) -> None:
         """Drops the encoded windows that were kept."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jaxtyping import Int
@@ -20,9 +22,11 @@ from latent_jax.systems.megacontext.utilities import utilities
 class Oracle:
     """Greedy focus by measured utilities, under the same allocator as any other policy.
 
-    It starts from the same tiling as the others and stops at the first iteration that does not
-    lower the loss (actions that help one by one may not help together), so it is never worse than
-    that start. It is a bound for one-step greedy policies, not for all.
+    It starts from whichever is best of the tilings that policies start from (the coarsest, and the
+    newest text sharp) and those that it is given, what the policies that it is compared with have
+    settled on. It stops at the first iteration that does not lower the loss (actions that help one
+    by one may not help together). So it is never worse than any of these, and no regret is
+    negative; it is no bound for policies that it was not given.
 
     Args:
       memory: the history with its gists.
@@ -39,8 +43,9 @@ class Oracle:
         self._score = jax.jit(policies.make(MEASURED, self.layout, budget))
 
     def settle(
-        self, cursor: int, live: Int[np.ndarray, " t"], start: int, horizon: int
-    ) -> tuple[float, Tiling]:
+        self, cursor: int, live: Int[np.ndarray, " t"], start: int, horizon: int,
+        others: Sequence[Tiling] = (),
+    ) -> tuple[float, Tiling]:  # fmt: skip
         """The lowest loss it finds at a place, and the context that has it.
 
         Args:
@@ -48,16 +53,25 @@ class Oracle:
           live: the protected tail, then the horizon.
           start: position of the first of them.
           horizon: tokens that are predicted.
+          others: tilings of that history that it may start from, too.
         """
-        tiling, best = tl.start(self.layout, cursor, self.budget), None
+
+        def measure(tiling, todo):
+            nodes, _ = before_tail(self.layout, tiling)
+            return self.counterfactuals.measure(nodes, todo, live, start, horizon)
+
+        starts = [tl.start(self.layout, cursor, self.budget, coarse=c) for c in (False, True)]
+        starts += list(others)
+        losses = [measure(tiling, []).nll for tiling in starts]
+        tiling = starts[int(np.argmin(losses))]
+        best = min(losses), tiling
         for step in range(self.steps + 1):
             # The last context is only read, not changed any more.
             todo = actions(self.layout, tiling) if step < self.steps else []
-            nodes, _ = before_tail(self.layout, tiling)
-            found = self.counterfactuals.measure(nodes, todo, live, start, horizon)
-            if best is not None and found.nll >= best[0]:
+            found = measure(tiling, todo)
+            if step and found.nll >= best[0]:
                 break
-            best = found.nll, tiling
+            best = min(best[0], found.nll), tiling
             size = tiling.level.shape[0]
             worth, _ = utilities(self.layout, size, todo, found.delta_nll)
             tiling, trace = refocus(

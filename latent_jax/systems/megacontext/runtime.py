@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Int
 
 from latent_jax.backbones.decoder import KV
+from latent_jax.backbones.generate import Begun
 from latent_jax.core.errors import ConfigError
-from latent_jax.ops import bootstrap
-from latent_jax.systems.megacontext.allocator import FocusConfig
+from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.behind import PROMPT
 from latent_jax.systems.megacontext.contexts import Entries
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
 from latent_jax.systems.megacontext.memory import Memory, Node
-from latent_jax.systems.megacontext.oracle import Oracle
-from latent_jax.systems.megacontext.policy_names import ENDS, MEASURED
+from latent_jax.systems.megacontext.tiling import Tiling
+from latent_jax.systems.megacontext.working import Edit, WorkingContext
+
+
+class Refocus(NamedTuple):
+    """What moving the focus once cost, while something is generated.
+
+    Attributes:
+      first: where in the context the first edit was, as a share of it; see `working.Edit`.
+      entries: entries that were written.
+      seconds: until the next token could be decoded: encoding and placing what changed, and reading
+        the live tail again.
+    """
+
+    first: float
+    entries: int
+    seconds: float
 
 
 class Answer(NamedTuple):
@@ -25,13 +41,34 @@ class Answer(NamedTuple):
 
     Attributes:
       text: the answer.
-      nodes: nodes of the working context, in the order of the history.
-      seconds: by part: focus, gather, decode.
+      nodes: nodes of the working context that it was begun from, in the order of the history.
+      seconds: by part: ingest (gists of what was generated), focus (looking at the history),
+        allocate, read (the first context and the prompt), refocus, decode.
+      refocuses: one for every block that was generated.
+      ids: its tokens, without the one that ended it.
     """
 
     text: str
     nodes: list[Node]
     seconds: dict[str, float]
+    refocuses: list[Refocus]
+    ids: Int[np.ndarray, " n"]
+
+
+class _Clock:
+    """Seconds by part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.perf_counter()
+
+    def lap(self, part: str | None = None) -> float:
+        """Since the last lap, which is put down to a part; none: it is measured elsewhere."""
+        now = time.perf_counter()
+        spent, self._began = now - self._began, now
+        if part is not None:
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent
+        return spent
 
 
 class Runtime(Focus):
@@ -63,7 +100,7 @@ class Runtime(Focus):
             return super()._seen(tiling, query, blocks)
         layout, size = self.layout, self.layout.block
         nodes, start = before_tail(layout, tiling)
-        live = self.tree.tokens(start, blocks * size)
+        live = np.maximum(self.tree.readable(start, blocks * size)[0], 0)
         if not np.array_equal(query, live[-len(query) :]):
             live = np.concatenate([live, query])  # a question that follows the history
         left_out = len(live) % size
@@ -73,126 +110,119 @@ class Runtime(Focus):
         )
         return {"attention": found}
 
-    def answer(self, prompt: str, max_new_tokens: int = 32) -> Answer:
-        """Continues a prompt that follows the history, greedily.
+    def answer(self, prompt: str, max_new_tokens: int = 32, keep: bool = False) -> Answer:
+        """Continues a prompt that follows the history, greedily; see `generate`.
 
         Raises:
-          ConfigError: an empty prompt, or one that is longer than the base's context.
+          ConfigError: an empty prompt, or more than the base has positions for.
         """
-        memory, seconds, began = self.memory, {}, time.perf_counter()
-        asked = np.asarray(memory.backbone.tokenizer.encode(prompt), np.int32)
+        asked = np.asarray(self.memory.backbone.tokenizer.encode(prompt), np.int32)
         if not asked.size:
             raise ConfigError("the prompt is empty: ask something")
+        return self.generate(asked, max_new_tokens, keep)
+
+    def generate(
+        self, asked: Int[np.ndarray, " q"], max_new_tokens: int, keep: bool = False
+    ) -> Answer:
+        """Continues a prompt behind a working context that stays of its size.
+
+        The focus settles for the prompt, which is read live behind the protected tail. Whenever
+        a block of the history is complete, it joins the history and gets its gists, the focus
+        moves once (the live tail is its query), the context is edited where that changes it,
+        and the tail, whose keys and values depend on the context, is read again. Shapes stay
+        the same from block to block.
+
+        Args:
+          asked: tokens of the prompt.
+          max_new_tokens: at most so many.
+          keep: append prompt and answer to the tree, which must be open for writing; else they are
+            forgotten afterwards.
+
+        Raises:
+          ConfigError: more than the base has positions for, or W is too small.
+        """
+        store, layout, size = self.memory, self.layout, self.layout.block
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}: use at least 1")
+        start = self.nodes(self.start(self.blocks))[1]  # refuses before anything is read
+        length = len(self.tree) + len(asked)
+        first = min(max_new_tokens, size - length % size)
+        store.check_room(start, length - start, first)
+        if max_new_tokens > first:
+            store.check_room(store.far, layout.protected * size, size)
+        for blocks in range(self.blocks + 1, (length + max_new_tokens) // size + 1):
+            self.start(blocks)  # it must hold what it will have grown to
+        try:
+            if not keep:
+                self.look_at(store.grown())
+            return self._generate(asked, max_new_tokens)
+        finally:
+            self.look_at(store)
+
+    def _generate(self, asked, max_new_tokens) -> Answer:
+        memory, size = self.memory, self.layout.block
+        self.seconds = {"focus": 0.0, "allocate": 0.0}
+        clock = _Clock()
         newer = memory.prompt_gists(asked) if self.config.policy == "lens" else None
+        clock.lap("ingest")
         tiling = self.settle(asked, newer=newer)
+        clock.lap()
+        nodes, live, start = self.context(tiling)
+        context, live = WorkingContext(memory, self.config.budget), np.append(live, asked)
+        context.edit(nodes, start)
+        begun = memory.begin(context, live, start, -(-len(live) // PROMPT) * PROMPT, size)
+        jax.block_until_ready(begun)
+        clock.lap("read")
+        memory.tree.append(asked)
+        said: list[int] = []
+        refocuses: list[Refocus] = []
+        while True:
+            limit = min(max_new_tokens - len(said), size - len(memory.tree) % size)
+            new, stopped = memory.decode(begun, size, limit)
+            memory.tree.append(np.asarray(new, np.int32))
+            said += new
+            clock.lap("decode")
+            if stopped or len(said) == max_new_tokens:
+                break
+            tiling, edit, begun = self._moved(tiling, context, clock)
+            refocuses.append(Refocus(*edit, clock.lap("refocus")))
+        text = memory.backbone.tokenizer.decode(np.asarray(said, np.int32))
+        order = ("ingest", "focus", "allocate", "read", "refocus", "decode")
+        spent = clock.seconds | self.seconds
+        seconds = {name: spent.get(name, 0.0) for name in order}
+        return Answer(text, nodes, seconds, refocuses, np.asarray(said, np.int32))
+
+    def _moved(
+        self, tiling: Tiling, context: WorkingContext, clock: _Clock
+    ) -> tuple[Tiling, Edit, Begun]:
+        """Takes in what is new of the history, and reads the live tail behind what that makes of
+        the context.
+        """
+        memory, layout, size = self.memory, self.layout, self.layout.block
+        memory.build()
+        clock.lap("ingest")
+        for block in range(int(tl.blocks(layout, tiling)), self.blocks):
+            stop = (block + 1) * size
+            query = memory.tree.readable(max(stop - layout.protected * size, 0), stop)[0]
+            tiling = self.move(tiling, np.maximum(query, 0), block)
+        clock.lap()
+        nodes, live, start = self.context(tiling)
+        edit = context.edit(nodes, start)
+        begun = memory.begin(context, live, start, layout.protected * size, size)
+        return tiling, edit, jax.block_until_ready(begun)
+
+    def context(self, tiling: Tiling) -> tuple[list[Node], Int[np.ndarray, " t"], int]:
+        """Nodes that are read as entries, and what is live behind them, with its first position.
+
+        What is damaged is not there: tokens are live from the last damaged block on, and those
+        before it are entries like any other.
+        """
         nodes, start = self.nodes(tiling)
-        seconds["focus"], began = time.perf_counter() - began, time.perf_counter()
-        entries = memory.gather(nodes, start)
-        live = np.concatenate([memory.tree.tokens(start, len(memory.tree)), asked])
-        seconds["gather"], began = time.perf_counter() - began, time.perf_counter()
-        text = memory.continued(entries, live, start, self.config.budget, max_new_tokens)
-        seconds["decode"] = time.perf_counter() - began
-        return Answer(text, nodes, seconds)
+        live, begin = self.memory.live(start)
+        size = self.layout.block
+        nodes += [(0, block) for block in range(start // size, min(begin // size, self.blocks))]
+        return self.memory.sound(nodes), live, begin
 
     def placed(self, entries: Entries) -> KV:
         """Entries as a prefix of W places (more where heads differ; see `Memory.places`)."""
         return self.memory.prefix(entries, self.config.budget)
-
-
-def nll_at_h(
-    memory: Memory,
-    budgets: Sequence[int],
-    names: Sequence[str],
-    cursors: Sequence[int],
-    horizon: int,
-    focus: FocusConfig | None = None,
-    iterations: int = 64,
-    oracle_steps: int = 8,
-    progress: Any = None,
-) -> dict[str, Float[np.ndarray, " n"]]:
-    """Losses of the text at some places of a history, through the context of every policy.
-
-    Args:
-      budgets: sizes W of the working context.
-      names: policies; also ``full``, the raw text as one sequence, ``windowed``, all of it as raw
-        blocks, and ``dropped``, the tail only.
-      cursors: blocks of history before each place; ``horizon`` tokens must follow in the tree.
-      horizon: tokens that are predicted.
-      focus: how eagerly the focus moves.
-      iterations: at most so many of the focus, but for ``oracle``.
-      oracle_steps: at most so many of ``oracle``, which measures all actions in each.
-
-    Returns:
-      ``{"<policy>.w<W>": losses}``, one per cursor; the three ends have no W.
-    """
-    layout, size = memory.model.layout, memory.model.layout.block
-    focus = RuntimeConfig().focus if focus is None else focus
-    runtimes = {
-        (name, w): Runtime(memory, RuntimeConfig(w, name, iterations, focus))
-        for w in budgets for name in names if name not in (*ENDS, MEASURED)
-    }  # fmt: skip
-    oracles = {
-        w: Oracle(memory, w, focus, oracle_steps) for w in budgets if MEASURED in names
-    }
-    found: dict[str, list[float]] = {}
-    for number, cursor in enumerate(cursors):
-        start = (cursor - layout.protected) * size
-        live = memory.tree.tokens(start, cursor * size + horizon)
-        query = live[: layout.protected * size]
-        for name in (x for x in names if x in ENDS):
-            if name == "full":
-                loss = memory.full_loss(cursor * size + horizon, horizon)
-            else:
-                past = range(cursor - layout.protected) if name == "windowed" else ()
-                entries = memory.gather([(0, i) for i in past], start)
-                width = max(len(entries.positions), 1)
-                loss = memory.losses([entries], live, start, horizon, width)[0]
-            found.setdefault(name, []).append(float(loss))
-        for w in budgets:
-            if w in oracles:
-                found.setdefault(f"{MEASURED}.w{w}", []).append(
-                    oracles[w].settle(cursor, live, start, horizon)[0]
-                )
-            these = [key for key in runtimes if key[1] == w]
-            if not these:
-                continue
-            for name, _ in these:  # one at a time: a context of gists of heads is large
-                runtime = runtimes[name, w]
-                entries = memory.gather(runtime.nodes(runtime.settle(query, cursor))[0], start)
-                loss = memory.losses([entries], live, start, horizon, w)[0]
-                found.setdefault(f"{name}.w{w}", []).append(float(loss))
-        if progress is not None:
-            progress("nll_at_h", number + 1, len(cursors))
-    return {name: np.asarray(x) for name, x in found.items()}
-
-
-def policy_table(
-    losses: dict[str, Float[np.ndarray, " n"]], budgets: Sequence[int]
-) -> dict[str, Any]:
-    """Results of `nll_at_h` under stable names, with intervals over the places.
-
-    ``nll_at_h.<policy>.w<W>`` and, paired because places differ far more than contexts do,
-    ``….minus_full``; ``regret.<policy>.w<W>``, what a policy loses against ``oracle``; and
-    ``gain.<policy>.w<W>``, its share of what ``oracle`` gains on ``recency``.
-    """
-    found: dict[str, Any] = {}
-
-    def paired(name: str, one: Any, other: Any) -> None:
-        found[name] = float((one - other).mean())
-        found[f"{name}.ci95"] = list(bootstrap.difference_interval(one, other))
-
-    for name, x in losses.items():
-        found[f"nll_at_h.{name}"] = float(x.mean())
-        if "full" in losses and name != "full":
-            paired(f"nll_at_h.{name}.minus_full", x, losses["full"])
-    for w in budgets:
-        best, plain = losses.get(f"{MEASURED}.w{w}"), losses.get(f"recency.w{w}")
-        if best is None:
-            continue
-        for name in (n for n in losses if n.endswith(f".w{w}") and not n.startswith(MEASURED)):
-            paired(f"regret.{name}", losses[name], best)
-            if plain is not None and plain.mean() > best.mean() and not name.startswith("recency"):
-                gained, possible = plain - losses[name], plain - best
-                found[f"gain.{name}"] = float(gained.sum() / possible.sum())
-                found[f"gain.{name}.ci95"] = list(bootstrap.ratio_interval(gained, possible))
-    return found

@@ -102,10 +102,10 @@ class Sight:
         return self.look.width
 
     def nodes(self, nodes: Sequence[Node]) -> Float[np.ndarray, "n f"]:
-        """Vectors of some nodes.
+        """Vectors of some nodes; zeros of those whose tokens are damaged and that have no gist.
 
         Raises:
-          PendingGists: their gists are not there.
+          PendingGists: gists are not there that could be.
         """
         if len(self._seen) > _KEPT:
             self._seen.clear()
@@ -113,6 +113,8 @@ class Sight:
         for i, (level, index) in enumerate(nodes):
             key = (max(level, 1), index)
             if key not in self._seen:
+                if self.tree.lost(*key):
+                    continue
                 self._seen[key] = self.look(self.tree.gists(*key, 1), key[0])[0]
             found[i] = self._seen[key]
         return found

@@ -8,7 +8,6 @@ measured alone, on histories of a million tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from latent_jax.core.errors import DataError
 from latent_jax.data import needles
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
-from latent_jax.systems.megacontext.layout import Layout, cover_cost
+from latent_jax.systems.megacontext.layout import Layout, roomy
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.runtime import Runtime
@@ -158,7 +157,7 @@ def measure(
     }
     for one in (e for kind in kinds for e in made[kind]):
         memory.tree.append(one.ids)
-    memory.build()
+    memory.build(breaks=range(0, len(memory.tree) // size, blocks))  # no episode knows another
     movers = {name: Runtime(memory, RuntimeConfig(budget, name)) for name in policies}
     found: dict[str, Any] = {}
     for number, kind in enumerate(kinds):
@@ -205,15 +204,6 @@ def _answers(
     return np.where(np.arange(told.shape[1]) < counts, told, 0.0).sum(1)
 
 
-def roomy(layout: Layout, blocks: int, budget: int) -> Layout:
-    """The layout with as many further levels as let half of W hold a history at its coarsest."""
-    while int(cover_cost(layout, blocks, layout.levels)) > budget // 2:
-        layout = dataclasses.replace(layout, slots=(*layout.slots, layout.slots[-1]))
-        if layout.widths[-1] > blocks:
-            break
-    return layout
-
-
 def reach(
     tokenizer: Any, vocab_size: int, layout: Layout, text: str, filler: Int[np.ndarray, " f"],
     kinds: Sequence[str], policies: Sequence[str], budget: int, tokens: Sequence[int], rows: int,
@@ -248,7 +238,9 @@ def reach(
                         for name in policies:
                             focus = Focus(tree, wide, RuntimeConfig(budget, name), None, finder)
                             nodes = focus.nodes(focus.settle(one.question, blocks, row))[0]
-                            hits[name].append({(0, b) for b in one.needle} <= set(nodes))
+                            # What lies in the tail is raw whatever a policy does.
+                            free = [b for b in one.needle if b < blocks - wide.protected]
+                            hits[name].append({(0, b) for b in free} <= set(nodes))
             for name, values in hits.items():
                 key = f"reach.{kind}.t{length}.{name}"
                 found[key] = float(np.mean(values))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from latent_jax import cli
 from latent_jax import run as runs
+from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.gist import GistNet, Gists
+from latent_jax.systems.megacontext.runtime import Runtime
+from latent_jax.systems.megacontext.working import WorkingContext
 
 
 @pytest.fixture(scope="package")
@@ -45,3 +49,27 @@ def untrained():
         return GistNet(model, c).init(jax.random.key(0), some, method="touch")["params"]
 
     return make
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Every context of a generation, against one that is made from nothing."""
+    seen, moved = [], Runtime._moved
+
+    def look(self, tiling, context, clock):
+        tiling, edit, begun = moved(self, tiling, context, clock)
+        memory, budget = self.memory, self.config.budget
+        assert bool(tl.check(self.layout, tiling, self.blocks, budget).ok)
+        assert len(memory.tree) % self.layout.block == 0
+        nodes, live, start = self.context(tiling)
+        assert context.nodes == nodes
+        fresh = WorkingContext(memory, budget)
+        fresh.edit(nodes, start)
+        again = memory.begin(fresh, live, start, len(live), self.layout.block)
+        np.testing.assert_allclose(begun.hidden, again.hidden, atol=1e-4)
+        assert int(begun.position[0]) == int(again.position[0])
+        seen.append((nodes, edit))
+        return tiling, edit, begun
+
+    monkeypatch.setattr(Runtime, "_moved", look)
+    return seen

@@ -90,6 +90,9 @@ def test_through_the_evaluation(tmp_path):
     (sample,) = artefacts["samples"]
     assert set(sample["predictions"]) == {"recency", "newest", "no_context"}
     assert all(0 <= found[f"documents.{arm}.f1"] <= 1 for arm in ("recency", "newest"))
+    small = {**overrides, "eval.budgets": [32], "eval.long": 8, "eval.document_tokens": None}
+    with pytest.raises(ConfigError, match="eval.documents: 1 costs .* raise it"):
+        MegaContextSystem(run.resolve("megacontext/tiny", small)).train_data("main", None)
     path.write_text(json.dumps(rows[1]))
     with pytest.raises(DataError, match="no question of language 'en'"):
         system.train_data("main", None)

@@ -270,9 +270,10 @@ def test_entries_join(memory):
     np.testing.assert_array_equal(joined(parts).positions, both.positions)
 
 
-def test_a_runtime_answers(memory):
+def test_a_runtime_answers_and_its_context_moves(memory, watched):
     runtime = Runtime(memory, RuntimeConfig(80, "attention"))
-    answer = runtime.answer("The mill burned down in", 4)
+    answer = runtime.answer("The mill burned down in", 20)
+    assert len(watched) == len(answer.refocuses) > 0
     assert answer.nodes and {level for level, _ in answer.nodes} <= {0, 1, 2}
 
 

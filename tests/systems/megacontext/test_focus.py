@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
@@ -70,3 +71,13 @@ def test_a_question_without_a_known_word_leaves_the_newest_text(tree):
 def test_so_many_nodes_are_opened_and_no_more(tree):
     _, tiling = settled(tree, "bm25", [501], iterations=2)
     assert (1, 37) in tl.nodes(tiling)
+
+
+def test_a_context_that_is_too_small_is_said_before_the_history_is_read(tree):
+    class Reading:
+        def rank(self, *_):
+            raise AssertionError("the history was read")
+
+    focus = Focus(tree, LAYOUT, RuntimeConfig(16, "match"), finder=Reading())
+    with pytest.raises(ConfigError, match="raise W"):
+        focus.settle(np.asarray([501]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from latent_jax import backbones
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import labels, utilities
 from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
 from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.counterfactual import Action, Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
@@ -23,7 +25,7 @@ from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.oracle import Oracle
-from latent_jax.systems.megacontext.runtime import RuntimeConfig, nll_at_h, policy_table
+from latent_jax.systems.megacontext.runtime import RuntimeConfig
 from latent_jax.systems.megacontext.sight import Look, lens_net, sight_width
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
@@ -145,10 +147,38 @@ def test_the_oracle_never_loses_to_where_it_starts(memory, counterfactuals, meas
 def test_regret_is_paired():
     one, best = np.array([3.0, 2.0, 4.0]), np.array([2.5, 2.0, 3.0])
     lens = np.array([2.75, 2.0, 3.5])
-    found = policy_table({"oracle.w8": best, "recency.w8": one, "lens.w8": lens}, [8])
+    losses = {"oracle.w8": best, "recency.w8": one, "lens.w8": lens}
+    found = policy_table(losses, [8], np.arange(3))
     assert found["regret.recency.w8"] == pytest.approx(0.5)
     assert found["gain.lens.w8"] == pytest.approx(0.5) == found["gain.lens.w8.ci95"][0]
     assert "regret.oracle.w8" not in found and "gain.recency.w8" not in found
+    # The first two places are of one text, which is drawn whole: 0.25 or 1, and nothing beyond.
+    found = policy_table(losses, [8], np.array([0, 0, 1]))
+    assert found["regret.recency.w8.ci95"] == pytest.approx([0.25, 1.0])
+    assert "regret.recency.w8.ci95" not in policy_table(losses, [8], np.zeros(3))
+
+
+def test_the_oracle_is_never_worse_than_what_it_is_compared_with():
+    """Losses that fall the more of the old half is open, which no single action makes up for."""
+
+    class Measured:
+        memory = SimpleNamespace(model=MODEL)
+
+        def measure(self, nodes, todo, *_):
+            old = sum(level == 0 and index < 8 for level, index in nodes)
+            delta = np.asarray([0.1 if action.kind > 0 else 0.0 for action in todo])
+            return SimpleNamespace(nll=9.0 - old, delta_nll=delta)
+
+    oracle = Oracle(Measured.memory, 50, FOCUS, steps=2)
+    oracle.counterfactuals = Measured()
+    policy = tl.start(LAYOUT, 30, 50, coarse=True)
+    for _ in range(2):
+        policy = tl.expand(LAYOUT, policy, 0)
+    assert tl.nodes(policy)[0] == (0, 0)
+    live = np.zeros(24, int)
+    assert oracle.settle(30, live, 29 * 8, 16)[0] == 9.0
+    loss, chosen = oracle.settle(30, live, 29 * 8, 16, [policy])
+    assert loss == 8.0 and tl.nodes(chosen) == tl.nodes(policy)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +192,7 @@ def table(memory, tmp_path_factory):
 def test_a_table_holds_its_contexts(memory, table):
     path, rows, _ = table
     columns, provenance = labels.read(path)
-    assert provenance["gists"] == "one" and provenance["history_blocks"] == 24
+    assert provenance["gists"] == "one" and provenance["history_blocks"] == [21, 24]
     assert len(columns["at"]) == len(rows)
     found = labels.snapshots(columns, LAYOUT)
     assert len(found) == 4 and all(20 < s.cursor <= 24 and s.first % 4 == 0 for s in found)

@@ -149,29 +149,37 @@ def test_only_the_last_tokens_of_a_question_count(finder, ids):
     np.testing.assert_allclose(finder.score(long, index), finder.score(short, index), atol=1e-6)
 
 
-def test_windows_are_read_once_and_kept_in_a_file(
-    reader, params, finder, ids, tmp_path, monkeypatch
+def test_windows_are_read_once_and_kept_in_files(
+    reader, params, finder, ids, tmp_path, monkeypatch, caplog
 ):
-    window = finder.window
-    first = Finder(reader, CONFIG, BLOCK, params, tmp_path / "store")
+    window, store = finder.window, tmp_path / "store"
+    store.mkdir()
+    monkeypatch.setattr(matcher, "_AT_ONCE", 2)
+    first = Finder(reader, CONFIG, BLOCK, params, f"{store}/")
     whole = first.index(ids)
     np.testing.assert_array_equal(whole, finder.index(ids))
     count = len(ids) // window
     assert len(first._windows) == count  # the last one is not whole, and may still grow
-    record = 16 + window * CONFIG.width
-    assert first.path.stat().st_size == count * record
+    assert first.kept.path.parent == tmp_path and not list(store.iterdir())
 
-    again = Finder(reader, CONFIG, BLOCK, params, tmp_path / "store")
+    def found():
+        return len(Finder(reader, CONFIG, BLOCK, params, store)._windows)
+
+    again = Finder(reader, CONFIG, BLOCK, params, store)
     again.states = None  # nothing may be read
     np.testing.assert_array_equal(
         again.index(ids[: count * window]), whole[: count * window // BLOCK]
     )
-    # A record that a dying process did not finish is left out, and what follows is whole again.
-    first.path.write_bytes(first.path.read_bytes()[:-5])
-    other = Finder(reader, CONFIG, BLOCK, params, tmp_path / "store")
-    assert len(other._windows) == count - 1
+    # A flipped byte and a file that was cut are found, left out, and made again.
+    files = sorted(first.kept.path.iterdir())
+    raw = bytearray(files[0].read_bytes())
+    raw[20] ^= 1
+    files[0].write_bytes(raw)
+    assert found() == count - 2 and "damaged" in caplog.text
+    files[0].write_bytes(raw[: len(raw) // 2])
+    other = Finder(reader, CONFIG, BLOCK, params, store)
     np.testing.assert_array_equal(other.index(ids), whole)
-    assert other.path.stat().st_size == count * record
+    assert found() == count
     # What was read before a kill stays.
     killed = Finder(reader, CONFIG, BLOCK, params, tmp_path / "killed")
     read, calls = killed.states, iter([1, 1, 0])
@@ -179,10 +187,28 @@ def test_windows_are_read_once_and_kept_in_a_file(
     monkeypatch.setattr(matcher, "_AT_ONCE", 1)
     with pytest.raises(ZeroDivisionError):
         killed.index(ids)
-    assert killed.path.stat().st_size == 2 * record
-    # Another matcher's vectors are in another file.
+    assert len(list(killed.kept.path.glob("*.bin"))) == 2
+
+
+def test_vectors_of_another_matcher_base_window_or_width_are_kept_apart(
+    reader, params, tmp_path
+):
     moved = jax.tree.map(lambda x: x + 1, params)
-    assert Finder(reader, CONFIG, BLOCK, moved, tmp_path / "store").path != first.path
+    others = [
+        Finder(reader, CONFIG, BLOCK, params, tmp_path / "s"),
+        Finder(reader, CONFIG, BLOCK, moved, tmp_path / "s"),
+        Finder(reader, dataclasses.replace(CONFIG, window=3), BLOCK, params, tmp_path / "s"),
+        Finder(reader, dataclasses.replace(CONFIG, width=5), BLOCK, params, tmp_path / "s"),
+        Finder(dataclasses.replace(reader, sha256="x"), CONFIG, BLOCK, params, tmp_path / "s"),
+    ]
+    assert len({other.kept.path for other in others}) == len(others)
+
+
+def test_a_full_disk_costs_nothing_but_time(reader, params, finder, ids, tmp_path, caplog):
+    (tmp_path / "file").write_text("no directory")
+    full = Finder(reader, CONFIG, BLOCK, params, tmp_path / "file" / "store")
+    np.testing.assert_array_equal(full.index(ids), finder.index(ids))
+    assert caplog.text.count("are not kept") == 1
 
 
 def test_what_stands_in_one_window_does_not_know_of_the_next(finder, ids):
@@ -224,6 +250,18 @@ def test_what_is_read_again_comes_first(reader, params, finder, ids):
     # What was not read keeps its order.
     np.testing.assert_array_equal(np.argsort(found[rest]), np.argsort(plain[rest]))
     assert again.rank(question, ids[:BLOCK]).shape == (1,)
+
+
+def test_a_pair_without_a_word_of_the_question_is_not_read_for_its_words(reader, params, ids):
+    again = Finder(reader, dataclasses.replace(CONFIG, rerank=4), BLOCK, params)
+    read, reranker = [], again._reranker
+    again._reranker = lambda question, texts: read.append(len(texts)) or reranker(question, texts)
+    foreign = np.setdiff1d(np.arange(reader.config.vocab_size), ids)[:5]
+    for question in (foreign, ids[41:46]):
+        again.rank(question, ids)
+    assert read[0] == 4 <= read[1]
+    again.rank(ids[41:46], ids, again=False)
+    assert len(read) == 2
 
 
 def test_the_focus_opens_what_matches(reader, finder, ids, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import jax
@@ -12,14 +13,16 @@ from typer.testing import CliRunner
 
 from latent_jax import backbones, cli
 from latent_jax.core.errors import ConfigError, StoreError
+from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig
+from latent_jax.systems.megacontext.comparison import nll_at_h
 from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.records import from_records, to_records
-from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig, nll_at_h
-from latent_jax.systems.megacontext.store import GistTree
+from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
+from latent_jax.systems.megacontext.store import DamagedTokens, GistTree
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
 MODEL = ModelConfig(layout=LAYOUT, gist=GistConfig(reads=2, window=4))
@@ -70,15 +73,77 @@ def test_records_round_trip(base):
     np.testing.assert_array_equal(back.v, v)
 
 
-def test_damaged_blocks_are_named_when_gists_are_made(store, base, params, tmp_path):
-    path = shutil.copytree(store, tmp_path / "s")
+def flip(path, block):
     raw = bytearray((path / "ids.bin").read_bytes())
-    raw[2 * (9 * LAYOUT.block + 1)] ^= 1
+    raw[2 * (block * LAYOUT.block + 1)] ^= 1
     (path / "ids.bin").write_bytes(raw)
+
+
+def test_gists_beside_damaged_blocks_are_made_again_once_they_are_repaired(
+    store, base, params, ids, tmp_path
+):
+    path = shutil.copytree(store, tmp_path / "s")
+    flip(path, 9)
     with Memory.open(path, base, MODEL, params, "two", writable=True) as memory:
         assert memory.build()[1] == 20 and memory.damaged == [9]
-    with Memory.open(store, base, MODEL, params, "one") as memory:
-        assert memory.damaged == []
+        # Windows of four: 10 and 11 are read as if the text began behind 9.
+        assert memory.tree.pending(1).tolist() == [9, 10, 11]
+        assert memory.tree.pending(2).tolist() == [2]
+        alone = np.asarray(memory.raw(10).v)
+        assert memory.build() == {}
+    flip(path, 9)
+    with Memory.open(path, base, MODEL, params, "two", writable=True) as memory:
+        assert memory.build() == {1: 3, 2: 1} and memory.damaged == []
+        assert np.abs(np.asarray(memory.raw(10).v) - alone).max() > 1e-3
+        with GistTree.open(store) as whole:
+            for level, count in ((1, 21), (2, 5)):
+                np.testing.assert_array_equal(
+                    memory.tree.gists(level, 0, count), whole.gists(level, 0, count)
+                )
+
+
+@pytest.mark.parametrize("policy", ["bm25", "recency", "attention"])
+@pytest.mark.parametrize("damaged", [7, 20, 21])
+def test_a_damaged_block_is_as_if_it_were_not_there(
+    store, base, params, ids, tmp_path, policy, damaged
+):
+    """Far, in the protected tail, and behind the last whole block."""
+    path = shutil.copytree(store, tmp_path / "s")
+    flip(path, damaged)
+    with Memory.open(path, base, MODEL, params, "one") as memory:
+        runtime = Runtime(memory, RuntimeConfig(budget=150, policy=policy))
+        query = ids[7 * 8 : 8 * 8]
+        tiling = runtime.settle(query)
+        nodes, live, start = runtime.context(tiling)
+        assert (0, damaged) not in nodes and memory.tree.damaged == {damaged}
+        if policy == "bm25":
+            assert (0, 7) not in tl.nodes(tiling) or damaged != 7
+            assert (damaged == 7) == (runtime.overlap(query, 21)[7] == 0)
+        if damaged == 7:
+            assert (1, 7) in nodes  # its gist was made before
+            np.testing.assert_array_equal(live, ids[20 * 8 :])
+        else:
+            assert start == min((damaged + 1) * 8, len(ids)) and len(live) == len(ids) - start
+            assert ((0, 20) in nodes) == (damaged == 21)
+        assert np.isfinite(memory.gather(nodes, start).held["k"]).all()
+        with pytest.raises(DamagedTokens if damaged < 21 else StoreError):
+            memory.raw(damaged)
+        assert np.isfinite(memory.raw(6).k).all()
+        assert runtime.answer("The mill", 2) is not None
+
+
+def test_no_text_of_a_tree_reads_on_from_the_one_before(base, params, ids, tmp_path):
+    """With a lead the first window of a text would see the end of the one before it."""
+    model = dataclasses.replace(MODEL, gist=dataclasses.replace(MODEL.gist, lead=2))
+    made = []
+    for name, before in (("a", ids[:64]), ("b", ids[64:128]), ("c", ids[:0])):
+        with Memory.open(tmp_path / name, base, model, params, "x", writable=True) as memory:
+            memory.tree.append(before)
+            memory.tree.append(ids[:64])
+            memory.build(breaks=range(0, 16, 8))
+            made.append(memory.tree.gists(1, len(before) // 8, 8))
+    np.testing.assert_array_equal(made[0], made[1])
+    np.testing.assert_array_equal(made[0], made[2])
 
 
 def test_streamed_gists_equal_those_built_at_once(store, base, params, ids, tmp_path):
@@ -171,6 +236,21 @@ def test_what_cannot_be_asked_is_refused(memory):
         Runtime(memory, RuntimeConfig(budget=48)).answer("")
     with pytest.raises(ConfigError, match="a runtime can use recency"):
         Runtime(memory, RuntimeConfig(budget=48, policy="oracle"))
+
+
+def test_the_last_token_must_have_a_position(memory, monkeypatch):
+    """What stands before the live text takes no positions beyond those of its own text."""
+    most, live = memory.backbone.config.max_position, np.arange(10, 26)
+    near, far = memory.gather([(1, 0)], 8), memory.gather([(1, 0)], most)
+    wide = most  # entries of the compiled shape are no positions
+    monkeypatch.setattr(memory, "prefix", lambda *_: None)
+    assert memory.continued(near, live, 8, wide, 2)
+    room = most - memory.far - len(live)
+    assert isinstance(memory.continued(far, live, most, 8, room), str)
+    with pytest.raises(ConfigError, match="do not fit the base"):
+        memory.continued(far, live, most, 8, room + 1)
+    with pytest.raises(ConfigError, match="do not fit the base"):
+        Runtime(memory, RuntimeConfig(budget=48)).answer("The mill", most)
 
 
 def call(*arguments):

@@ -93,6 +93,16 @@ def test_both_phases_were_trained(results):
         ({"eval.tasks": ["passkey"]}, "need eval.budgets"),
         ({"eval.tasks": ["passkey"], "eval.budgets": [200], "eval.task_blocks": 4096},
          "cannot hold eval.task_blocks=4096"),
+        ({"eval.reach": [4096]}, "eval.reach: give eval.tasks"),
+        ({"eval.tasks": ["passkey"], "eval.budgets": [400], "eval.reach": [8]},
+         "no more than the protected tail"),
+        ({"eval.tasks": ["passkey"], "eval.budgets": [400], "eval.reach": [65536],
+          "eval.reach_budget": 16}, "eval.reach_budget=16 cannot hold the 65536 tokens"),
+        ({"eval.documents": "d", "eval.budgets": [200], "eval.document_tokens": 65536},
+         "cannot hold eval.document_tokens=65536"),
+        ({"model.gist.kind": "heads", "model.gist.reads": 2}, "model.gist.reads=2"),
+        ({"model.gist.kind": "heads", "model.gist.reads": 4, "model.gist.place": "start"},
+         "model.gist.place=start"),
     ],
 )
 def test_impossible_settings_are_refused(overrides, said):

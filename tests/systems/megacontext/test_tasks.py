@@ -73,3 +73,14 @@ def test_a_search_finds_by_words_and_not_by_chance(kind, tokenizer, filler):
     assert found[f"reach.{kind}.t{length}.random"] <= 0.25
     assert found[f"reach.{kind}.t{length}.recency"] <= 0.25
     assert len(found[f"reach.{kind}.t{length}.bm25.ci95"]) == 2
+
+
+def test_a_fact_in_the_tail_is_raw_whatever_a_policy_does(tokenizer, filler, monkeypatch):
+    """A tail of all but one block holds the facts, and the policy opens nothing of it."""
+    layout = Layout(block=8, branching=4, slots=(1, 1), protected=7)
+    needle = tasks.Episode(filler[:64], [3, 4], filler[:5], [])
+    monkeypatch.setattr(tasks, "episodes", lambda *_: iter([needle]))
+    found = tasks.reach(
+        tokenizer, 1024, layout, "", filler, ["passkey"], ["recency"], 60, [64], 1
+    )
+    assert found["reach.passkey.t64.recency"] == 1.0

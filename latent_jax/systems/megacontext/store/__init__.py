@@ -2,6 +2,7 @@
 
 from latent_jax.systems.megacontext.store.build import Built, GistFn, build
 from latent_jax.systems.megacontext.store.history import Document
+from latent_jax.systems.megacontext.store.overlay import Overlay
 from latent_jax.systems.megacontext.store.spec import TreeSpec
 from latent_jax.systems.megacontext.store.stretch import Stretch
 from latent_jax.systems.megacontext.store.tokens import DamagedTokens
@@ -20,6 +21,7 @@ __all__ = [
     "Document",
     "GistFn",
     "GistTree",
+    "Overlay",
     "PendingGists",
     "State",
     "Stretch",

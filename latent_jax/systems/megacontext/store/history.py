@@ -30,6 +30,7 @@ class History:
     def __init__(self, disk: Disk):
         self._disk = disk
         self._open = True
+        self.damaged: set[int] = set()  # blocks whose tokens `readable` could not read
 
     @classmethod
     def create(cls, path: str | Path, spec: TreeSpec) -> Self:
@@ -194,6 +195,17 @@ class History:
           DamagedTokens: some are not what was written; names their spans.
         """
         return self._disk.tokens.read(start, len(self) if stop is None else stop)
+
+    def readable(self, start: int, stop: int) -> tuple[Int32[np.ndarray, " n"], list[int]]:
+        """Tokens with -1 in the place of damaged blocks, and which these are; they are remembered
+        in ``damaged``.
+
+        Raises:
+          StoreError: outside the history.
+        """
+        ids, damaged = self._disk.tokens.readable(start, stop)
+        self.damaged |= set(damaged)
+        return ids, damaged
 
     @property
     def documents(self) -> list[Document]:

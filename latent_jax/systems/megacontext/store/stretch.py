@@ -35,6 +35,21 @@ class Stretch:
         shift = self.first * self.spec.block
         return self.tree.tokens(start + shift, stop + shift)
 
+    def readable(self, start: int, stop: int) -> tuple[Int32[np.ndarray, " n"], list[int]]:
+        """As `GistTree.readable`."""
+        shift = self.first * self.spec.block
+        ids, damaged = self.tree.readable(start + shift, stop + shift)
+        return ids, [block - self.first for block in damaged]
+
+    @property
+    def damaged(self) -> set[int]:
+        """As `GistTree.damaged`."""
+        return {block - self.first for block in self.tree.damaged if block >= self.first}
+
+    def lost(self, level: int, node: int) -> bool:
+        """As `GistTree.lost`."""
+        return self.tree.lost(level, node + self.first // self.spec.blocks_in(level))
+
     def gists(self, level: int, first: int, count: int) -> Float[np.ndarray, "n slots width"]:
         """As `GistTree.gists`."""
         return self.tree.gists(level, first + self.first // self.spec.blocks_in(level), count)

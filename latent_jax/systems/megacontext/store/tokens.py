@@ -71,7 +71,7 @@ class TokenFiles:
         Raises:
           StoreError: not ids of the vocabulary, or the disk refuses.
         """
-        data = self._checked(ids)
+        data = self.checked(ids)
         if not len(data):
             return
         width = self.dtype.itemsize
@@ -117,6 +117,25 @@ class TokenFiles:
         offset = first * self.block
         return ids[start - offset : stop - offset].astype(np.int32)
 
+    def readable(
+        self, start: int, stop: int
+    ) -> tuple[Int32[np.ndarray, " n"], list[int]]:
+        """Tokens ``start`` to ``stop`` with -1 in the place of damaged blocks, and which these are.
+
+        Raises:
+          StoreError: outside the history.
+        """
+        try:
+            return self.read(start, stop), []
+        except DamagedTokens as error:
+            first = start // self.block
+            ids = self.blocks(first, -(-stop // self.block) - first)[0].astype(np.int32)
+            ids, damaged = ids[start - first * self.block :][: stop - start], []
+            for a, b in error.spans:
+                ids[max(a - start, 0) : b - start] = -1
+                damaged += range(a // self.block, -(-b // self.block))
+            return ids, damaged
+
     def blocks(self, first: int, count: int) -> tuple[np.ndarray, list[int]]:
         """Ids of some blocks (the last may be the unfinished one), and which are damaged."""
         stop = min((first + count) * self.block, self.count)
@@ -140,7 +159,12 @@ class TokenFiles:
         """Finished blocks."""
         return self.count // self.block
 
-    def _checked(self, ids: Int[np.ndarray, " n"]) -> np.ndarray:
+    def checked(self, ids: Int[np.ndarray, " n"]) -> np.ndarray:
+        """Ids as an array.
+
+        Raises:
+          StoreError: they are not ids of the vocabulary.
+        """
         ids = np.asarray(ids)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise StoreError(

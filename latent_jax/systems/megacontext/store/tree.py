@@ -16,6 +16,8 @@ from latent_jax.systems.megacontext.store.levels import tag_of
 from latent_jax.systems.megacontext.store.tokens import runs
 from latent_jax.systems.megacontext.store.verify import Verification, verify
 
+_PARTIAL = "{} without damaged tokens"  # marks such a gist in the heads, after its version
+
 # A reader that meets a record being rewritten looks again this often.
 _LOOKS = 5
 
@@ -25,7 +27,8 @@ class State(enum.IntEnum):
 
     ABSENT = 0
     STALE = 1  # made by another version of the gist model
-    CURRENT = 2
+    PARTIAL = 2  # made without blocks whose tokens were damaged: of use, and pending
+    CURRENT = 3
 
 
 class PendingGists(StoreError):
@@ -156,12 +159,18 @@ class GistTree(History):
         self._done[level] = int(nodes[0]) if len(nodes) else count
         return nodes
 
-    def write(self, level: int, first: int, gists: Float[np.ndarray, "n slots width"]) -> None:
+    def write(
+        self, level: int, first: int, gists: Float[np.ndarray, "n slots width"],
+        partial: bool = False,
+    ) -> None:  # fmt: skip
         """Stores gists of the current version for nodes from `first` on, over older ones.
+
+        Args:
+          partial: they were made without tokens that are damaged; see `State`.
 
         Raises:
           StoreError: no such nodes, wrong shape, not finite, or the disk is full.
-          PendingGists: children are not current.
+          PendingGists: children are not current, of gists that are not partial.
         """
         self._disk.check_writable()
         gists = np.asarray(gists)
@@ -169,11 +178,18 @@ class GistTree(History):
         records = self.spec.encode(level, gists)
         if not self.version:
             raise StoreError(f"{self.path}: gists need a version; call set_version first")
-        if level > 1:
+        if level > 1 and not partial:
             branch = self.spec.branch
             self._require(level - 1, first * branch, count * branch, State.CURRENT)
         if count:
-            self._disk.level(level).write(first, records, tag_of(self.version))
+            version = _PARTIAL.format(self.version) if partial else self.version
+            self._disk.level(level).write(first, records, tag_of(version))
+
+    def lost(self, level: int, node: int) -> bool:
+        """Whether a node has no gist because all tokens under it are damaged: none can be made."""
+        if self.state(level, node, 1)[0] >= State.PARTIAL:
+            return False
+        return len(self.readable(*self.span(level, node))[1]) == self.spec.blocks_in(level)
 
     def gists(
         self, level: int, first: int = 0, count: int | None = None, stale: bool = False
@@ -192,7 +208,7 @@ class GistTree(History):
           DamagedGists: some are not what was written; they are pending from now on.
         """
         first, count = self._nodes(level, first, count)
-        wanted = State.STALE if stale else State.CURRENT
+        wanted = State.STALE if stale else State.PARTIAL
         for look in range(_LOOKS):
             self._require(level, first, count, wanted)
             records, heads, agree = self._disk.level(level).read(first, count)
@@ -227,7 +243,8 @@ class GistTree(History):
         tags = np.zeros(self.count(level), np.uint32)
         if 1 <= level <= len(self._disk.levels):
             tags = self._disk.level(level).heads(0, len(tags))["version"]
-        names = {tag_of(v): v for v in self.versions} | {0: ""}
+        spelled = [name for v in self.versions for name in (v, _PARTIAL.format(v))]
+        names = {tag_of(name): name for name in spelled} | {0: ""}
         edges = [0, *(np.flatnonzero(np.diff(tags)) + 1).tolist(), len(tags)]
         pieces = [(a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
         return [(first, count, names.get(int(tags[first]), "?")) for first, count in pieces]
@@ -244,9 +261,10 @@ class GistTree(History):
 
     def _states(self, level: int, first: int, heads: np.ndarray) -> UInt8[np.ndarray, " n"]:
         tags = heads["version"]
-        found = (tags != 0).astype(np.uint8)  # ABSENT or STALE
+        found = np.where(tags != 0, State.STALE, State.ABSENT).astype(np.uint8)
         if self.version:
-            found += tags == tag_of(self.version)  # CURRENT
+            found[tags == tag_of(_PARTIAL.format(self.version))] = State.PARTIAL
+            found[tags == tag_of(self.version)] = State.CURRENT
         for at, node in self._damaged:
             if at == level and first <= node < first + len(found):
                 found[node - first] = State.ABSENT

@@ -174,19 +174,78 @@ def test_build_makes_a_damaged_child_again_before_its_parent(copy):
         assert tree.verify().ok
 
 
-def test_build_passes_over_damaged_tokens(copy):
+def test_what_is_made_beside_damaged_tokens_is_made_again_once_they_are_repaired(copy):
+    """Block 7 is damaged: what is above it is partial, of use, and no more current than that."""
     path = copy()
-    _flip(path / "ids.bin", 2 * (7 * SMALL.block + 1))
+    at = 2 * (7 * SMALL.block + 1)
+    _flip(path / "ids.bin", at)
     with GistTree.open(path, writable=True) as tree:
         tree.set_version("v2")
-        for _ in range(2):
-            built = build(tree, gists_of(SMALL, "v2"), batch=4)
-            assert built.skipped == [7]
+        assert build(tree, gists_of(SMALL, "v2"), batch=4).skipped == [7]
+        again = build(tree, gists_of(SMALL, "v2"), batch=4)
+        assert again.nodes == {} and again.skipped == [7]
         assert tree.pending(1).tolist() == [7]
         assert tree.pending(2).tolist() == [2] and tree.pending(3).tolist() == [0]
+        for level, node in ((2, 2), (3, 0), (4, 0)):
+            assert tree.state(level, node, 1) == [State.PARTIAL]
+        # The nearest sound sibling stands in for block 7.
+        below = tree.gists(1, 6, 1)[0], tree.gists(1, 6, 1)[0], tree.gists(1, 8, 1)[0]
+        made = gists_of(SMALL, "v2")(2, np.stack(below)[None])
+        np.testing.assert_array_equal(tree.gists(2, 2, 1), made)
+        assert tree.made_by(2)[1] == (2, 1, "v2 without damaged tokens")
+        assert tree.lost(1, 7) and not tree.lost(2, 2) and not tree.lost(1, 6)
         with pytest.raises(DamagedTokens, match="tokens 28 to 32 are damaged"):
             tree.tokens(20, 60)
         np.testing.assert_array_equal(tree.tokens(32, 60), stream(32, 60))
+        ids, damaged = tree.readable(22, 38)
+        assert damaged == [7] and tree.damaged == {7}
+        known = np.where(np.arange(22, 38) // 4 == 7, -1, stream(22, 38))
+        np.testing.assert_array_equal(ids, known)
+    _flip(path / "ids.bin", at)
+    with GistTree.open(path, writable=True) as tree:
+        assert build(tree, gists_of(SMALL, "v2"), batch=4).nodes == {1: 1, 2: 1, 3: 1, 4: 1}
+        assert_holds(tree, stream(0, TOKENS), "v2")
+        assert not any(len(tree.pending(level)) for level in range(1, 5))
+
+
+def test_blocks_read_behind_damaged_ones_or_behind_another_text(copy):
+    """Windows of four blocks with a lead of two: what a block may not be read behind is -1."""
+    path, size = copy(), SMALL.block
+    _flip(path / "ids.bin", 2 * (9 * size + 1))
+    _flip(path / "ids.bin", 2 * (15 * size + 1))
+    calls = {}
+
+    def seen(level, children):
+        if level == 1:
+            found = np.asarray(children).reshape(-1, size)
+            assert len(found) == 6
+            calls[len(calls)] = found
+            return np.zeros((4, 2, 3), np.float32)
+        return gists_of(SMALL, "v2")(level, children)
+
+    options = {"batch": 4, "neighbours": True, "lead": 2}
+    with GistTree.open(path, writable=True) as tree:
+        tree.set_version("v2")
+        built = build(tree, seen, **options, breaks=[24], top=1)
+        state = tree.state(1)
+    assert built.skipped == [9, 15]
+    # Blocks 10 and 11 behind 9, 12 to 14 with 10 and 11 as lead, 16 to 19 behind 15.
+    partial = [10, 11, 16, 17, 18, 19]
+    assert np.flatnonzero(state == State.PARTIAL).tolist() == partial
+    assert np.flatnonzero(state < State.PARTIAL).tolist() == [9, 15]
+    rows = list(calls.values())
+    text = stream(0, TOKENS)[: 39 * size].reshape(-1, size)
+    blank = lambda n: np.full((n, size), -1)  # noqa: E731
+    np.testing.assert_array_equal(rows[0], [*blank(2), *text[:4]])
+    np.testing.assert_array_equal(rows[2], [*text[6:9], *np.zeros((3, size), int)])
+    np.testing.assert_array_equal(rows[3], [*blank(4), *text[10:12]])
+    np.testing.assert_array_equal(rows[4], [*text[10:15], *np.zeros((1, size), int)])
+    np.testing.assert_array_equal(rows[5], [*blank(2), *text[16:20]])
+    np.testing.assert_array_equal(rows[7], [*blank(2), *text[24:28]])  # another text begins
+    np.testing.assert_array_equal(rows[8], text[26:32])
+    with GistTree.open(path, writable=True) as tree:
+        with pytest.raises(StoreError, match="begins at block 25, within a batch of 4"):
+            build(tree, seen, **options, breaks=[25])
 
 
 def test_a_reader_names_damaged_gists_and_a_writer_forgets_them(copy):
