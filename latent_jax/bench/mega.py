@@ -23,11 +23,11 @@ import numpy as np
 from latent_jax.bench import timing
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.allocator import refocus
-from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
 from latent_jax.systems.megacontext.lens import nothing_seen
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.sight import lens_net, sight_width
 from latent_jax.systems.megacontext.store import GistTree, TreeSpec, build

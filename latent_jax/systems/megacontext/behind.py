@@ -18,9 +18,9 @@ from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.nn.lora import merged
 from latent_jax.systems.megacontext.attention import node_attention
-from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
 from latent_jax.systems.megacontext.gist import entry_offsets
+from latent_jax.systems.megacontext.model_config import ModelConfig
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
 

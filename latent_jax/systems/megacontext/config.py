@@ -2,158 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 from latent_jax.backbones.config import BackboneConfig
 from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.base_lora import PART as LORA
-from latent_jax.systems.megacontext.base_lora import BaseLoraConfig
+from latent_jax.systems.megacontext.eval_config import EvalConfig
 from latent_jax.systems.megacontext.label_config import LabelConfig, labelled_blocks
-from latent_jax.systems.megacontext.layout import Layout, cover_cost, roomy
-from latent_jax.systems.megacontext.policy_names import ENDS, POLICIES
+from latent_jax.systems.megacontext.layout import cover_cost, roomy
+from latent_jax.systems.megacontext.model_config import ModelConfig
 from latent_jax.train.config import RunBase
 from latent_jax.train.curriculum import ScheduleConfig
-
-
-@dataclass(frozen=True)
-class GistConfig:
-    """How a block, or a group of gists, becomes the gist above it."""
-
-    kind: Literal["reads", "heads", "embeddings"] = field(
-        default="reads",
-        help="reads: keys and values by a GistNet, trained; heads: the block's own keys and "
-        "values, of which every head keeps as many as it needs (calibrated, not trained); "
-        "embeddings: inputs of the base by a GistNet, trained",
-    )
-    reads: int = field(
-        default=4, ge=1, help="attention reads per slot and head, each with a map of its own"
-    )
-    streams: int = field(
-        default=2, ge=1, help="embeddings: layers of the base whose streams a slot reads"
-    )
-    content: float = field(
-        default=8.0, ge=0,
-        help="embeddings: how much the first read of a slot prefers words that the base did not "
-        "expect at first, in logits",
-    )  # fmt: skip
-    window: int = field(
-        default=8, ge=1, help="blocks that the base encodes together; no gist depends on others"
-    )
-    lead: int = field(
-        default=0, ge=0,
-        help="blocks before a window that the base reads with it: without them the first blocks of "
-        "a window know nothing of what came before",
-    )  # fmt: skip
-    place: Literal["centre", "start"] = field(
-        default="centre", help="rotary position of a slot within its stretch of the span"
-    )
-    focus: float = field(
-        default=4.0, ge=0, help="how much a slot prefers its own stretch at first, in logits"
-    )
-    queries: int = field(
-        default=512, ge=1, help="heads: queries of other texts that a block's entries answer"
-    )
-    reach: int = field(
-        default=448, ge=1, help="heads: tokens behind a block over which those queries stand"
-    )
-    again: float = field(
-        default=0.1, ge=0, help="heads: weight of the block's own tokens, read a second time"
-    )
-    ridge: float = field(
-        default=0.1, gt=0, help="heads: ridge of the fit, in mean squared attention of an entry"
-    )
-    calibration: int = field(
-        default=16, ge=2,
-        help="heads: training windows that lend queries and share out the room; embeddings: that "
-        "tell which words are unexpected",
-    )
-    places: int = field(
-        default=128, ge=1, help="heads: most entries of one head in a gist of the upper levels"
-    )
-
-    def validate(self) -> None:
-        """Refuses text before windows whose entries are made anew for every context, and what
-        gists of the text's own entries do not look at.
-        """
-        if self.kind == "heads":
-            given = {f.name: f.default for f in dataclasses.fields(self)}
-            unread = [n for n in ("reads", "focus", "place") if getattr(self, n) != given[n]]
-            if unread:
-                raise ConfigError(
-                    f"model.gist.{unread[0]}={getattr(self, unread[0])}: kind=heads has no slots "
-                    "that read, and its entries stand where their text does: leave it out"
-                )
-        if self.lead and self.kind == "embeddings":
-            raise ConfigError(
-                "model.gist.lead: gists that are input embeddings are read together in every "
-                "context, and windows have no lead: set it to 0"
-            )
-
-
-@dataclass(frozen=True)
-class LensConfig:
-    """LensNet: what the newest gists make of every node of the working context."""
-
-    width: int = field(default=64, ge=1, help="residual stream")
-    heads: int = field(default=4, ge=1, help="attention heads; they divide the width")
-    stacks: int = field(default=2, ge=1, le=3, help="dual cross-attentions")
-    causal: bool = field(default=False, help="a node is scored by what starts no later (ablation)")
-    layers: int = field(default=4, ge=1, help="layers of the base whose values it looks at")
-
-    def validate(self) -> None:
-        """Refuses a width that the heads do not divide."""
-        if self.width % self.heads:
-            raise ConfigError(f"model.lens: heads={self.heads} do not divide width={self.width}")
-
-
-@dataclass(frozen=True)
-class MatcherConfig:
-    """Late interaction between a question and the tokens of a history."""
-
-    layers: tuple[int, ...] = field(
-        default=(8, 14, 20), ge=1,
-        help="layers of the base whose inputs are matched; those behind the last do not run",
-    )  # fmt: skip
-    width: int = field(default=64, ge=1, help="numbers of a token's stored vector, a byte each")
-    window: int = field(default=8, ge=2, help="blocks that the base reads together")
-    question: int = field(default=24, ge=1, help="last tokens of a question that are matched")
-    rerank: int = field(
-        default=0, ge=0,
-        help="best candidates that the base reads again, by how likely the question is behind them",
-    )  # fmt: skip
-    start: str | None = field(
-        default=None, help="packaged matcher whose weights to start from; none: whitened states"
-    )
-
-    def validate(self) -> None:
-        """Refuses layers that are not given in their order."""
-        if not self.layers or list(self.layers) != sorted(set(self.layers)):
-            raise ConfigError(f"model.matcher.layers={list(self.layers)}: give them in order, once")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """What is trained beside the frozen base."""
-
-    layout: Layout = field(
-        default_factory=lambda: Layout(slots=(4,)), help="blocks, levels and slots of the tree"
-    )
-    gist: GistConfig = field(default_factory=GistConfig, help="GistNet")
-    lens: LensConfig | None = field(
-        default=None, help="a learned focus, trained by a phase with data lens; none: no lens"
-    )
-    matcher: MatcherConfig | None = field(
-        default=None, help="what the policy match asks, trained by a phase with data questions"
-    )
-    lora: BaseLoraConfig | None = field(
-        default=None,
-        help="deltas of the base where it reads on behind a working context; none: it is frozen",
-    )  # fmt: skip
-    remat: bool = field(default=False, help="recompute activations in the backward pass")
 
 
 @dataclass(frozen=True)
@@ -229,95 +90,6 @@ class LossConfig:
     chunk: int | None = field(
         default=None, ge=1, help="tokens whose logits exist at once; none: all"
     )
-
-
-# What may stand for the history; see `recovery.Recovery`.
-ARMS = (
-    "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
-)  # fmt: skip
-# Facts hidden in a history; see `tasks`.
-TASKS = ("passkey", "key_value", "straddling", "paraphrased")
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """What is measured at the end."""
-
-    arms: tuple[str, ...] = field(
-        default=ARMS, help="what stands for the history: its gists, and baselines and controls"
-    )
-
-    text: str | None = field(default=None, help="held-out text source; none: data.text")
-    rows: int = field(default=64, ge=2, help="held-out histories")
-    history: int = field(default=7, ge=2, help="blocks that are replaced by their gists")
-    upper_rows: int = field(
-        default=0, ge=0,
-        help="held-out histories of whole nodes of each upper level, as many as eval.history holds "
-        "or one; 0: none",
-    )
-    horizon: int = field(default=2, ge=1, help="blocks that are predicted (H = 32 tokens each)")
-    batch_size: int = field(default=8, ge=2, help="rows at once")
-    quick_rows: int = field(default=16, ge=2, help="rows of the evaluation while training")
-    budgets: tuple[int, ...] = field(
-        default=(), ge=1, help="sizes W at which policies are compared on a long history; (): none"
-    )
-    policies: tuple[str, ...] = field(
-        default=("full", "windowed", "uniform", "recency", "bm25", "random", "dropped"),
-        help="what is compared: policies, the whole text (full, windowed), the tail only (dropped)",
-    )
-    oracle_steps: int = field(
-        default=8, ge=1, help="focus iterations of the policy oracle, each measured afresh"
-    )
-    long: int = field(default=128, ge=4, help="blocks of that history")
-    long_rows: int = field(default=1, ge=1, help="such histories")
-    places: int = field(default=8, ge=1, help="places of each at which the horizon is predicted")
-    stream: int | None = field(
-        default=None, ge=8,
-        help="blocks of a text that is read while it grows, at the first of eval.budgets, after as "
-        "many of history as half of them; none: not measured",
-    )
-    tasks: tuple[str, ...] = field(
-        default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
-    )
-    task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
-    task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
-    documents: str | None = field(
-        default=None,
-        help="questions on long documents: .jsonl of LongBench or InfiniteBench, or a folder of it",
-    )
-    document_rows: int = field(default=16, ge=1, help="most of those questions, in their order")
-    document_tokens: int | None = field(
-        default=None, ge=64, help="tokens of a document; longer ones lose their middle; none: all"
-    )
-    reach: tuple[int, ...] = field(
-        default=(), ge=1,
-        help="tokens of histories in which the allocator alone looks for the facts; (): none",
-    )  # fmt: skip
-    questions: int = field(
-        default=0, ge=0, help="held-out questions whose facts a matcher ranks among the blocks of "
-        "other held-out text; 0: none",
-    )  # fmt: skip
-    question_blocks: int = field(default=4096, ge=8, help="blocks of that text; whole windows")
-    reach_budget: int = field(default=1024, ge=1, help="entries of its working context, W")
-    threshold: float = field(
-        default=0.05, ge=0, help="recovery counts histories whose loss costs more, nats"
-    )
-
-    def validate(self) -> None:
-        """Refuses unknown arms; recovery needs its two ends."""
-        unknown = [a for a in self.arms if a not in ARMS]
-        if unknown:
-            raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
-        if not {"full", "dropped"} <= set(self.arms):
-            raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
-        unknown = [t for t in self.tasks if t not in TASKS]
-        if unknown:
-            raise ConfigError(f"eval.tasks: unknown {unknown}; allowed: {', '.join(TASKS)}")
-        unknown = [p for p in self.policies if p not in (*POLICIES, *ENDS)]
-        if unknown:
-            raise ConfigError(
-                f"eval.policies: unknown {unknown}; allowed: {', '.join((*POLICIES, *ENDS))}"
-            )
 
 
 @dataclass(frozen=True)

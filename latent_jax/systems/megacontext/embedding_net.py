@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from latent_jax.systems.megacontext.config import ModelConfig
+from latent_jax.systems.megacontext.model_config import ModelConfig
 
 
 class Sources(NamedTuple):

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
-from latent_jax.systems.megacontext.config import ModelConfig
 from latent_jax.systems.megacontext.layout import Layout
+from latent_jax.systems.megacontext.model_config import ModelConfig
 
 
 class Gists(NamedTuple):

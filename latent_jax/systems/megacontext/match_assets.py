@@ -15,7 +15,7 @@ from latent_jax.backbones import Backbone
 from latent_jax.core import trees
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.files import make_dir, write_json
-from latent_jax.systems.megacontext.config import MatcherConfig
+from latent_jax.systems.megacontext.model_config import MatcherConfig
 
 WEIGHTS, RECORD = "matcher.safetensors", "record.json"
 # What of the configuration the weights depend on.

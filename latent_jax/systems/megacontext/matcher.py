@@ -29,8 +29,8 @@ from latent_jax.backbones.streams import streams
 from latent_jax.core import trees
 from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Mean
-from latent_jax.systems.megacontext.config import MatcherConfig
 from latent_jax.systems.megacontext.match_cache import Kept
+from latent_jax.systems.megacontext.model_config import MatcherConfig
 from latent_jax.systems.megacontext.policies import bm25, in_pairs, of_blocks
 from latent_jax.systems.megacontext.reranker import Reranker, fused
 

@@ -24,7 +24,6 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core import trees
 from latent_jax.core.errors import StoreError
 from latent_jax.systems.megacontext.behind import Behind
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.contexts import Entries, Held
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.focus import Lens
@@ -32,6 +31,7 @@ from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, g
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.matcher import Finder
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net

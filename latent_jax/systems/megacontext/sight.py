@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
-from latent_jax.systems.megacontext.config import LensConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.lens import TAIL_GISTS, LensNet, Tail
+from latent_jax.systems.megacontext.model_config import LensConfig
 from latent_jax.systems.megacontext.store import GistTree, Stretch
 
 Node = tuple[int, int]  # level, index

@@ -55,7 +55,7 @@ def episodes(
     """Episodes of one kind whose facts lie at evenly spread depths.
 
     Args:
-      kind: one of `config.TASKS`.
+      kind: one of `eval_config.TASKS`.
       text: filler around the facts.
       filler: tokens of the rest; repeated if they are too few.
       tokenizer: of the base.

@@ -14,11 +14,11 @@ from latent_jax.backbones.sink import sink_kv
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.attention import node_attention
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.reading import encode, place
 from latent_jax.systems.megacontext.runtime import Runtime
 from latent_jax.systems.megacontext.tiling import start

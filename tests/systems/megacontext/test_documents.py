@@ -12,9 +12,9 @@ from latent_jax import backbones, run
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.long_documents import LongQuestion
 from latent_jax.systems.megacontext import documents
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.system import MegaContextSystem
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)

@@ -14,13 +14,13 @@ from latent_jax.backbones.sink import sink_kv
 from latent_jax.backbones.streams import streams
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.contexts import as_prefix, joined, pass_through
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists, calibrate
 from latent_jax.systems.megacontext.embedding_net import shares, unit
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.system import MegaContextSystem

@@ -15,9 +15,9 @@ from latent_jax import backbones, cli
 from latent_jax.backbones import generate
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import allocator, working
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.systems.megacontext.working import WorkingContext

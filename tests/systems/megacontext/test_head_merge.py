@@ -11,7 +11,6 @@ import pytest
 
 from latent_jax import backbones
 from latent_jax.backbones.testing import random_params
-from latent_jax.systems.megacontext.config import LensConfig
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import Gists, slot_positions
@@ -19,6 +18,7 @@ from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.head_merge import NOTHING, merged
 from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.model_config import LensConfig
 from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.reading import place, read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig

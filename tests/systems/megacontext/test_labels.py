@@ -16,7 +16,6 @@ from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import labels, utilities
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
-from latent_jax.systems.megacontext.config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.counterfactual import Action, Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
 from latent_jax.systems.megacontext.gist import GistNet, Gists
@@ -24,6 +23,7 @@ from latent_jax.systems.megacontext.label_config import LabelConfig
 from latent_jax.systems.megacontext.labelling import label
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
+from latent_jax.systems.megacontext.model_config import GistConfig, LensConfig, ModelConfig
 from latent_jax.systems.megacontext.oracle import Oracle
 from latent_jax.systems.megacontext.runtime import RuntimeConfig
 from latent_jax.systems.megacontext.sight import Look, lens_net, sight_width

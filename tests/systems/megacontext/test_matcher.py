@@ -16,7 +16,6 @@ from latent_jax.assets import asset
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import match_assets, match_data, matcher, policies, tasks
-from latent_jax.systems.megacontext.config import MatcherConfig
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.matcher import (
@@ -27,6 +26,7 @@ from latent_jax.systems.megacontext.matcher import (
     matching,
     whitened,
 )
+from latent_jax.systems.megacontext.model_config import MatcherConfig
 from latent_jax.systems.megacontext.reranker import Reranker
 from latent_jax.systems.megacontext.store import GistTree, TreeSpec
 

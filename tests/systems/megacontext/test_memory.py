@@ -16,10 +16,10 @@ from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.allocator import FocusConfig
 from latent_jax.systems.megacontext.comparison import nll_at_h
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.records import from_records, to_records
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import DamagedTokens, GistTree

@@ -10,9 +10,9 @@ from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.run import resolve
 from latent_jax.systems.megacontext import stream
 from latent_jax.systems.megacontext import tiling as tl
-from latent_jax.systems.megacontext.config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.system import MegaContextSystem
 
 MODEL = ModelConfig(

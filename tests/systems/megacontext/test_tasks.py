@@ -10,7 +10,7 @@ import pytest
 from latent_jax import backbones
 from latent_jax.core.errors import DataError
 from latent_jax.systems.megacontext import tasks
-from latent_jax.systems.megacontext.config import TASKS
+from latent_jax.systems.megacontext.eval_config import TASKS
 from latent_jax.systems.megacontext.layout import Layout
 
 LAYOUT = Layout(block=16, branching=8, slots=(2, 2), protected=1)
