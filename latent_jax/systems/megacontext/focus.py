@@ -6,7 +6,6 @@ Needs the tree and no language model, unless the policy is a lens with a prompt 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -140,8 +139,7 @@ class Focus:
             score[damaged] = score.min()
             found = policies.first_ones(score)
         elif free:
-            score = functools.partial(policies.bm25, query=query)
-            found = policies.across(score, ids.reshape(free, size))
+            found = policies.words_of(query, ids.reshape(free, size))
         found[damaged] = 0
         room = 1 << max(blocks - 1, 1).bit_length()
         return np.pad(found, (0, room - free))
@@ -271,7 +269,10 @@ class Focus:
         if self.config.policy in ("bm25", "match"):
             return {"overlap": jnp.asarray(self.overlap(query, blocks, again))}
         if self.config.policy == "lens":
-            return {"tail": self.lens.sight.tail(blocks, newer)}
+            found = {"tail": self.lens.sight.tail(blocks, newer)}
+            if self.lens.net.words:
+                found["overlap"] = jnp.asarray(self.overlap(query, blocks))
+            return found
         return {}
 
     def _seen(self, tiling, query, blocks) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.nn.cross_attention import CrossAttention
@@ -15,6 +16,7 @@ from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.tiling import Tiling
 
 TAIL_GISTS = 6
+WORDS = 2  # numbers that say which words of the tail a node has; see `shared_words`
 
 
 class Entries(NamedTuple):
@@ -27,6 +29,7 @@ class Entries(NamedTuple):
       log_distance: of one plus the tokens between its end and the cursor.
       at: its first block, which orders nodes and tail gists for a causal lens.
       mask: which places hold a node.
+      words: `shared_words`, for a lens that sees them.
     """
 
     feature: Float[Array, "*b n d"]
@@ -35,6 +38,7 @@ class Entries(NamedTuple):
     log_distance: Float[Array, "*b n"]
     at: Int[Array, "*b n"]
     mask: Bool[Array, "*b n"]
+    words: Float[Array, "*b n w"] | None = None
 
 
 class Tail(NamedTuple):
@@ -51,7 +55,10 @@ class Tail(NamedTuple):
     mask: Bool[Array, "*b g"]
 
 
-def entries(layout: Layout, tiling: Tiling, feature: Float[Array, "n d"]) -> Entries:
+def entries(
+    layout: Layout, tiling: Tiling, feature: Float[Array, "n d"],
+    words: Float[Array, "n w"] | None = None,
+) -> Entries:  # fmt: skip
     """The lens's view of a tiling whose nodes hold ``feature``."""
     here, (start, stop) = tl.valid(tiling), tl.spans(layout, tiling)
     tokens = layout.block * (stop - start)
@@ -63,15 +70,31 @@ def entries(layout: Layout, tiling: Tiling, feature: Float[Array, "n d"]) -> Ent
         jnp.log1p(distance.astype(jnp.float32)),
         start,
         here,
+        words,
     )
 
 
-def nothing_seen(width: int) -> tuple[Entries, Tail]:
+def shared_words(best: Float[Array, " n"], free: Bool[Array, " n"]) -> Float[Array, "n w"]:
+    """What `policies.bm25` finds in each node, beside the best one and by itself.
+
+    NumPy for NumPy's arrays, which reading threads have.
+
+    Args:
+      best: the largest of the node's blocks.
+      free: nodes before the protected tail; the tail's own words are not news.
+    """
+    xp = np if isinstance(best, np.ndarray) else jnp
+    best = xp.where(free, best, 0.0)
+    return xp.stack([best / xp.maximum(best.max(), 1e-12), xp.log1p(best) / 4], -1)
+
+
+def nothing_seen(width: int, words: bool = False) -> tuple[Entries, Tail]:
     """An empty context of one node, for initialisation."""
     row, none = jnp.zeros((1, 1)), jnp.zeros((1, 1), bool)
     at = row.astype(jnp.int32)
     blank = jnp.zeros((1, 1, width))
-    return Entries(blank, at, row, row, at, none), Tail(blank, at, none)
+    seen = jnp.zeros((1, 1, WORDS)) if words else None
+    return Entries(blank, at, row, row, at, none, seen), Tail(blank, at, none)
 
 
 def action_entries(layout: Layout, tiling: Tiling) -> tuple[Array, Array]:
@@ -127,6 +150,7 @@ class LensNet(nn.Module):
       stacks: dual cross-attentions, 1 to 3.
       causal: a node is scored by what starts no later than itself, through gists as well. Nodes
         before the tail then see no gist: the ablation of what looking ahead is worth.
+      words: nodes also show `shared_words`.
     """
 
     levels: int
@@ -134,6 +158,7 @@ class LensNet(nn.Module):
     heads: int = 4
     stacks: int = 2
     causal: bool = False
+    words: bool = False
 
     @nn.compact
     def __call__(self, context: Entries, tail: Tail) -> Float[Array, "b n"]:
@@ -143,6 +168,8 @@ class LensNet(nn.Module):
         # In units of a few octaves: of the size of the other inputs for any history.
         shape = jnp.stack([context.log_width, context.log_distance], -1) / 4
         x += nn.Dense(self.width, name="place")(shape)
+        if self.words:
+            x += nn.Dense(self.width, name="words")(context.words)
         g = nn.Dense(self.width, name="embed_tail")(nn.RMSNorm(name="tail_norm")(tail.feature))
         by_gist = context.mask[:, None, :] & tail.mask[:, :, None]
         if self.causal:

@@ -18,8 +18,9 @@ from latent_jax.systems.megacontext import base_lora, labels
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.labels import Snapshot
-from latent_jax.systems.megacontext.lens import TAIL_GISTS
+from latent_jax.systems.megacontext.lens import TAIL_GISTS, WORDS, shared_words
 from latent_jax.systems.megacontext.memory import digest, reader_version, spec_fields
+from latent_jax.systems.megacontext.policies import words_of
 from latent_jax.systems.megacontext.sight import Look, Sight, sight_width
 from latent_jax.systems.megacontext.store import GistTree
 from latent_jax.train.init_from import read_weights
@@ -52,7 +53,7 @@ class LensRows:
         if config.model.gist.kind == "heads":
             counts = HeadGists(config.model, backbone.decoder, 0).all_counts(params["gist"])
         look = Look(backbone.config, config.model.lens, counts)
-        self._widths = layout.widths
+        self._layout, self._words = layout, config.model.lens.words
         self.train: list[tuple[Sight, Snapshot]] = []
         self.held_out: list[tuple[Sight, Snapshot]] = []
         budget = 0
@@ -96,11 +97,12 @@ class LensRows:
     def row(self, sight: Sight, found: Snapshot) -> dict[str, Any]:
         """One snapshot, padded. NumPy alone: it is called in a reading thread."""
         count, room = len(found.level), self.nodes - len(found.level)
-        shift = found.first // self._widths[found.level]
+        shift = found.first // self._layout.widths[found.level]
         nodes = list(zip(found.level.tolist(), (found.index + shift).tolist(), strict=True))
         tail = sight.tail(found.first + found.cursor)
         # Nodes count from the stretch's first block; a causal lens compares the two.
-        return {
+        seen = {"words": self._shared(sight, found)} if self._words else {}
+        return seen | {
             "level": np.pad(found.level, (0, room), constant_values=-1).astype(np.int32),
             "index": np.pad(found.index, (0, room)).astype(np.int32),
             "count": np.int32(count),
@@ -110,6 +112,23 @@ class LensRows:
             "utility": np.pad(found.utility, (0, room)),
             "measured": np.pad(found.measured, (0, room)),
         }  # fmt: skip
+
+    def _shared(self, sight: Sight, found: Snapshot) -> np.ndarray:
+        """`shared_words` of a snapshot's nodes, as `Focus` would find them."""
+        layout = self._layout
+        end, size = found.cursor - layout.protected, layout.block
+        ids, _ = sight.tree.readable(found.first * size, (found.first + end) * size)
+        query, _ = sight.tree.readable(
+            (found.first + end) * size, (found.first + found.cursor) * size
+        )
+        best = np.append(words_of(np.maximum(query, 0), ids.reshape(end, size)), 0.0)
+        widths = layout.widths[found.level]
+        start = np.minimum(found.index * widths, end)
+        stop = np.minimum((found.index + 1) * widths, end)
+        # The largest of each stretch: `reduceat` of pairs of indices, of which every other counts.
+        most = np.maximum.reduceat(best, np.stack([start, np.maximum(stop, start)], 1).reshape(-1))
+        shared = shared_words(most[::2], stop > start)
+        return np.pad(shared, [(0, self.nodes - len(shared)), (0, 0)])
 
     def stream(self, config: MegaRun) -> data.BatchIterator:
         """Endless, shuffled, resumable rows."""
@@ -137,5 +156,7 @@ def batch_spec(config: MegaRun, base: DecoderConfig) -> BatchSpec:
         "tail_mask": ((b, tail), bool), "tail_at": ((b, tail), np.int32),
         "utility": ((b, n), np.float32), "measured": ((b, n), bool),
     }  # fmt: skip
+    if config.model.lens.words:
+        shapes["words"] = ((b, n, WORDS), np.float32)
     arrays = {name: jax.ShapeDtypeStruct(*found) for name, found in shapes.items()}
     return BatchSpec("lens", 1.0, arrays)

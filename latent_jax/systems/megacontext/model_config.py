@@ -96,6 +96,9 @@ class LensConfig:
     stacks: int = field(default=2, ge=1, le=3, help="dual cross-attentions")
     causal: bool = field(default=False, help="a node is scored by what starts no later (ablation)")
     layers: int = field(default=4, ge=1, help="layers of the base whose values it looks at")
+    words: bool = field(
+        default=False, help="it also sees how many rare words of the tail each node has (BM25)"
+    )
 
     def validate(self) -> None:
         """Refuses a width that the heads do not divide."""

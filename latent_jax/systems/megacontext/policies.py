@@ -17,11 +17,12 @@ the same share of them sharpened and blurred.
 ``entry``
   what each node holds, by place in the tiling, for a lens.
 ``tail``
-  the newest gists, as `lens.Tail`, for a lens.
+  the newest gists, as `lens.Tail`, for a lens; one that sees words also reads ``overlap``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,7 +36,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.core.types import Variables
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.layout import Layout, cover_cost
-from latent_jax.systems.megacontext.lens import LensNet, entries
+from latent_jax.systems.megacontext.lens import LensNet, entries, shared_words
 from latent_jax.systems.megacontext.tiling import Tiling
 
 Features = Mapping[str, Any]
@@ -158,7 +159,11 @@ def learned(layout: Layout, lens: LensNet, variables: Variables) -> Policy:
     """
 
     def score(tiling: Tiling, features: Features, key: Array | None = None) -> Array:
-        rows = entries(layout, tiling, features["entry"])
+        words = None
+        if lens.words:
+            best = best_block(layout, tiling, features["overlap"])
+            words = shared_words(best, _free(layout, tiling))
+        rows = entries(layout, tiling, features["entry"], words)
         batch = jax.tree.map(lambda x: x[None], (rows, features["tail"]))
         return lens.apply(variables, *batch)[0]
 
@@ -220,6 +225,13 @@ def across(
       The better of the two pairs that each block is in.
     """
     return of_blocks(score(in_pairs(ids)), len(ids))
+
+
+def words_of(
+    query: Int[np.ndarray, " q"], ids: Int[np.ndarray, "m t"]
+) -> Float[np.ndarray, " m"]:
+    """`bm25` of blocks in pairs; damaged tokens are negative and match nothing."""
+    return across(functools.partial(bm25, query=query), ids)
 
 
 def in_pairs(ids: Int[np.ndarray, "m t"]) -> Int[np.ndarray, "k u"]:

@@ -25,7 +25,9 @@ _HEAVIEST = 40.0  # logarithm of a weight; a damaged one must not overflow
 
 def lens_net(config: LensConfig, layout: Layout) -> LensNet:
     """The lens of a configuration."""
-    return LensNet(layout.levels, config.width, config.heads, config.stacks, config.causal)
+    return LensNet(
+        layout.levels, config.width, config.heads, config.stacks, config.causal, config.words
+    )
 
 
 def sight_width(base: DecoderConfig, config: LensConfig) -> int:

@@ -119,7 +119,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         base, found = self.backbone.config, {}
         if self.lens is not None:
             width = sight_width(base, self.config.model.lens)
-            found["lens"] = self.lens.init(key, *nothing_seen(width))["params"]
+            nothing = nothing_seen(width, self.lens.words)
+            found["lens"] = self.lens.init(key, *nothing)["params"]
         if self.lora is not None:
             found[base_lora.PART] = self.lora.init(key)["params"]
         return found
@@ -225,7 +226,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         zeros = jnp.zeros_like(batch["level"])
         tilings = Tiling(batch["level"], batch["index"], zeros, zeros, batch["count"])
         rows = jax.vmap(functools.partial(entries, self.config.model.layout))(
-            tilings, batch["entry"]
+            tilings, batch["entry"], batch.get("words")
         )
         tail = Tail(batch["tail"], batch["tail_at"], batch["tail_mask"])
         return self.lens.apply({"params": params}, rows, tail), tilings, rows.mask

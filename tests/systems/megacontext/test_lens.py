@@ -13,7 +13,15 @@ import pytest
 from latent_jax.systems.megacontext import lens_losses, policies
 from latent_jax.systems.megacontext.config import LossConfig
 from latent_jax.systems.megacontext.layout import Layout
-from latent_jax.systems.megacontext.lens import TAIL_GISTS, Entries, LensNet, Tail, entries
+from latent_jax.systems.megacontext.lens import (
+    TAIL_GISTS,
+    Entries,
+    LensNet,
+    Tail,
+    entries,
+    nothing_seen,
+    shared_words,
+)
 from latent_jax.systems.megacontext.tiling import start
 
 NODES, WIDTH, LEVELS = 10, 4, 2
@@ -158,3 +166,31 @@ def test_a_lens_is_a_policy():
     batch = jax.tree.map(lambda x: jnp.stack([x, x]), (rows, tail))
     np.testing.assert_allclose(scores, apply(variables, *batch)[0], atol=1e-6)
     assert scores[:5].all() and not scores[5:].any()
+
+
+def test_a_lens_that_sees_words_follows_them():
+    lens = LensNet(2, width=16, words=True)
+    layout = Layout(block=4, branching=3, slots=(1, 2), protected=1)
+    tiling = start(layout, 5, 9)
+    feature = jnp.zeros((NODES, WIDTH))
+    _, tails, _ = snapshots(jax.random.key(0), 2)
+    variables = lens.init(jax.random.key(0), *nothing_seen(WIDTH, True))
+    variables["params"]["score"]["kernel"] = jnp.arange(16.0)[:, None]
+    tail = jax.tree.map(lambda x: x[0], tails)
+    policy = jax.jit(policies.learned(layout, lens, variables))
+    of = lambda *best: policy(  # noqa: E731
+        tiling, {"entry": feature, "tail": tail, "overlap": jnp.asarray(best)}
+    )
+    one, other = of(3.0, 0, 0, 0, 0, 0, 0, 0), of(0, 0, 0, 3.0, 0, 0, 0, 0)
+    assert (np.abs(one - other)[:4] > 1e-4).any()
+    # The tail's own words are not news.
+    np.testing.assert_array_equal(of(3.0, 0, 0, 0, 9.0, 0, 0, 0), one)
+
+
+def test_shared_words_by_hand():
+    best, free = np.asarray([1.0, 4.0, 9.0], np.float32), np.asarray([True, True, False])
+    found = shared_words(best, free)
+    np.testing.assert_allclose(found[:, 0], [0.25, 1, 0])
+    np.testing.assert_allclose(found[:, 1], np.log1p([1, 4, 0]) / 4, rtol=1e-6)
+    np.testing.assert_allclose(shared_words(jnp.asarray(best), jnp.asarray(free)), found, rtol=1e-6)
+    assert not shared_words(np.zeros(3, np.float32), free).any()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from latent_jax import cli
 from latent_jax import run as runs
 from latent_jax.core.errors import ConfigError, StoreError
-from latent_jax.systems.megacontext import labels
+from latent_jax.systems.megacontext import labels, policies
+from latent_jax.systems.megacontext import tiling as tl
+from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
+from latent_jax.systems.megacontext.lens import shared_words
 from latent_jax.systems.megacontext.lens_data import LensRows
+from latent_jax.systems.megacontext.store import Stretch
+from latent_jax.systems.megacontext.tiling import Tiling
 from latent_jax.train.load import load_variables
 
 
@@ -61,6 +67,26 @@ def test_nodes_and_tail_gists_count_from_the_same_block(trained, table, tmp_path
     for sight, found in rows.train:
         row = rows.row(sight, found)
         assert row["tail_at"][row["tail_mask"]].max() == found.cursor - 1
+
+
+def test_words_are_those_that_the_focus_sees(trained, table, tmp_path):
+    run, store, _ = trained
+    given = overrides(run, table, tmp_path / "lens") | {"model.lens.words": True}
+    config = runs.resolve("megacontext/tiny_lens", given)
+    rows = LensRows.of_tables(config, runs.system_class("megacontext")(config).backbone)
+    layout, found = config.model.layout, 0
+    for sight, snapshot in rows.train:
+        row, tree = rows.row(sight, snapshot), Stretch(sight.tree, snapshot.first, layout.levels)
+        focus = Focus(tree, layout, RuntimeConfig(96, "bm25"))
+        tail = [(snapshot.cursor - x) * layout.block for x in (layout.protected, 0)]
+        best = focus.overlap(tree.tokens(*tail), snapshot.cursor)
+        tiling = Tiling(row["level"], row["index"], *[0 * row["level"]] * 2, row["count"])
+        best = policies.best_block(layout, tiling, jnp.asarray(best))
+        free = tl.valid(tiling) & ~tl.tail(layout, tiling)
+        words = shared_words(best, free)
+        np.testing.assert_allclose(row["words"], words, atol=1e-6)
+        found += int((row["words"][:, 0] == 1).sum())
+    assert found >= len(rows.train)
 
 
 def test_tables_that_do_not_belong_are_refused_before_training(trained, table, tmp_path):
