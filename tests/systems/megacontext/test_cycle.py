@@ -214,7 +214,7 @@ LENS = {"name": "lens", "data": "lens", "train": ["lens"], "steps": 2}
         ({"data.label_blocks": 24}, "data.label_blocks: 24 blocks have 0 places"),
         ({"data.label.budget": 16}, "at its coarsest"),
         ({"data.label.policies": ["match"]}, "match needs model.matcher"),
-        ({"model.gist.kind": "heads"}, "calibrated, not trained"),
+        ({"model.gist.kind": "heads", "model.gist.reads": 4}, "calibrated, not trained"),
     ],
 )  # fmt: skip
 def test_refused(overrides, said):

@@ -15,6 +15,7 @@ from latent_jax.systems.megacontext import documents
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.runtime import Answer, Runtime
 from latent_jax.systems.megacontext.system import MegaContextSystem
 
 LAYOUT = Layout(block=8, branching=4, slots=(2, 4), protected=1)
@@ -56,7 +57,14 @@ def test_every_arm_reads_what_it_should(base, untrained, monkeypatch):
         read.append((size, self.backbone.tokenizer.decode(live), start))
         return " Dunmore, in 1911.\nQuestion: more" if size else "I do not know"
 
+    def generate(self, asked, new, keep=False):
+        nodes, live, start = self.context(self.settle(asked))
+        entries = self.memory.gather(nodes, start)
+        text = continued(self.memory, entries, np.append(live, asked), start, 64, new)
+        return Answer(text, nodes, {}, [], np.zeros(0, np.int32))
+
     monkeypatch.setattr(Memory, "continued", continued)
+    monkeypatch.setattr(Runtime, "generate", generate)
     found, samples = documents.measure(made, QUESTIONS, ["bm25"], 64, most=200, new_tokens=4)
     (bm25, newest, nothing), again = read[:3], read[3:]
     assert bm25[0] <= 64 - LAYOUT.block and bm25[1].endswith("Answer:")
