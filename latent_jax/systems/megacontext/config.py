@@ -72,6 +72,19 @@ class LossConfig:
     next_token: float | ScheduleConfig = field(
         default=0.0, help="cross-entropy of the text behind gists, nats per token"
     )
+    boundary: float = field(
+        default=1.0, ge=1,
+        help="weight of the first predicted block of a chunk in both of these, which reads gists "
+        "with the least raw text between",
+    )  # fmt: skip
+    rebuild: float | ScheduleConfig = field(
+        default=0.0,
+        help="cross-entropy of a block that is read again behind its own gist alone, nats a token",
+    )
+    apart: float | ScheduleConfig = field(
+        default=0.0,
+        help="squared excess of the cosine between two blocks' gists over that between the blocks",
+    )  # fmt: skip
     regression: float | ScheduleConfig = field(
         default=1.0, help="squared error of a lens's signed scores (data lens)"
     )
@@ -142,6 +155,12 @@ class MegaRun(RunBase):
             )
         if e.budgets and "lens" in e.policies and self.model.lens is None:
             raise ConfigError("eval.policies: lens needs model.lens; set it or leave lens out")
+        apart = [p.name for p in self.train.phases if p.weights.get("apart")]
+        if (self.losses.apart or apart) and self.model.gist.kind != "reads":
+            raise ConfigError(
+                f"losses.apart compares values that a GistNet makes, and model.gist.kind="
+                f"{self.model.gist.kind} has none: leave it 0"
+            )
         least = cover_cost(layout, e.long, layout.levels)
         step = math.lcm(int(layout.widths[-1]), self.model.gist.window)
         if e.tasks and (not e.budgets or e.task_blocks % step):
@@ -226,6 +245,7 @@ class MegaRun(RunBase):
                 self.model.layout, self.model.gist.window, d.label, d.label_blocks,
                 "data.label_blocks", "raise data.label_blocks",
             )  # fmt: skip
+
     def _reachable(self) -> None:
         """Refuses histories that the allocator could not even hold at their coarsest."""
         e, layout = self.eval, self.model.layout

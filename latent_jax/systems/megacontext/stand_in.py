@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.substitution import substitution
+from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.gist import Gists, build, grouped, slot_positions
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
+
+BESIDE = ("rebuild", "apart")  # terms of `StandIn._other_terms`, computed where a weight is not 0
+
+
+class Made(NamedTuple):
+    """Gists of a training row.
+
+    Attributes:
+      own: the entries of the blocks that they are made of.
+      gists: theirs.
+      placed: as a prefix of the row.
+    """
+
+    own: Any
+    gists: Any
+    placed: KV
 
 
 class StandIn:
@@ -28,7 +46,9 @@ class StandIn:
     gists: Any
 
     def _behind_all(self, gist, base, ids, key, chunk, lora=None):
-        """Every chunk of a row reads on behind the gists of what came before it."""
+        """Every chunk of a row reads on behind the gists of what came before it; also what those
+        are.
+        """
         c = self.config
         layout, window, lead = c.model.layout, c.model.gist.window, c.model.gist.lead
         (b, t), n = ids.shape, ids.shape[1] // layout.block
@@ -50,8 +70,8 @@ class StandIn:
         seen = jnp.repeat(seen, at.size // n, axis=-1)
         at = jnp.broadcast_to(at, (b, at.size))
         if embeddings:
-            found = self.gists.net.apply({"params": gist}, own, 1)
-            placed = self._pass_through(base, found, at)._replace(mask=seen)
+            gists = self.gists.net.apply({"params": gist}, own, 1)
+            placed = self._pass_through(base, gists, at)._replace(mask=seen)
         else:
             if isinstance(self.gists, HeadGists):
                 k, v, bias = self.gists.spread(gist, self.gists.make(gist, base, ids))
@@ -60,14 +80,64 @@ class StandIn:
                 gists, bias = build(self.gists, gist, own, 1), None
             placed = place(self.decoder, gists, at, seen, bias)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw, lora)
-        # Behind gists, and with a raw tail before it as in a working context (a chunk of one block
-        # has none).
-        chunks = np.arange(t).reshape(-1, chunk * layout.block)
-        tail = layout.protected * layout.block - 1 if chunk > 1 else 0
-        told = chunks[1:, tail:-1].reshape(-1)
-        return substitution(
+        told = self._told(t, chunk)
+        found = substitution(
             self.decoder, base, full[:, told], given[:, told], ids[:, told + 1], c.losses.chunk
         )
+        return found, Made(own, gists, placed)
+
+    def _told(self, t: int, chunk: int) -> np.ndarray:
+        """Places whose next token is predicted: behind gists, and with a raw tail before it as in
+        a working context (a chunk of one block has none).
+        """
+        layout = self.config.model.layout
+        chunks = np.arange(t).reshape(-1, chunk * layout.block)
+        return chunks[1:, self._tail(chunk) : -1].reshape(-1)
+
+    def _tail(self, chunk: int) -> int:
+        layout = self.config.model.layout
+        return layout.protected * layout.block - 1 if chunk > 1 else 0
+
+    def _at_boundaries(self, t: int, chunk: int) -> np.ndarray | None:
+        """Weights of the predicted tokens; none if all weigh the same."""
+        weight, block = self.config.losses.boundary, self.config.model.layout.block
+        if weight == 1:
+            return None
+        behind = self._told(t, chunk) % (chunk * block) - self._tail(chunk)
+        return np.where(behind < block, weight, 1.0).astype(np.float32)
+
+    def _other_terms(self, base, ids, made: Made, lora) -> dict[str, Mean]:
+        """What else gists may be trained on: `BESIDE`."""
+        c, terms = self.config, {}
+        wanted = {
+            name for name in BESIDE
+            if getattr(c.losses, name) or any(p.weights.get(name) for p in c.train.phases)
+        }
+        if "rebuild" in wanted:
+            terms["rebuild"] = self._rebuilt(base, ids, made.placed, lora)
+        if "apart" in wanted:
+            terms["apart"] = alikeness(made.gists.v, made.own.v, len(ids))
+        return terms
+
+    def _rebuilt(self, base, ids, placed: KV, lora) -> Mean:
+        """Every block read again, behind its own gist and nothing else.
+
+        It stands as far behind as the row is long: where the text itself stood is taken.
+        """
+        (b, t), size = ids.shape, self.config.model.layout.block
+        block, slots = np.arange(t) // size, placed.k.shape[2] * size // t
+        own = block[:, None] == np.arange(placed.k.shape[2]) // slots
+        raw = (block[:, None] == block) & np.tri(t, dtype=bool)
+        hidden = read_on(
+            self.decoder, base, self.sink,
+            placed._replace(mask=jnp.broadcast_to(own, (b, *own.shape))), ids,
+            jnp.broadcast_to(t + np.arange(t), ids.shape), jnp.broadcast_to(raw, (b, t, t)), lora,
+        )  # fmt: skip
+        told = np.flatnonzero(np.arange(t) % size < size - 1)
+        nll, _ = token_cross_entropy(
+            self.decoder, base, hidden[:, told], ids[:, told + 1], self.config.losses.chunk
+        )
+        return Mean.of(nll)
 
     def _behind_one(self, gist, base, ids, level, lora=None):
         """The end of a row reads on behind one gist of everything before; the gists below it are
@@ -132,3 +202,23 @@ class StandIn:
         return pass_through(
             self.decoder, base, self.sink, x, at, at, jnp.ones(at.shape, bool)
         )
+
+
+def alikeness(
+    gists: Float[Array, "l n s g d"], raw: Float[Array, "l n t g d"], rows: int
+) -> Mean:
+    """Squared excess of the cosine between the gists of two blocks of a row over that between the
+    mean values of the blocks themselves.
+
+    A frozen base's values share much whatever the text, so 0 would be no goal; gists that are no
+    more alike than their texts cost nothing, and what makes them more alike is pushed back.
+    """
+
+    def cosines(x):
+        flat = x.mean(2, dtype=jnp.float32)  # of the slots or tokens
+        flat = jnp.moveaxis(flat, 1, 0).reshape(rows, x.shape[1] // rows, -1)
+        unit = flat / jnp.maximum(jnp.linalg.norm(flat, axis=-1, keepdims=True), 1e-6)
+        return jnp.einsum("rid,rjd->rij", unit, unit)
+
+    excess = jax.nn.relu(cosines(gists) - jax.lax.stop_gradient(cosines(raw)))
+    return Mean.of(excess**2, ~np.eye(excess.shape[1], dtype=bool))

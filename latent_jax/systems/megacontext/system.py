@@ -31,7 +31,7 @@ from latent_jax.systems.megacontext.match_data import MatchRows
 from latent_jax.systems.megacontext.matcher import Matcher, matching, whitened
 from latent_jax.systems.megacontext.policies import squash
 from latent_jax.systems.megacontext.sight import lens_net, sight_width
-from latent_jax.systems.megacontext.stand_in import StandIn
+from latent_jax.systems.megacontext.stand_in import BESIDE, StandIn
 from latent_jax.systems.megacontext.tiling import Tiling
 
 _LABELS = (
@@ -81,7 +81,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         self.frozen = {"base": self.backbone.params}
         self.weights = {
             "substitute": config.losses.substitute, "upper": config.losses.upper,
-            "next_token": config.losses.next_token,
+            **{name: getattr(config.losses, name) for name in ("next_token", *BESIDE)},
             **{name: getattr(config.losses, name) for name in LENS_TERMS},
             "matching": config.losses.matching,
         }  # fmt: skip
@@ -217,8 +217,11 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         else:
             key = rngs["lod"] if train else None
             chunk = 1 if "near" in batch else self.config.data.chunk
-            found = self._behind_all(gist, base, ids, key, chunk, lora)
-            terms = {"substitute": Mean.of(found.kl), "next_token": Mean.of(found.nll)}
+            found, made = self._behind_all(gist, base, ids, key, chunk, lora)
+            weight = self._at_boundaries(ids.shape[1], chunk)
+            terms = {
+                "substitute": Mean.of(found.kl, weight), "next_token": Mean.of(found.nll, weight)
+            } | self._other_terms(base, ids, made, lora)  # fmt: skip
         return terms, {}, {"lost": Mean.of(found.nll - found.full_nll)}
 
     def _lens_scores(self, params, batch):

@@ -285,7 +285,7 @@ def test_training_reads_what_a_store_reads(tmp_path):
     gist, base = variables["params"]["gist"], system.frozen["base"]
     ids = jnp.asarray(system.eval_data()[:2, :64])
     chunk = system.config.data.chunk * layout.block
-    found = jax.jit(lambda g: system._behind_all(g, base, ids, None, 4))(gist)
+    found = jax.jit(lambda g: system._behind_all(g, base, ids, None, 4)[0])(gist)
     tail = layout.protected * layout.block
     row = np.asarray(found.nll)[0, -(chunk - tail) :]
 
