@@ -115,6 +115,10 @@ class EvalConfig:
         "none",
     )  # fmt: skip
     questions: int = field(default=0, ge=0, help="held-out questions; 0: none")
+    ood: str | None = field(
+        default=None, help="a second source of as many held-out questions, on which nothing was "
+        "trained, such as qed: the same arms, as qed.* (of other sources ood.*)",
+    )  # fmt: skip
     arms: tuple[str, ...] = field(
         default=("latent", "full_text", "no_context", "token_budget_head", "shuffled", "zero"),
         help="what the reader is given in place of the text",
@@ -141,7 +145,9 @@ class EvalConfig:
     )  # fmt: skip
 
     def validate(self) -> None:
-        """Refuses unknown number formats and faults."""
+        """Refuses unknown number formats and faults, and a second source without questions."""
+        if self.ood is not None and not self.questions:
+            raise ConfigError("eval.ood: set eval.questions, how many questions of it to ask")
         if wrong := [name for name in self.faults if name not in FAULTS]:
             raise ConfigError(f"eval.faults: unknown {wrong}; allowed: {', '.join(FAULTS)}")
         unknown = [form for form in self.wire_bits if form not in FORMATS]
@@ -212,6 +218,11 @@ class LatentWireRun(RunBase):
                 f"losses.distil_*: only the main reader is a teacher: put {MAIN} into data.read_by"
             )
         self._refuse_idle_losses()
+        if self.eval.ood is not None and self.eval.ood == self.data.qa:
+            raise ConfigError(
+                f"eval.ood={self.eval.ood}: that is data.qa, which is trained on; name another "
+                "source, such as qed"
+            )
         segment = self.model.segment
         for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)

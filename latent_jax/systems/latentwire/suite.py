@@ -66,17 +66,19 @@ def final_evaluation(
             progress=progress,
         )  # fmt: skip
     demonstration, answered = None, []
-    if e.questions:
-        examples = system.held_out_questions()
+    for name, examples in (system.question_sets() if e.questions else {}).items():
         found, rows = evaluate_qa(
             wire.backbone, wire.latents, examples, e.arms,
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
-            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
+            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress, name=name,
             task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
             rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None, faults=e.faults,
         )  # fmt: skip
         metrics |= found
+        if name != "squad":  # findings are about the task that was trained
+            samples += [{**row, "kind": f"answer in {name}"} for row in rows]
+            continue
         samples += rows
         answered = rows
         demonstration = demonstrate(wire, examples[0].context, examples[0].question)
