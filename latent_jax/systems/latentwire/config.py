@@ -10,6 +10,7 @@ from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.extraction import check_rules
 from latent_jax.systems.latentwire.faults import FAULTS
 from latent_jax.systems.latentwire.loss_config import LossConfig
 from latent_jax.systems.latentwire.model_config import (
@@ -18,6 +19,7 @@ from latent_jax.systems.latentwire.model_config import (
     ModelConfig,
     ReaderConfig,
 )
+from latent_jax.systems.latentwire.nudge_config import NudgeConfig
 from latent_jax.systems.latentwire.pool import num_latents, span_edges
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
@@ -139,6 +141,14 @@ class EvalConfig:
     wire_bits: tuple[str, ...] = field(
         default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
     )
+    extract: tuple[str, ...] = field(
+        default=(), help="rules by which answers are also cut shorter, as <set>.extract.*: words:N "
+        "(the first N), punctuation (up to the first)",
+    )  # fmt: skip
+    nudges: NudgeConfig = field(
+        default_factory=NudgeConfig, help="a second, nudged decoding of every arm, as "
+        "<set>.nudged.*; never a claim",
+    )  # fmt: skip
     faults: tuple[str, ...] = field(
         default=(), help="errors made on purpose, for the gallery of failures alone: "
         f"{', '.join(FAULTS)}",
@@ -146,6 +156,7 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Refuses unknown number formats and faults, and a second source without questions."""
+        check_rules(self.extract)
         if self.ood is not None and not self.questions:
             raise ConfigError("eval.ood: set eval.questions, how many questions of it to ask")
         if wrong := [name for name in self.faults if name not in FAULTS]:

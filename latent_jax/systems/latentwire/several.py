@@ -79,7 +79,8 @@ def evaluate_readers(
                 max_new_tokens=longest(system, reader),
                 seed=config.seed, tuned=system.tuned_by.get(label), sink=reader.sink, task=task,
                 name=f"{name}.{label}.x{model.ratio:g}", cramming_steps=e.cramming_steps,
-                source=wire.builder, progress=progress, **shared,
+                source=wire.builder, progress=progress, extract=e.extract, nudges=e.nudges,
+                **shared,
             )  # fmt: skip
             found |= scores
             if name == "squad":

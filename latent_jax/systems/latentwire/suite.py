@@ -74,6 +74,7 @@ def final_evaluation(
             seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress, name=name,
             task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
             rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None, faults=e.faults,
+            extract=e.extract, nudges=e.nudges,
         )  # fmt: skip
         metrics |= found
         if name != "squad":  # findings are about the task that was trained

@@ -88,6 +88,8 @@ class LatentWireSystem:
         other = None if self.separate is None else self.separate.body
         self.model = Compressor(config.model, self.backbone.config, self.sink, words, other)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
+        # A word that cannot be forbidden is told now.
+        config.eval.nudges.banned(self.builder, self.backbone.config.vocab_size, 1)
         self.readers = {
             label: open_reader(label, config.model, self.backbone, config.prompt)
             for label in config.model.readers
