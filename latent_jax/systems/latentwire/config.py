@@ -141,6 +141,12 @@ class EvalConfig:
     wire_bits: tuple[str, ...] = field(
         default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
     )
+    cost_rows: int = field(
+        default=0, ge=0, help="questions, each on a text of its own, whose first token is timed, "
+        "from the wire and from the text, beside keys and values and FLOPs; 0: none",
+    )  # fmt: skip
+    cost_tokens: int = field(default=512, ge=1, help="tokens of each of these texts")
+    cost_pairs: int = field(default=3, ge=1, help="timed pairs, after a run that compiles")
     extract: tuple[str, ...] = field(
         default=(), help="rules by which answers are also cut shorter, as <set>.extract.*: words:N "
         "(the first N), punctuation (up to the first)",
@@ -235,6 +241,11 @@ class LatentWireRun(RunBase):
                 "source, such as qed"
             )
         segment = self.model.segment
+        timed = self.eval.cost_tokens
+        if self.eval.cost_rows and timed > segment and timed % segment:
+            raise ConfigError(
+                f"eval.cost_tokens={timed} is not a multiple of model.segment={segment}"
+            )
         for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)
             if name == "recall" and not self.data.mix.get("recall"):

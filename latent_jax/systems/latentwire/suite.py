@@ -21,6 +21,7 @@ from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.latency import first_token
 from latent_jax.systems.latentwire.reconstruct import rebuildable
 from latent_jax.systems.latentwire.several import evaluate_readers
 from latent_jax.systems.latentwire.symptoms import said_from_latents
@@ -90,6 +91,10 @@ def final_evaluation(
         samples += rows
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
     metrics |= reader_lora.numbers(wire.config, wire.params)
+    if e.cost_rows:
+        asked = [x.question for x in system.held_out_questions()] if e.questions else ["Who?"]
+        asked = list(itertools.islice(itertools.cycle(asked), e.cost_rows))
+        metrics |= first_token(wire, asked, e.cost_tokens, e.cost_pairs, config.seed, progress)
     if e.wire_bits:
         exact = dict(metrics), [row["f1"]["latent"] for row in answered if "latent" in row["f1"]]
         metrics |= quality_against_bits(system, wire, exact, progress)
