@@ -78,7 +78,7 @@ def first_token(
     Returns:
       ``cost.seconds_to_first_token.latent`` (from the wire's bytes; ``cost.unpack_seconds`` of them
       are reading these) and ``.full_text``, medians for all rows together; ``cost.speedup``, the
-      median of the paired ratios, with the smallest and largest as ``.min`` and ``.max``;
+      median of the paired ratios, with the smallest and largest as ``_min`` and ``_max``;
       ``cost.encode_seconds``; and what `sizes` gives, of all rows.
     """
     reader, rows = wire.reading, len(questions)
@@ -121,7 +121,7 @@ def first_token(
         "cost.seconds_to_first_token.latent": middle["wire"],
         "cost.seconds_to_first_token.full_text": middle["text"],
         "cost.speedup": statistics.median(ratios),
-        "cost.speedup.min": min(ratios), "cost.speedup.max": max(ratios),
+        "cost.speedup_min": min(ratios), "cost.speedup_max": max(ratios),
         "cost.unpack_seconds": middle["unpack"], "cost.encode_seconds": middle["encode"],
         "cost.wire_bytes": len(stored),
         **sizes(wire, tokens, rows),

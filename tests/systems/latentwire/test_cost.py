@@ -80,7 +80,7 @@ def test_the_first_token_is_timed_and_is_the_same_as_in_the_evaluation(monkeypat
         assert found[f"cost.prefill_flops.{arm}"] == 2 * latency.sizes(wire, 16)[
             f"cost.prefill_flops.{arm}"
         ]
-    assert found["cost.speedup.min"] <= found["cost.speedup"] <= found["cost.speedup.max"]
+    assert found["cost.speedup_min"] <= found["cost.speedup"] <= found["cost.speedup_max"]
     assert found["cost.kv_bytes.full_text"] == 4 * found["cost.kv_bytes.latent"] > 0
     assert found["cost.encode_flops"] >= found["cost.prefill_flops.full_text"]
     # The same tokens, questions and learned prompt as the arms of an evaluation have.
