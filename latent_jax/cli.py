@@ -114,10 +114,14 @@ def sweep(
 
 @app.command("eval", rich_help_panel=TRAIN)
 def eval_(
-    run: Run, checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,
+    run: Annotated[str, typer.Argument(help="Directory of a run, or a packaged compressor.")],
+    checkpoint: Checkpoint = "last", set_: Set = None, out: Out = None,
     seed: Seed = None, quiet: Quiet = False,
 ) -> None:  # fmt: skip
-    """Evaluate a run again; rewrites its results and report (or writes them to --out)."""
+    """Evaluate a run again; rewrites its results and report (or writes them to --out).
+
+    A packaged compressor is evaluated as its own run was.
+    """
     from latent_jax.commands import work
 
     work.evaluate(run, overrides(set_, seed=seed), checkpoint, out, quiet)

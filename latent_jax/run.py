@@ -139,7 +139,8 @@ def resolve(
 def open_run(
     run: str | Path, overrides: Iterable[str] | Mapping[str, Any] = ()
 ) -> tuple[Path, Any]:
-    """The directory and config of an existing run.
+    """The directory and config of an existing run; the name and config of weights that a system
+    ships or has exported (its ``stored``).
 
     Raises:
       RunError: no such run.
@@ -147,6 +148,11 @@ def open_run(
     path = Path(run)
     if not path.is_dir() and (Path("runs") / path).is_dir():
         path = Path("runs") / path
+    if not (path / "checkpoints").is_dir():
+        for name in SYSTEMS:
+            tree = getattr(system_class(name), "stored", lambda _: None)(str(run))
+            if tree is not None:
+                return Path(run), resolve(tree, overrides)
     if not path.is_dir():
         runs = sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))
         known = f"; in runs/ there are: {', '.join(runs)}" if runs else ""
@@ -200,9 +206,13 @@ def load(run: str | Path, config: Any = None, checkpoint: str = "last") -> tuple
 
     if config is None:
         run, config = open_run(run)
+    cls = system_class(config.system)
+    if hasattr(cls, "stored") and cls.stored(str(run)) is not None:
+        system = cls(config)
+        return system, system.stored_variables(str(run))
     # Before the system is built: a run without checkpoints should say so at once.
     variables, _ = load_variables(run, checkpoint)
-    return system_class(config.system)(config), variables
+    return cls(config), variables
 
 
 def evaluate(
@@ -215,7 +225,8 @@ def evaluate(
     """Evaluates an existing run again and writes its results and report.
 
     Args:
-      run: the run's directory.
+      run: the run's directory, or weights that a system ships or has exported: those are evaluated
+        as their run was, into ``runs/<name>``.
       overrides: settings that differ, such as `eval.segments=500`.
       checkpoint: `last`, `best`, `peak`, or a step.
       out: another directory for the results; the run's own are then kept.
@@ -223,6 +234,8 @@ def evaluate(
     """
     path, config = open_run(run, overrides)
     system, variables = load(path, config, checkpoint)
+    if out is None and not (path / "config.yaml").is_file():
+        out = Path("runs") / path.name
     if out is not None and Path(out).resolve() != path.resolve():
         out = files.make_dir(out)
         with files.explained(out):

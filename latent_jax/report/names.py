@@ -9,6 +9,7 @@ import re
 TITLES = {
     "squad": "Question answering (SQuAD)",
     "qed": "Question answering (QED, out of distribution)",
+    "ood": "Question answering (another source than was trained on)",
     "lookup": "Key lookup",
     "qa": "Question answering",
     "ae": "Reconstruction",
@@ -100,6 +101,7 @@ HEADLINES = (
     "squad.f1.latent",
     "squad.f1.full_text",
     "squad.f1.no_context",
+    "qed.f1.latent",
     "lookup.f1.latent",
     "qa.f1.latent",
     "ae.token_accuracy",

@@ -147,7 +147,11 @@ def flat_numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def headline(results: Mapping[str, Any], limit: int = 12) -> dict[str, Any]:
     """The single numbers of a result that a line of history holds, the telling ones first."""
-    numbers = {k: v for k, v in results.items() if is_number(v)}
+    # Scores of answers that were cut or nudged are beside the point.
+    aside = {"extract", "nudged"}
+    numbers = {
+        k: v for k, v in results.items() if is_number(v) and aside.isdisjoint(k.split("."))
+    }
     first = [name for name in HEADLINES if name in numbers]
     first += [name for name in numbers if name.endswith(".latent")]
     return {name: numbers[name] for name in list(dict.fromkeys([*first, *numbers]))[:limit]}

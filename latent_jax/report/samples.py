@@ -143,12 +143,18 @@ def answers(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> list[Answer]:
 def others(
     rows: Sequence[Mapping[str, Any]], limit: int = 12
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Samples of any other kind, a demonstration for one: (kind, fields)."""
-    rows = [row for row in rows if row.get("kind") not in ("reconstruction", "answer")]
+    """Samples of any other kind, a demonstration for one: (kind, fields), ``limit`` of each."""
+    kinds = {str(row.get("kind", "sample")): [] for row in rows}
+    for row in rows:
+        kinds[str(row.get("kind", "sample"))].append(row)
+    rows = [
+        row for kind, found in kinds.items() if kind not in ("reconstruction", "answer")
+        for row in found[:limit]
+    ]
     return [
         (
             str(row.get("kind", "sample")).capitalize(),
             [(key, _show(value)) for key, value in row.items() if key != "kind"],
         )
-        for row in rows[:limit]
+        for row in rows
     ]

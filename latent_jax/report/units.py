@@ -17,7 +17,9 @@ _UNITS = tuple(
         (r"^weight\.", "weight"),
         (r"^parameters\.", "parameters"),
         (r"^flops\..*per_byte", "FLOPs per byte"),
-        (r"^flops\b", "FLOPs"),
+        (r"^flops\b|_flops\b", "FLOPs"),
+        (r"seconds", "seconds"),
+        (r"^cost\.speedup", "full text ÷ latents"),
         (r"^throughput\.(?:\w+\.)*(?:encode_|generate_)?(?P<what>\w+?)_per_second",
          "{what} per second"),
         (r"^throughput\.", ""),
@@ -52,7 +54,7 @@ _UNITS = tuple(
         (r"number_variance", "gaps squared"),
         (r"rollout\.line", "power"),
         (r"^nll_at_h|^regret", "nats per token"),
-        (r"^(ae|squad|qa|lookup|qed|continuation)\.(\w+\.)*nll", "nats per token"),
+        (r"^(ae|squad|qa|lookup|qed|ood|continuation)\.(\w+\.)*nll", "nats per token"),
         (r"(^|\.)nll(\b|_)|^floor\.|^blocks\.|(^|\.)loss$|^term\.|^lost$|entropy\b", "nats"),
         (r"^eval\.(reconstruct|substitute|upper|next_token|top|byte_lm\w*|last|answer)$", "nats"),
         (r"norm", "norm"),
@@ -83,7 +85,7 @@ def unit(name: str) -> str:
 
 # Section of a page → results and settings (after `config:`) that say on how much it was measured.
 _SIZES: dict[str, tuple[tuple[str, str], ...]] = {
-    "squad": (("squad.questions", "questions"),),
+    **{name: ((f"{name}.questions", "questions"),) for name in ("squad", "qed", "ood")},
     "ae": (("ae.segments", "texts"), ("ae.length", "tokens each")),
     "continuation": (("continuation.segments", "texts"),),
     "wire": (("wire.questions", "questions"), ("squad.questions", "questions")),

@@ -288,6 +288,24 @@ def read_compressor(name: str | Path) -> Stored:
     )
 
 
+def stored_run(name: str | Path) -> dict[str, Any]:
+    """The settings of the run that a packaged or exported compressor is of, to evaluate it.
+
+    Raises:
+      CheckpointError: it has no record of its run.
+    """
+    stored = read_compressor(name)
+    if "config" not in stored.record:
+        raise CheckpointError(
+            f"{name}: nothing says how it was trained (record.json), nor how to evaluate it"
+        )
+    tree, model = dict(stored.record["config"]), to_dict(stored.config)
+    return tree | {
+        "out": None, "model": model | {"start": str(name)}, "prompt": to_dict(stored.prompt),
+        "train": tree["train"] | {"init_from": None},
+    }  # fmt: skip
+
+
 def load_compressor(name: str | Path, backbone: Backbone) -> Stored:
     """`read_compressor`, refused if it was trained on another LLM.
 

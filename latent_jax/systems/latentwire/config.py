@@ -10,6 +10,7 @@ from latent_jax.core.config import field
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops.wire import FORMATS
 from latent_jax.systems.latentwire.adapter_config import AdapterConfig, WireConfig
+from latent_jax.systems.latentwire.extraction import check_rules
 from latent_jax.systems.latentwire.faults import FAULTS
 from latent_jax.systems.latentwire.loss_config import LossConfig
 from latent_jax.systems.latentwire.model_config import (
@@ -18,6 +19,7 @@ from latent_jax.systems.latentwire.model_config import (
     ModelConfig,
     ReaderConfig,
 )
+from latent_jax.systems.latentwire.nudge_config import NudgeConfig
 from latent_jax.systems.latentwire.pool import num_latents, span_edges
 from latent_jax.systems.latentwire.prompts import PromptConfig
 from latent_jax.train.config import RunBase
@@ -115,6 +117,10 @@ class EvalConfig:
         "none",
     )  # fmt: skip
     questions: int = field(default=0, ge=0, help="held-out questions; 0: none")
+    ood: str | None = field(
+        default=None, help="a second source of as many held-out questions, on which nothing was "
+        "trained, such as qed: the same arms, as qed.* (of other sources ood.*)",
+    )  # fmt: skip
     arms: tuple[str, ...] = field(
         default=("latent", "full_text", "no_context", "token_budget_head", "shuffled", "zero"),
         help="what the reader is given in place of the text",
@@ -135,13 +141,30 @@ class EvalConfig:
     wire_bits: tuple[str, ...] = field(
         default=(), help=f"number formats the latents are also sent in, of {', '.join(FORMATS)}"
     )
+    cost_rows: int = field(
+        default=0, ge=0, help="questions, each on a text of its own, whose first token is timed, "
+        "from the wire and from the text, beside keys and values and FLOPs; 0: none",
+    )  # fmt: skip
+    cost_tokens: int = field(default=512, ge=1, help="tokens of each of these texts")
+    cost_pairs: int = field(default=3, ge=1, help="timed pairs, after a run that compiles")
+    extract: tuple[str, ...] = field(
+        default=(), help="rules by which answers are also cut shorter, as <set>.extract.*: words:N "
+        "(the first N), punctuation (up to the first)",
+    )  # fmt: skip
+    nudges: NudgeConfig = field(
+        default_factory=NudgeConfig, help="a second, nudged decoding of every arm, as "
+        "<set>.nudged.*; never a claim",
+    )  # fmt: skip
     faults: tuple[str, ...] = field(
         default=(), help="errors made on purpose, for the gallery of failures alone: "
         f"{', '.join(FAULTS)}",
     )  # fmt: skip
 
     def validate(self) -> None:
-        """Refuses unknown number formats and faults."""
+        """Refuses unknown number formats and faults, and a second source without questions."""
+        check_rules(self.extract)
+        if self.ood is not None and not self.questions:
+            raise ConfigError("eval.ood: set eval.questions, how many questions of it to ask")
         if wrong := [name for name in self.faults if name not in FAULTS]:
             raise ConfigError(f"eval.faults: unknown {wrong}; allowed: {', '.join(FAULTS)}")
         unknown = [form for form in self.wire_bits if form not in FORMATS]
@@ -212,7 +235,17 @@ class LatentWireRun(RunBase):
                 f"losses.distil_*: only the main reader is a teacher: put {MAIN} into data.read_by"
             )
         self._refuse_idle_losses()
+        if self.eval.ood is not None and self.eval.ood == self.data.qa:
+            raise ConfigError(
+                f"eval.ood={self.eval.ood}: that is data.qa, which is trained on; name another "
+                "source, such as qed"
+            )
         segment = self.model.segment
+        timed = self.eval.cost_tokens
+        if self.eval.cost_rows and timed > segment and timed % segment:
+            raise ConfigError(
+                f"eval.cost_tokens={timed} is not a multiple of model.segment={segment}"
+            )
         for name in ("length", "max_context", "recall"):
             value = getattr(self.data, name)
             if name == "recall" and not self.data.mix.get("recall"):

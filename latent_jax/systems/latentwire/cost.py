@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from latent_jax.backbones.architectures import param_shapes
 from latent_jax.backbones.config import DecoderConfig
-from latent_jax.backbones.first_layers import first_config
+from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.head_entries import elimination_flops
+from latent_jax.core.flops import matmul_flops
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.message import Message
 from latent_jax.systems.latentwire.model_config import MAIN
-from latent_jax.systems.latentwire.vectors import LONGEST
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +39,9 @@ class Cost:
       latent_kv_bytes: those that it holds for the latents that it is given, of which an adapter
         may make several entries each.
       text_flops: prefill of the whole texts, every time they are read.
-      latent_flops: prefill of the latents (0 where they are keys and values already).
-      encode_flops: compressing, once.
+      latent_flops: making of the latents what the reader holds (0 where they are keys and values
+        already).
+      encode_flops: compressing, once, with every part of the compressor.
     """
 
     tokens: int
@@ -73,23 +79,90 @@ class Cost:
         )
 
 
-def prefill_flops(config: DecoderConfig, tokens: int, before: int = 0) -> float:
-    """Multiply-adds of a causal prefill, counted as two each, without embedding and logits.
+@functools.lru_cache(maxsize=1024)
+def prefill_flops(config: DecoderConfig, tokens: int) -> float:
+    """Operations of the matrix products of a prefill, two per multiply-add, without logits.
+
+    Counted as the program runs: tokens that a causal mask hides are multiplied too.
+    """
+    x = jax.ShapeDtypeStruct((1, tokens, config.hidden_size), jnp.float32)
+
+    def run(params, x):
+        out = Decoder(config).apply({"params": params}, x)
+        return (out.hidden, out.kv.k), None
+
+    return matmul_flops(run, param_shapes(config), x)[0]
+
+
+def compressor_flops(latents: Any, tokens: int) -> tuple[float, float]:
+    """Operations of the matrix products of every part of a compressor, on one text.
 
     Args:
-      config: the reader.
-      tokens: new tokens.
-      before: entries that all of them see.
+      latents: a `Compressed`.
+      tokens: of the text; beyond a segment, whole segments.
+
+    Returns:
+      Of compressing it, and of making of its wire what the reader is given.
     """
-    seen = before * tokens + tokens * (tokens + 1) / 2
-    attention = 4 * config.num_layers * config.num_heads * config.head_dim * seen
-    return 2.0 * config.num_params(embedding=False) * tokens + attention
+    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, tokens), jnp.bool_)
+
+    def encode(latents, ids, mask):
+        wire = latents.compress(ids, mask)
+        return wire.z, wire
+
+    def read(latents, wire):
+        given = latents.prefix(wire)
+        return (given.kv, given.embeds), None
+
+    encoding, wire = matmul_flops(encode, latents, ids, mask)
+    return encoding, matmul_flops(read, latents, wire)[0]
 
 
-def byte_flops(width: int, layers: int, tokens: int) -> float:
-    """Multiply-adds of `vectors.ByteEncoder`, two each: every token takes room for its longest."""
-    n = LONGEST * tokens
-    return layers * (2.0 * 8 * width**2 * n + 4 * width * n**2)
+class Reading(NamedTuple):
+    """What texts cost where they are read, and what compressing them costs; see `Cost`."""
+
+    text_kv_bytes: int
+    latent_kv_bytes: int
+    text_flops: float
+    latent_flops: float
+    encode_flops: float
+
+
+def reading(wire: LatentWire, lengths: Sequence[int], latents: Sequence[int]) -> Reading:
+    """Costs that depend on the sizes of texts alone.
+
+    Args:
+      wire: the compressor.
+      lengths: tokens of each text.
+      latents: of each text.
+    """
+    c, reader = wire.config, wire.backbone.config
+    per_token = reader.kv_floats_per_token * wire.backbone.dtype.itemsize
+    heads, segment = c.encoder.slots == "heads", c.segment
+    # Segments are compressed alone, unless each is told of those before it.
+    parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)]
+    if c.encoder.carry:
+        parts = [n if n <= segment else segment * -(-n // segment) for n in lengths]
+    spent = {n: compressor_flops(wire.latents, n) for n in set(parts)}
+    encode, read = (sum(spent[n][which] for n in parts) for which in (0, 1))
+    if heads:  # most of leaving entries out is no matrix product
+        encode += sum(elimination_flops(reader, n) for n in parts)
+    others = sum(c.private_slots.values()) - c.private_slots[MAIN]
+    places = [
+        (m - others * math.ceil(n / segment)) * c.adapter.entries
+        for n, m in zip(lengths, latents, strict=True)
+    ]
+    if c.adapter.kind == "soft":  # the reader runs over them
+        read += sum(prefill_flops(reader, m) for m in places)
+    # Heads that keep few entries are padded to the places of those that keep many.
+    held, per_latent = lengths if heads else places, per_token
+    if c.adapter.kind == "cross":  # keys and values of the blocks alone
+        per_latent = per_token // reader.num_layers * len(c.adapter.depths)
+    return Reading(
+        sum(lengths) * per_token, sum(held) * per_latent,
+        sum(prefill_flops(reader, n) for n in lengths), read, encode,
+    )  # fmt: skip
 
 
 def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "fp32") -> Cost:
@@ -101,51 +174,9 @@ def cost(wire: LatentWire, message: Message, texts: Sequence[str], bits: str = "
       texts: what was compressed.
       bits: number format of the wire.
     """
-    c = wire.config
-    reader, size = wire.backbone.config, wire.backbone.dtype.itemsize
-    per_token = reader.kv_floats_per_token * size
     lengths, latents = np.asarray(message.length).tolist(), message.latents
     text = "".join(texts).encode()
-    heads = c.encoder.slots == "heads"  # the text is read again behind itself
-    none = [0] * len(latents)
-    slots = {"pooled": none, "states": none, "anchor": none, "heads": lengths}.get(
-        c.encoder.slots, latents
-    )
-    segment, encoder = c.segment, first_config(reader, c.encoder.layers)
-    if wire.separate is not None:  # counted in the reader's tokens
-        encoder = wire.separate.body.config
-    # Segments are compressed alone.
-    parts = [min(segment, n - at) for n in lengths for at in range(0, n, segment)]
-
-    def alone(tokens: int) -> float:
-        """Beside what the LLM runs over."""
-        if heads:
-            return elimination_flops(reader, tokens)
-        if c.encoder.slots == "bytes":
-            return byte_flops(reader.hidden_size, c.encoder.byte_layers, tokens)
-        return 0.0
-
-    # The reader runs over the latents' places.
-    soft = c.adapter.kind in ("soft", "coprocessor") or c.adapter.onto_soft
-    read = lengths
-    if (wire.method is not None and soft) or c.encoder.slots in ("bytes", "embedded"):
-        read = slots = none  # embeddings only, or no LLM's: none of its layers runs
-    others = sum(c.private_slots.values()) - c.private_slots[MAIN]
-    places = [
-        (m - others * math.ceil(n / segment)) * c.adapter.entries
-        for n, m in zip(lengths, latents, strict=True)
-    ]
-    # Heads that keep few entries are padded to the places of those that keep many.
-    held, per_latent = lengths if heads else places, per_token
-    if c.adapter.kind == "cross":  # keys and values of the blocks alone
-        per_latent = per_token // reader.num_layers * len(c.adapter.depths)
     return Cost(
         sum(lengths), sum(latents), *message.size(bits), len(text), len(gzip.compress(text, 9)),
-        sum(lengths) * per_token, sum(held) * per_latent,
-        text_flops=sum(prefill_flops(reader, n) for n in lengths),
-        latent_flops=sum(prefill_flops(reader, m) for m in places) if soft else 0.0,
-        encode_flops=sum(
-            prefill_flops(encoder, n) + prefill_flops(encoder, m, n)
-            for n, m in zip(read, slots, strict=True)
-        ) + sum(alone(n) for n in parts),
+        *reading(wire, lengths, latents),
     )  # fmt: skip

@@ -15,11 +15,13 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import baselines
+from latent_jax.systems.latentwire import baselines, extraction
 from latent_jax.systems.latentwire import faults as faults_made
 from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
 from latent_jax.systems.latentwire.given import Asked, prefill, widen
+from latent_jax.systems.latentwire.nudge_config import NudgeConfig
+from latent_jax.systems.latentwire.nudges import nudged
 from latent_jax.systems.latentwire.prompts import PromptBuilder, pad_rows
 from latent_jax.systems.latentwire.reader_lora import reading
 from latent_jax.systems.latentwire.reconstruct import evaluate_ae, rebuild
@@ -166,6 +168,8 @@ def evaluate_qa(
     cramming_steps: int = 200,
     source: PromptBuilder | None = None,
     faults: Sequence[str] = (),
+    extract: Sequence[str] = (),
+    nudges: NudgeConfig = NudgeConfig(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -192,6 +196,10 @@ def evaluate_qa(
       cramming_steps: of the arm ``cramming``.
       score: also compute teacher-forced NLL and first-token ranks.
       faults: of `faults.FAULTS`, made on purpose.
+      extract: rules of `extraction.extract`; their scores are ``<name>.extract.<rule>.f1.<arm>``
+        and so on.
+      nudges: of a second decoding of every arm, whose scores are ``<name>.nudged.f1.<arm>`` and so
+        on.
       progress: called after every arm of every batch.
 
     Returns:
@@ -219,6 +227,7 @@ def evaluate_qa(
         bucket(max(len(r.gold) for r in rows), 4),
     )
     table = {arm: ArmScores(len(rows)) for arm in arms}
+    beside = {arm: ArmScores(len(rows)) for arm in arms if nudges.on}
     anchor = jnp.asarray(builder.replay_anchor_ids, jnp.int32)
     first = None if sink is None else jnp.int32(sink)
     plan = list(batches([len(r.context) for r in rows], batch_size))
@@ -250,6 +259,7 @@ def evaluate_qa(
         prompt = pad_rows([rows[i].prompt for i in at], widths[0], builder.pad_id, left=True)
         gold = pad_rows([rows[i].gold for i in at], widths[1], builder.pad_id)
         own, cache, wire = texts(at), None, None
+        real_ids = own[1], prompt[1]
         if faults_made.PADDING in faults:
             own, prompt = faults_made.attended(own), faults_made.attended(prompt)
         bases = {base_arm(a) for a in arms}
@@ -302,10 +312,22 @@ def evaluate_qa(
                 forced = {k: np.asarray(v) for k, v in forced.items()}
             if score and arm in ("latent", "full_text") and arm not in padding:
                 # Other ids in the padding: nobody may notice.
-                filled = faults_made.refilled(own), faults_made.refilled(prompt)
-                other = score_answers(llm.decoder, llm.params, ask(arm, *filled, wire)[1], *gold)
+                filled = tuple(map(faults_made.refilled, (own, prompt), real_ids))
+                read = None
+                if arm in baselines.CACHED:
+                    read = prefill(reader.decoder, reader.params, *filled[0], first)
+                asked = ask(arm, *filled, wire, cache=read)[1]
+                other = score_answers(llm.decoder, llm.params, asked, *gold)
                 change = np.abs(np.asarray(other["nll"]) - forced["nll"]) / forced["count"]
                 padding[arm] = float(change.max())
+            if nudges.on:
+                other = nudged(
+                    llm, asked, max_new_tokens, nudges, builder, sink=sink is not None, rows=at,
+                    seed=seed,
+                )  # fmt: skip
+                for i, new, length in zip(at[:real], *other, strict=False):
+                    said = builder.text(new[:length])
+                    beside[arm].add(i, said, rows[i].example.answers, {}, 0)
             for j, i in enumerate(at[:real]):
                 said = builder.text(ids[j, : lengths[j]])
                 table[arm].add(i, said, rows[i].example.answers, forced, j)
@@ -319,6 +341,9 @@ def evaluate_qa(
     for arm, scores in table.items():
         scores.report(out, name, arm, seed)
     compare(out, name, table, seed)
+    for arm, scores in beside.items():
+        scores.report(out, f"{name}.nudged", arm, seed)
+    extraction.report(out, name, table, extract, [row.example for row in rows], seed)
     return out, [_sample(r, i, table) for i, r in enumerate(rows)]
 
 

@@ -28,9 +28,14 @@ def attended(padded: Padded) -> Padded:
     return padded[0], np.ones_like(padded[1])
 
 
-def refilled(padded: Padded) -> Padded:
-    """The same real ids with others in the padding, which must make no difference."""
-    return np.where(padded[1], padded[0], padded[0] + 1), padded[1]
+def refilled(padded: Padded, real: np.ndarray) -> Padded:
+    """The same real ids with others in the padding, which must make no difference.
+
+    Args:
+      padded: ids, and the mask that the reader is handed.
+      real: which ids are no padding, whatever that mask says.
+    """
+    return np.where(real, padded[0], padded[0] + 1), padded[1]
 
 
 def cut_off(

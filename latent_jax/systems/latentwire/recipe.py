@@ -43,11 +43,17 @@ def text_segments(
 
 
 def questions(
-    config: LatentWireRun, builder: PromptBuilder, split: str, limit: int
-) -> tuple[list[QAExample], list[list[int]]]:
-    """Shuffled examples whose passage fits ``data.max_context``, with their context tokens."""
+    config: LatentWireRun, builder: PromptBuilder, split: str, limit: int,
+    field: str = "data.qa",
+) -> tuple[list[QAExample], list[list[int]]]:  # fmt: skip
+    """Shuffled examples whose passage fits ``data.max_context``, with their context tokens.
+
+    Args:
+      field: setting that names their source, ``data.qa`` or ``eval.ood``.
+    """
     d = config.data
-    examples = data.load_squad(d.qa, split, d.root)
+    source = d.qa if field == "data.qa" else config.eval.ood
+    examples = data.load_squad(source, split, d.root)
     order = np.random.default_rng([config.seed, 7]).permutation(len(examples))
     kept, ids = [], []
     for i in order:
@@ -59,7 +65,7 @@ def questions(
             break
     if not kept:
         raise DataError(
-            f"data.qa={d.qa}: no passage of the {split} split fits data.max_context="
+            f"{field}={source}: no passage of the {split} split fits data.max_context="
             f"{d.max_context} tokens"
         )
     return kept, ids

@@ -46,8 +46,8 @@ def evaluate_readers(
       progress: called as progress(what, done, total).
 
     Returns:
-      ``ae.<reader>.*``, ``squad.<reader>.x<ratio>.*``, and ``joint.*`` where there are questions;
-      and samples.
+      ``ae.<reader>.*``, ``squad.<reader>.x<ratio>.*`` (and of a second source of questions, see
+      `LatentWireSystem.question_sets`), and ``joint.*`` where there are questions; and samples.
     """
     config = system.config
     e, model = config.eval, config.model
@@ -55,7 +55,8 @@ def evaluate_readers(
     task = "answer" if "answer" in wire.tasks else None
     found: dict[str, Any] = {}
     samples: list[dict[str, Any]] = []
-    examples = system.held_out_questions() if e.questions else []
+    sets = system.question_sets() if e.questions else {}
+    examples = sets.get("squad", [])
     judges = {MAIN: Judge(wire.backbone, wire.latents, wire.builder)}
     together = bool(examples) and "latent" in e.arms
     said = {MAIN: [row["predictions"]["latent"] for row in main]} if together else {}
@@ -70,22 +71,23 @@ def evaluate_readers(
             )  # fmt: skip
             found |= scores
             samples += _by(label, texts)
-        if not examples:
-            continue
-        ratio = own_ratio(model, wire.builder, reader, [x.context for x in examples])
-        scores, answers = evaluate_qa(
-            reader.backbone, latents, examples, text_arms(e.arms), builder=reader.builder,
-            ratio=ratio, max_context=config.data.max_context,
-            max_new_tokens=longest(system, reader),
-            seed=config.seed, tuned=system.tuned_by.get(label), sink=reader.sink, task=task,
-            name=f"squad.{label}.x{model.ratio:g}", cramming_steps=e.cramming_steps,
-            source=wire.builder, progress=progress, **shared,
-        )  # fmt: skip
-        found |= scores
-        samples += _by(label, answers)
+        for name, asked in sets.items():
+            ratio = own_ratio(model, wire.builder, reader, [x.context for x in asked])
+            scores, answers = evaluate_qa(
+                reader.backbone, latents, asked, text_arms(e.arms), builder=reader.builder,
+                ratio=ratio, max_context=config.data.max_context,
+                max_new_tokens=longest(system, reader),
+                seed=config.seed, tuned=system.tuned_by.get(label), sink=reader.sink, task=task,
+                name=f"{name}.{label}.x{model.ratio:g}", cramming_steps=e.cramming_steps,
+                source=wire.builder, progress=progress, extract=e.extract, nudges=e.nudges,
+                **shared,
+            )  # fmt: skip
+            found |= scores
+            if name == "squad":
+                samples += _by(label, answers)
+                if together:
+                    said[label] = [row["predictions"]["latent"] for row in answers]
         judges[label] = Judge(reader.backbone, latents, reader.builder)
-        if together:
-            said[label] = [row["predictions"]["latent"] for row in answers]
     if together:
         joint, picked = rescored(
             judges, wire.builder, examples, said, seed=config.seed, task=task, **shared

@@ -21,6 +21,7 @@ from latent_jax.systems.latentwire.beside_text import beside_text
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.findings import findings
+from latent_jax.systems.latentwire.latency import first_token
 from latent_jax.systems.latentwire.reconstruct import rebuildable
 from latent_jax.systems.latentwire.several import evaluate_readers
 from latent_jax.systems.latentwire.symptoms import said_from_latents
@@ -66,17 +67,20 @@ def final_evaluation(
             progress=progress,
         )  # fmt: skip
     demonstration, answered = None, []
-    if e.questions:
-        examples = system.held_out_questions()
+    for name, examples in (system.question_sets() if e.questions else {}).items():
         found, rows = evaluate_qa(
             wire.backbone, wire.latents, examples, e.arms,
             builder=builder, ratio=model.ratio, max_context=config.data.max_context,
             max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
-            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress,
+            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress, name=name,
             task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
             rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None, faults=e.faults,
+            extract=e.extract, nudges=e.nudges,
         )  # fmt: skip
         metrics |= found
+        if name != "squad":  # findings are about the task that was trained
+            samples += [{**row, "kind": f"answer in {name}"} for row in rows]
+            continue
         samples += rows
         answered = rows
         demonstration = demonstrate(wire, examples[0].context, examples[0].question)
@@ -87,6 +91,10 @@ def final_evaluation(
         samples += rows
     metrics |= wire_cost(wire) | latent_numbers(system, wire)
     metrics |= reader_lora.numbers(wire.config, wire.params)
+    if e.cost_rows:
+        asked = [x.question for x in system.held_out_questions()] if e.questions else ["Who?"]
+        asked = list(itertools.islice(itertools.cycle(asked), e.cost_rows))
+        metrics |= first_token(wire, asked, e.cost_tokens, e.cost_pairs, config.seed, progress)
     if e.wire_bits:
         exact = dict(metrics), [row["f1"]["latent"] for row in answered if "latent" in row["f1"]]
         metrics |= quality_against_bits(system, wire, exact, progress)

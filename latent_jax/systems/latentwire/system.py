@@ -29,9 +29,11 @@ from latent_jax.systems.latentwire.annealing import verdict
 from latent_jax.systems.latentwire.api import LatentWire
 from latent_jax.systems.latentwire.assets import (
     check_parts,
+    is_compressor,
     load_compressor,
     save_centre,
     save_compressor,
+    stored_run,
     trained_tasks,
     training_record,
     with_every_task,
@@ -49,7 +51,12 @@ from latent_jax.systems.latentwire.model import Compressor
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.systems.latentwire.quick import make_quick, quick_eval
 from latent_jax.systems.latentwire.readers import open_reader
-from latent_jax.systems.latentwire.separate_encoder import apart, beside, open_encoder
+from latent_jax.systems.latentwire.separate_encoder import (
+    apart,
+    beside,
+    check_weights,
+    open_encoder,
+)
 from latent_jax.systems.latentwire.several import train_reader_controls
 from latent_jax.systems.latentwire.transcribe import check_window
 from latent_jax.systems.latentwire.tuned import train_controls
@@ -81,6 +88,8 @@ class LatentWireSystem:
         other = None if self.separate is None else self.separate.body
         self.model = Compressor(config.model, self.backbone.config, self.sink, words, other)
         self.builder = PromptBuilder(self.backbone.tokenizer, config.prompt)
+        # A word that cannot be forbidden is told now.
+        config.eval.nudges.banned(self.builder, self.backbone.config.vocab_size, 1)
         self.readers = {
             label: open_reader(label, config.model, self.backbone, config.prompt)
             for label in config.model.readers
@@ -106,7 +115,7 @@ class LatentWireSystem:
         }
         self.rates = losses.scheduled
         self._held_out: np.ndarray | None = None
-        self._questions: list[QAExample] | None = None
+        self._questions: dict[str, list[QAExample]] | None = None
         self._tuned: dict[str, jax.Array] = {}
         self.tuned_by: dict[str, dict[str, jax.Array]] = {}
         self.quick = {name: make_quick(self, name) for name in config.read_by}
@@ -166,10 +175,10 @@ class LatentWireSystem:
             than when training is over.
         """
         if self.config.eval.questions:
-            check_examples(
-                self.builder, self.held_out_questions(), self.config.data.max_context,
-                self.config.eval.arms,
-            )  # fmt: skip
+            for examples in self.question_sets().values():
+                check_examples(
+                    self.builder, examples, self.config.data.max_context, self.config.eval.arms
+                )
         if self.config.eval.segments:
             self.eval_data()
         if self.config.eval.continuations:
@@ -183,9 +192,22 @@ class LatentWireSystem:
 
     def held_out_questions(self) -> list[QAExample]:
         """``eval.questions`` examples of the validation split whose passage fits."""
+        return self.question_sets()["squad"]
+
+    def question_sets(self) -> dict[str, list[QAExample]]:
+        """Held-out questions by what their results are called: ``squad``, those of ``data.qa``,
+        and where ``eval.ood`` names other ones, ``qed`` or ``ood``.
+        """
         if self._questions is None:
-            n = self.config.eval.questions
-            self._questions, _ = recipe.questions(self.config, self.builder, "validation", n)
+            e, found = self.config.eval, {}
+            sources = {"squad": "data.qa"}
+            if e.ood is not None:
+                sources["qed" if e.ood == "qed" else "ood"] = "eval.ood"
+            for name, field in sources.items():
+                found[name], _ = recipe.questions(
+                    self.config, self.builder, "validation", e.questions, field
+                )
+            self._questions = found
         return self._questions
 
     def eval_data(self) -> np.ndarray:
@@ -230,6 +252,28 @@ class LatentWireSystem:
         return LatentWire(
             backbone, self.config.model, params, self.builder, tasks, separate=separate
         )
+
+    @staticmethod
+    def stored(name: str) -> dict[str, Any] | None:
+        """Settings with which a packaged or exported compressor was trained and is evaluated; None
+        where there is none of that name.
+        """
+        return stored_run(name) if is_compressor(name) else None
+
+    def stored_variables(self, name: str) -> dict[str, Any]:
+        """Weights of a packaged or exported compressor.
+
+        Raises:
+          CheckpointError: trained with other LLMs than these.
+        """
+        found = load_compressor(name, self.backbone)
+        if self.separate is not None:
+            own = self.config.model.encoder.backbone, self.separate.backbone.sha256
+            check_weights(*own, found.encoder)
+        for label, r in self.readers.items():  # refuses another LLM than its adapter's
+            prompt, own = self.config.prompt, found.readers.get(label, "")
+            open_reader(label, self.config.model, self.backbone, prompt, r.backbone, own)
+        return as_variables(jax.tree.map(jnp.asarray, found.params))
 
     def centre(self, latents: Compressed, batches: int = 24) -> np.ndarray | None:
         """Mean latent of the first training texts, which integer wires take off; None where the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from latent_jax.backbones import ByteTokenizer
 from latent_jax.backbones.testing import byte_reader as reader
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import baselines, evaluate
+from latent_jax.systems.latentwire import baselines, evaluate, faults
 from latent_jax.systems.latentwire.bits import Rounded
 from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import (
@@ -82,6 +83,22 @@ def test_questions_from_every_kind_of_arm():
     # An untrained wire says something else than the text, and its owner matters to the likelihood.
     nll = {a: out[f"squad.nll.{a}"] for a in arms}
     assert len({round(v, 5) for v in nll.values()}) == len(arms)
+
+
+def test_attended_padding_shows_and_a_mask_hides_it():
+    """In the text's padding as in the prompt's, which alone stands behind latents."""
+    arms, rows = ("latent", "full_text"), examples()
+    rows = [dataclasses.replace(e, question="?" * (i + 1)) for i, e in enumerate(rows)]
+    sound, _ = qa(arms, rows)
+    broken, _ = qa(arms, rows, faults=(faults.PADDING,))
+    for arm in arms:
+        assert sound[f"squad.padding.{arm}"] < 1e-4
+        assert broken[f"squad.padding.{arm}"] > 1e-2
+    # No prompt is padded: what shows then is the text's padding.
+    question = "k" * (16 - len(builder().prompt_ids("")))
+    same = [dataclasses.replace(e, question=question) for e in rows]
+    broken, _ = qa(("full_text",), same, faults=(faults.PADDING,))
+    assert broken["squad.padding.full_text"] > 1e-2
 
 
 def test_the_batch_size_changes_nothing():

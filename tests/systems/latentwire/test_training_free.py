@@ -52,7 +52,8 @@ def test_any_ratio_and_long_texts():
     assert z.latents == [10] and z.z.shape[1] == 12
     spent = cost(wire, z, ["x" * 40], "int8")
     assert spent.text_bytes == 40 and spent.text_kv_bytes == 4 * spent.latent_kv_bytes
-    assert spent.latent_flops == 0 and spent.encode_flops == spent.text_flops > 0
+    # Compressing is reading the text behind the sink.
+    assert spent.latent_flops == 0 and 1 <= spent.encode_flops / spent.text_flops < 1.2
     assert spent.wire_bytes == len(z.pack("int8"))
     assert "saved: key/value memory (4.0x)" in spent.verdict()
 
