@@ -204,6 +204,43 @@ def straddling(
     return Episode("straddling", whole, question, f" {numbers[0]}", _spaced(numbers[1:]), spans)
 
 
+def late_query(
+    fillers: Sequence[str], length: int, depth: float, seed: int = 0, pairs: int = 8
+) -> Episode:
+    """Several codes in a first text, then a text on something else, and only then a question.
+
+    While the first text is read nothing says which code will be asked for, and when it is asked the
+    newest text is about something else. The other codes are the distractors.
+
+    Args:
+      fillers: the first text (C1) and the second (C2).
+      length: characters of both, about; half each.
+      depth: place in C1 of the code that is asked for; the others are spread over it at random.
+      seed: draws keys, codes, places and where each text begins.
+      pairs: how many codes.
+
+    Raises:
+      DataError: as `passkey`, not two fillers, or more pairs than there are keys.
+    """
+    if len(fillers) != 2:
+        raise DataError(f"late_query: {len(fillers)} fillers; it needs two, C1 and C2")
+    if not 2 <= pairs <= len(KEYS):
+        raise DataError(f"late_query: pairs={pairs} must be 2 to {len(KEYS)}")
+    rng = np.random.default_rng([seed, 6])
+    keys = [KEYS[i] for i in rng.choice(len(KEYS), pairs, replace=False)]
+    codes = _distinct(rng, 1_000, 10_000, pairs)
+    places = [depth, *rng.uniform(size=pairs - 1)]
+    facts = [f"The code of {k} is {c}." for k, c in zip(keys, codes, strict=True)]
+    first = _cut(fillers[0], length // 2, rng)
+    first, spans = _place(first, list(zip(places, facts, strict=True)))
+    first += "\n\n"
+    text = first + _cut(fillers[1], length // 2, rng)
+    question = f"\nWhat is the code of {keys[0]}? The code of {keys[0]} is"
+    return Episode(
+        "late_query", text, question, f" {codes[0]}", _spaced(codes[1:]), spans[:1], (len(first),)
+    )
+
+
 def topic_switch(fillers: Sequence[str], length: int, rounds: int = 1, seed: int = 0) -> Episode:
     """Topics in turn, each part with a code of its own, and at the end the first topic again.
 

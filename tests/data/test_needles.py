@@ -31,6 +31,7 @@ BUILDERS = {
     "two_hop": lambda seed: needles.two_hop(PROSE, 5000, (0.2, 0.8), seed),
     "straddling": lambda seed: needles.straddling(PROSE, 5000, 0.4, words, 32, seed),
     "topic_switch": lambda seed: needles.topic_switch([PROSE, CODE], 5000, 1, seed),
+    "late_query": lambda seed: needles.late_query([PROSE, CODE], 5000, 0.4, seed),
 }
 
 
@@ -115,6 +116,15 @@ def test_topics_come_back():
     assert stop < episode.switches[0] and episode.answer.strip() in episode.text[start:stop]
 
 
+def test_a_late_question_comes_after_another_text():
+    episode = needles.late_query([PROSE, CODE], 6000, 0.7, pairs=5)
+    (switch,), (start, stop) = episode.switches, episode.needles[0]
+    first, second = episode.text[:switch], episode.text[switch:]
+    assert first.count("The code of") == 5 and "The code of" not in second
+    assert "def f" not in first and "def f" in second and len(episode.distractors) == 4
+    assert 0.5 < start / switch < 0.85 and episode.answer.strip() in first[start:stop]
+
+
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
@@ -126,6 +136,8 @@ def test_topics_come_back():
         (lambda: needles.two_hop(PROSE, 100, (0, 1), chains=99), "chains=99 must be 2 to 24"),
         (lambda: needles.straddling(PROSE, 400, 0.0, words), "no boundary of 32-token blocks"),
         (lambda: needles.topic_switch([PROSE], 100), "1 fillers in 1 rounds"),
+        (lambda: needles.late_query([PROSE], 100, 0.5), "1 fillers; it needs two"),
+        (lambda: needles.late_query([PROSE, CODE], 100, 0.5, pairs=1), "late_query: pairs=1"),
     ],
 )
 def test_what_cannot_be_is_refused(call, problem):

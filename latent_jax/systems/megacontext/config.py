@@ -163,11 +163,12 @@ class MegaRun(RunBase):
             )
         least = cover_cost(layout, e.long, layout.levels)
         step = math.lcm(int(layout.widths[-1]), self.model.gist.window)
-        if e.tasks and (not e.budgets or e.task_blocks % step):
-            raise ConfigError(
-                f"eval.tasks: they need eval.budgets, and eval.task_blocks={e.task_blocks} must be "
-                f"a multiple of {step} (nodes of the top level, windows of the encoder)"
-            )
+        for asked, name, blocks in self._asked():
+            if not e.budgets or blocks % step:
+                raise ConfigError(
+                    f"{asked}: they need eval.budgets, and {name}={blocks} must be "
+                    f"a multiple of {step} (nodes of the top level, windows of the encoder)"
+                )
         self._reachable()
         if e.documents and not e.budgets:
             raise ConfigError("eval.documents: give eval.budgets, the size of the working context")
@@ -183,12 +184,12 @@ class MegaRun(RunBase):
             raise ConfigError("eval.stream: give eval.budgets, the size of its working context")
         if e.stream:
             least = max(least, cover_cost(layout, e.stream, layout.levels))
-        if e.tasks:
-            room = cover_cost(layout, e.task_blocks, layout.levels)
+        for _, name, blocks in self._asked():
+            room = cover_cost(layout, blocks, layout.levels)
             if e.budgets[0] < room:
                 raise ConfigError(
-                    f"eval.budgets: the first, {e.budgets[0]}, cannot hold eval.task_blocks="
-                    f"{e.task_blocks}, which cost {room} entries at their coarsest"
+                    f"eval.budgets: the first, {e.budgets[0]}, cannot hold {name}="
+                    f"{blocks}, which cost {room} entries at their coarsest"
                 )
         if e.questions and e.question_blocks < self.model.matcher.window:
             raise ConfigError(
@@ -202,6 +203,12 @@ class MegaRun(RunBase):
                 f"eval.stream={e.stream}, which cost {least} entries at their coarsest: raise W, "
                 "or add a level to model.layout.slots"
             )
+
+    def _asked(self) -> list[tuple[str, str, int]]:
+        """Histories with hidden facts: what asks for them, their field and their blocks."""
+        e = self.eval
+        found = [("eval.passkey_blocks", "eval.passkey_blocks", n) for n in e.passkey_blocks]
+        return [("eval.tasks", "eval.task_blocks", e.task_blocks)] * bool(e.tasks) + found
 
     def _check_lens(self) -> None:
         """Refuses labels that would not be of the gists and the base that a lens is for."""
@@ -249,7 +256,7 @@ class MegaRun(RunBase):
     def _reachable(self) -> None:
         """Refuses histories that the allocator could not even hold at their coarsest."""
         e, layout = self.eval, self.model.layout
-        if e.reach and not e.tasks:
+        if e.reach and not (e.tasks or e.passkey_blocks):
             raise ConfigError("eval.reach: give eval.tasks, the facts that are looked for")
         for tokens in e.reach:
             blocks = tokens // layout.block

@@ -13,7 +13,9 @@ ARMS = (
     "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
 )  # fmt: skip
 # Facts hidden in a history; see `tasks`.
-TASKS = ("passkey", "key_value", "straddling", "paraphrased")
+TASKS = (
+    "passkey", "key_value", "two_hop", "straddling", "late_query", "topic_switch", "paraphrased"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,19 @@ class EvalConfig:
     )
     task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
     task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
+    topic: str | None = field(
+        default=None,
+        help="text source of the other topic of late_query and topic_switch; none: both halves of "
+        "the held-out text are a topic each",
+    )
+    passkey_blocks: tuple[int, ...] = field(
+        default=(), ge=4, help="blocks of histories in which a pass key is asked for by its depth; "
+        "whole windows; (): none",
+    )  # fmt: skip
+    passkey_depths: tuple[float, ...] = field(
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), ge=0, le=1,
+        help="those depths, eval.task_rows episodes at each: 0 the start, 1 the end",
+    )  # fmt: skip
     documents: str | None = field(
         default=None,
         help="questions on long documents: .jsonl of LongBench or InfiniteBench, or a folder of it",
@@ -90,6 +105,8 @@ class EvalConfig:
         unknown = [t for t in self.tasks if t not in TASKS]
         if unknown:
             raise ConfigError(f"eval.tasks: unknown {unknown}; allowed: {', '.join(TASKS)}")
+        if not self.passkey_depths:
+            raise ConfigError("eval.passkey_depths is empty: give one depth at least")
         unknown = [p for p in self.policies if p not in (*POLICIES, *ENDS)]
         if unknown:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from latent_jax.data import LongQuestion, load_long_questions
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import base_lora, documents, match_data, recipe, stream, tasks
 from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
+from latent_jax.systems.megacontext.episodes import SWITCHING, Filler, evenly
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.policy_names import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
@@ -61,6 +63,7 @@ class Evaluation:
             name: part for name, part, wanted in (
                 ("policies", self._policies, e.budgets), ("stream", self._stream, e.stream),
                 ("tasks", self._tasks, e.tasks), ("reach", self._reach, e.tasks),
+                ("passkey", self._passkey, e.passkey_blocks),
                 ("questions", self._questions, e.questions),
                 ("documents", self._documents, e.documents),
             ) if wanted
@@ -96,31 +99,59 @@ class Evaluation:
         """Policies that a runtime can use."""
         return [p for p in self.config.eval.policies if p in POLICIES and p != MEASURED]
 
-    def _filler(self) -> tuple[str, np.ndarray]:
-        """Held-out text around hidden facts, and its tokens."""
-        text = recipe.filler(self.config)
-        return text, np.asarray(self.backbone.tokenizer.encode(text), np.int32)
+    def _encoded(self, text: str) -> Filler:
+        """A text and its tokens."""
+        return Filler(text, np.asarray(self.backbone.tokenizer.encode(text), np.int32))
+
+    @functools.cached_property
+    def _filler(self) -> Filler:
+        """Held-out text around hidden facts."""
+        return self._encoded(recipe.filler(self.config))
+
+    def _fillers(self, kinds: Sequence[str]) -> tuple[Filler, list[Filler]]:
+        """The same, and the two topics if one of the tasks switches between them."""
+        both = recipe.topics(self.config) if {*kinds} & {*SWITCHING} else ()
+        return self._filler, [self._encoded(text) for text in both]
 
     def _tasks(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Facts hidden in held-out text, asked for."""
-        e, (text, ids) = self.config.eval, self._filler()
+        e = self.config.eval
+        depths = evenly(e.task_rows)
+        return self._hidden(variables, frozen, progress, e.tasks, e.task_blocks, depths)
+
+    def _passkey(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
+        """Pass keys by depth and length, asked for; the lengths of ``eval.reach`` are looked
+        through alone.
+        """
+        e, found = self.config.eval, {}
+        depths, kinds = np.repeat(e.passkey_depths, e.task_rows).tolist(), ("passkey",)
+        for blocks in e.passkey_blocks:
+            found |= self._hidden(variables, frozen, progress, kinds, blocks, depths, True)
+        return found | self._looked_for(variables, frozen, progress, kinds, depths, True)
+
+    def _hidden(self, variables, frozen, progress, kinds, blocks, depths, by_depth=False):
+        e = self.config.eval
         with (
             tempfile.TemporaryDirectory() as folder,
             self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
         ):
             return tasks.measure(
-                memory, text, ids, e.tasks, self._movers(), e.budgets[0], e.task_blocks,
-                e.task_rows, self.config.seed, progress,
+                memory, *self._fillers(kinds), kinds, self._movers(), e.budgets[0], blocks,
+                depths, self.config.seed, progress, by_depth,
             )  # fmt: skip
 
     def _reach(self, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """How far the allocator alone finds the facts."""
-        c, (text, ids) = self.config, self._filler()
-        e, alone = c.eval, [p for p in self._movers() if p not in LOOKING]
+        e = self.config.eval
+        return self._looked_for(variables, frozen, progress, e.tasks, evenly(e.task_rows))
+
+    def _looked_for(self, variables, frozen, progress, kinds, depths, by_depth=False):
+        c, e = self.config, self.config.eval
         return tasks.reach(
-            self.backbone.tokenizer, self.backbone.config.vocab_size, c.model.layout, text, ids,
-            e.tasks, alone, e.reach_budget, e.reach, e.task_rows, c.seed, progress,
-            self.finder(variables, frozen),
+            self.backbone.tokenizer, self.backbone.config.vocab_size, c.model.layout,
+            *self._fillers(kinds), kinds, [p for p in self._movers() if p not in LOOKING],
+            e.reach_budget, e.reach, depths, c.seed, progress, self.finder(variables, frozen),
+            by_depth,
         )  # fmt: skip
 
     def finder(self, variables, frozen) -> Finder | None:
@@ -138,7 +169,7 @@ class Evaluation:
         """Held-out facts among the blocks of other held-out text, at most so many."""
         e, c = self.config.eval, self.config.model
         window = c.matcher.window * c.layout.block
-        ids = self._filler()[1][: (most or e.question_blocks) * c.layout.block]
+        ids = self._filler.ids[: (most or e.question_blocks) * c.layout.block]
         return match_data.measure(
             self.finder(variables, frozen), self.config, self.backbone.tokenizer,
             ids[: len(ids) // window * window], count or e.questions, progress,

@@ -31,6 +31,19 @@ def filler(config: MegaRun, characters: int = 1 << 22) -> str:
     return "\n\n".join(texts)[:characters]
 
 
+def topics(config: MegaRun, characters: int = 1 << 22) -> tuple[str, str]:
+    """Held-out texts on different things: the filler and another source (``eval.topic``), or both
+    halves of the filler, cut where a document or paragraph ends.
+    """
+    text, other = filler(config, characters), config.eval.topic
+    if other is not None:
+        texts = data.load_texts(other, "validation", config.data.root)
+        return text, "\n\n".join(texts)[:characters]
+    cut = text.rfind("\n\n", 0, len(text) // 2 + 1)
+    cut = cut if cut > 0 else len(text) // 2
+    return text[:cut], text[cut:]
+
+
 def calibration(config: MegaRun, tokenizer: Any, level: int = 1) -> Int[np.ndarray, "n t"]:
     """Training texts that tell how much each head needs: windows, or whole nodes of an upper level
     of half as much text, two at least.

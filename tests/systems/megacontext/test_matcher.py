@@ -15,7 +15,7 @@ from latent_jax import run as runs
 from latent_jax.assets import asset
 from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import ConfigError
-from latent_jax.systems.megacontext import match_assets, match_data, matcher, policies, tasks
+from latent_jax.systems.megacontext import episodes, match_assets, match_data, matcher, policies
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.matcher import (
@@ -285,9 +285,11 @@ def test_histories_share_windows(reader, finder):
     tokenizer = reader.tokenizer
     text = TEXT * 12
     filler = np.asarray(tokenizer.encode(text), np.int32)
-    unit = finder.window
+    unit, around = finder.window, episodes.Filler(text, filler)
     made = list(
-        tasks.episodes("passkey", text, filler, tokenizer, BLOCK, 400, 2, seed=1, unit=unit)
+        episodes.episodes(
+            "passkey", around, [], tokenizer, BLOCK, 400, [0.25, 0.75], seed=1, unit=unit
+        )
     )
     period = filler[: len(filler) // unit * unit].reshape(-1, unit)
     known = {row.tobytes() for row in period}
