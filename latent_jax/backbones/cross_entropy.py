@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 
 def token_cross_entropy(
@@ -18,8 +18,8 @@ def token_cross_entropy(
     targets: Int[Array, "b t"],
     chunk: int | None = None,
     smoothing: float = 0.0,
-) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """Per-token cross-entropy (nats) and whether the greedy choice is right.
+) -> tuple[Float[Array, "b t"], Int[Array, "b t"]]:
+    """Per-token cross-entropy (nats) and the greedy choice.
 
     The gradient of a row's loss in its state, ``(softmax - one-hot) @ vocabulary``, needs nothing
     that comes later, so it is taken while the logits are there: they are never kept for the
@@ -34,12 +34,12 @@ def token_cross_entropy(
     n = b * t
     flat = hidden.reshape(n, d), targets.reshape(n)
     if chunk is None or chunk >= n:
-        nll, hit = _rows(body, smoothing, frozen, *flat)
+        nll, guess = _rows(body, smoothing, frozen, *flat)
     else:
         h, y = (in_chunks(x, chunk) for x in flat)
-        nll, hit = jax.lax.map(lambda part: _rows(body, smoothing, frozen, *part), (h, y))
-        nll, hit = (out_of_chunks(x, n) for x in (nll, hit))
-    return nll.reshape(b, t), hit.reshape(b, t)
+        nll, guess = jax.lax.map(lambda part: _rows(body, smoothing, frozen, *part), (h, y))
+        nll, guess = (out_of_chunks(x, n) for x in (nll, guess))
+    return nll.reshape(b, t), guess.reshape(b, t)
 
 
 def in_chunks(x: Array, chunk: int) -> Array:
@@ -64,7 +64,7 @@ def _plain(body, smoothing, frozen, h, y):
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, y)
     if smoothing:
         nll = (1 - smoothing) * nll - smoothing * jax.nn.log_softmax(logits).mean(-1)
-    return nll, jnp.argmax(logits, -1) == y
+    return nll, jnp.argmax(logits, -1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -73,9 +73,9 @@ def _rows(body, smoothing, frozen, h, y):
 
 
 def _forward(body, smoothing, frozen, h, y) -> tuple[Any, Any]:
-    nll, pull, hit = jax.vjp(lambda h: _plain(body, smoothing, frozen, h, y), h, has_aux=True)
+    nll, pull, guess = jax.vjp(lambda h: _plain(body, smoothing, frozen, h, y), h, has_aux=True)
     # Rows do not touch each other: their own gradients are what a cotangent of ones pulls back.
-    return (nll, hit), pull(jnp.ones_like(nll))[0]
+    return (nll, guess), pull(jnp.ones_like(nll))[0]
 
 
 def _backward(body, smoothing, gradient, cotangents) -> tuple[None, Any, None]:

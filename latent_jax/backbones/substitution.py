@@ -20,14 +20,14 @@ class Substituted(NamedTuple):
       kl: ``KL(full || given)`` at the temperature, times its square.
       nll: cross-entropy behind the substitute.
       full_nll: cross-entropy behind the text itself.
-      hit: whether the greedy choice behind the substitute is the target.
-      full_hit: the same behind the text itself.
+      guess: the greedy choice behind the substitute.
+      full_hit: whether the greedy choice behind the text itself is the target.
     """
 
     kl: Float[Array, "b t"]
     nll: Float[Array, "b t"]
     full_nll: Float[Array, "b t"]
-    hit: Bool[Array, "b t"]
+    guess: Int[Array, "b t"]
     full_hit: Bool[Array, "b t"]
 
 
@@ -61,8 +61,8 @@ def substitution(
             soft, goal = (jax.nn.log_softmax(x / temperature) for x in (log, target))
         kl = temperature**2 * optax.losses.kl_divergence_with_log_targets(soft, goal)
         pick = lambda x: -jnp.take_along_axis(x, y[:, None], axis=-1)[:, 0]  # noqa: E731
-        hit = lambda x: jnp.argmax(x, -1) == y  # noqa: E731
-        return Substituted(kl, pick(log), pick(target), hit(log), hit(target))
+        guess, full_hit = jnp.argmax(log, -1), jnp.argmax(target, -1) == y
+        return Substituted(kl, pick(log), pick(target), guess, full_hit)
 
     b, t, d = full.shape
     n = b * t

@@ -55,7 +55,8 @@ _UNITS = tuple(
         (r"rollout\.line", "power"),
         (r"^nll_at_h|^regret", "nats per token"),
         (r"^(ae|squad|qa|lookup|qed|ood|continuation)\.(\w+\.)*nll", "nats per token"),
-        (r"(^|\.)nll(\b|_)|^floor\.|^blocks\.|(^|\.)loss$|^term\.|^lost$|entropy\b", "nats"),
+        (r"(^|\.)nll(\b|_)|^floor\.|^blocks\.|(^|\.)loss$|^term\.|^lost$|entropy\b|first_margin",
+         "nats"),
         (r"^eval\.(reconstruct|substitute|upper|next_token|top|byte_lm\w*|last|answer)$", "nats"),
         (r"norm", "norm"),
     )

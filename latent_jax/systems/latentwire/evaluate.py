@@ -203,10 +203,11 @@ def evaluate_qa(
       progress: called after every arm of every batch.
 
     Returns:
-      Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``first_top1``,
-      ``first_top5``, ``empty``; ``padding``, the most that other ids in the padding change a row's
-      loss, nats per token; comparisons of ``latent`` as ``<name>.f1_share.<arm>`` and
-      ``<name>.f1_gain.<arm>``), and one sample per example.
+      Flat metrics (``<name>.f1.<arm>`` with ``.ci95``, ``em``, ``nll``, ``empty``; of the first
+      token ``first_top1``, ``first_top5``, ``first_margin`` and ``first_entropy``; ``padding``, the
+      most that other ids in the padding change a row's loss, nats per token; comparisons of
+      ``latent`` as ``<name>.f1_share.<arm>`` and ``<name>.f1_gain.<arm>``), and one sample per
+      example.
     """
     tuned = dict(tuned or {})
     arms = [*arms, *(a + TUNED for a in tuned if a + TUNED not in arms)]

@@ -226,13 +226,13 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
         supervised, targets, hidden = _last(*places, supervised, targets, hidden)[1:]
         full = None if teacher is None else _last(*places, full)[1]
     if full is None:
-        nll, hit = token_cross_entropy(
+        nll, guess = token_cross_entropy(
             body, reader, hidden, targets, losses.chunk, losses.label_smoothing
         )
     else:
         temperature = losses.distil_temperature
         found = substitution(body, reader, full, hidden, targets, losses.chunk, temperature)
-        nll, hit = found.nll, found.hit
+        nll, guess = found.nll, found.guess
         weight = supervised.astype(jnp.float32)
         compared = weight
         if losses.distil_first:
@@ -240,7 +240,12 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
         terms["distil_logits"] = Mean(jnp.sum(found.kl * compared), compared.sum())
         aux["teacher_nll"] = Mean(jnp.sum(found.full_nll * weight), weight.sum())
         aux["teacher_accuracy"] = Mean(jnp.sum(found.full_hit * weight), weight.sum())
-    by_task = _by_task(config, task, nll, hit, supervised)
+    by_task = _by_task(config, task, nll, guess == targets, supervised)
+    if asked and "raw" not in batch:
+        said = _but_last(supervised)
+        size = model.reader.vocab_size
+        aux["answer_commonest"] = commonest_share(guess, said, size)
+        aux["answer_commonest_gold"] = commonest_share(targets, said, size)
     return terms | by_task[0], aux | by_task[1]
 
 
@@ -259,10 +264,26 @@ def _reader_terms(reader, remat, config, params, frozen, batch, key, wire, now):
         width = room(reader.config, config.data.max_answer)
         supervised, targets, hidden = _last(supervised, width, supervised, targets, hidden)[1:]
     losses = config.losses
-    nll, hit = token_cross_entropy(
+    nll, guess = token_cross_entropy(
         body, frozen, hidden, targets, losses.chunk, losses.label_smoothing
     )
-    return _by_task(config, task, nll, hit, supervised)
+    return _by_task(config, task, nll, guess == targets, supervised)
+
+
+def _but_last(mask: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
+    """Without the last marked place of every row: of an answer, its stop."""
+    count = jnp.cumsum(mask, axis=1)
+    return mask & (count < count[:, -1:])
+
+
+def commonest_share(ids: Int[Array, "b t"], mask: Bool[Array, "b t"], size: int) -> Mean:
+    """How large a share of the marked ids is their commonest.
+
+    Args:
+      size: of the vocabulary.
+    """
+    counts = jnp.zeros(size).at[ids.reshape(-1)].add(mask.reshape(-1).astype(jnp.float32))
+    return Mean(counts.max(), counts.sum())
 
 
 def _corrupted(key, batch, inputs, now, vocabulary):

@@ -45,8 +45,8 @@ def make_quick(system: Any, name: str) -> Callable[..., Any]:
             if name == MAIN:
                 prefix = apply(prefix, task, method="instructed")
             hidden = forced(body, reader, prefix, lead, gold, mask, lora).hidden
-            nll, hit = token_cross_entropy(body, reader, hidden, gold, chunk)
-            return jnp.sum(nll * weight), jnp.sum(hit * weight)
+            nll, guess = token_cross_entropy(body, reader, hidden, gold, chunk)
+            return jnp.sum(nll * weight), jnp.sum((guess == gold) * weight)
 
         other = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), shown)
         return score(shown), score(other), cosine_between(model, shown)

@@ -79,16 +79,21 @@ def score_answers(
     answer_ids: Int[Array, "b a"],
     answer_mask: Bool[Array, "b a"],
 ) -> dict[str, Float[Array, " b"]]:
-    """Teacher-forced scores per row: summed NLL, tokens, greedy hits, rank of the first token."""
+    """Teacher-forced scores per row: summed NLL, tokens, greedy hits; of the first token its rank,
+    by how many nats the best guess leads the second, and the entropy of the prediction (nats).
+    """
     hidden = answer_hidden(decoder, params, asked, answer_ids, answer_mask)
     logits = decoder.apply({"params": params}, hidden, method="unembed")
     nll = metrics.token_nll(logits, answer_ids)
     hit = (jnp.argmax(logits, -1) == answer_ids) & answer_mask
+    log = jax.nn.log_softmax(logits[:, 0].astype(jnp.float32))
+    best, second = jnp.unstack(jax.lax.top_k(log, 2)[0], axis=-1)
     return {
         "nll": jnp.where(answer_mask, nll, 0.0).sum(-1), "count": answer_mask.sum(-1),
         "hit": hit.sum(-1),
         "top1": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 1),
         "top5": metrics.in_top_k(logits[:, 0], answer_ids[:, 0], 5),
+        "margin": best - second, "entropy": -jnp.sum(jnp.exp(log) * log, axis=-1),
     }  # fmt: skip
 
 

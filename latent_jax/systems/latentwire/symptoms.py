@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from latent_jax.systems.latentwire.diagnose import (
     Evidence,
     answers_fail,
@@ -38,6 +40,9 @@ PADDING_NATS = 0.01
 AGAIN, AGAIN_NATS = 2.0, 0.5
 # A number format may cost a point of F1.
 LOSSY = 0.01
+# Of the guessed tokens of a batch's answers one in three is the same, and three times as often as
+# the commonest of the answers themselves; a batch is small, so five in a row are averaged.
+ONE_TOKEN, ONE_TOKEN_RIGHT, BATCHES = 0.3, 3.0, 5
 
 
 def empty_everywhere(e: Evidence) -> Iterator[str]:
@@ -168,6 +173,28 @@ def empty_answers(e: Evidence) -> Iterator[str]:
         )
 
 
+def one_token(e: Evidence) -> Iterator[str]:
+    """Training has come to guess one token for every answer ("the the the"), from some step on."""
+    rows = [row for row in e.log if isinstance(row.get("answer_commonest"), int | float)]
+    if len(rows) < BATCHES:
+        return
+    shares, gold = (
+        np.convolve([row[key] for row in rows], np.ones(BATCHES) / BATCHES, "valid")
+        for key in ("answer_commonest", "answer_commonest_gold")
+    )
+    beyond = shares - np.maximum(ONE_TOKEN, ONE_TOKEN_RIGHT * gold)
+    averaged = [{"step": row["step"], "beyond": x} for row, x in zip(rows, beyond, strict=False)]
+    began = first_step(averaged, "beyond", 0.0)
+    if began is not None:
+        yield (
+            f"since step {began} of {rows[-1]['step']} one token has been the guess for most of "
+            f"the answers of a batch, at the end for {shares[-1]:.0%} of their tokens "
+            f"({gold[-1]:.0%} is the commonest of the answers themselves): collapsed onto function "
+            "words; reconstruct as well, or start where the reader can read (encoder.slots, "
+            "adapter.kind)"
+        )
+
+
 def repetitive_answers(e: Evidence) -> Iterator[str]:
     """ "the the the"."""
     said = said_from_latents(e.samples)
@@ -225,6 +252,7 @@ OF_EVALUATION = {
 SYMPTOMS = {
     "latents-collapsed": collapsed_latents, "magnitude": magnitude, "greedy-gap": greedy_gap,
     "reconstruction-ignores-latents": reconstruction_ignores, "lossy-format": lossy_format,
+    "one-token": one_token,
 }  # fmt: skip
 OF_ANSWERS = {
     "span-means": span_means, "empty-answers": empty_answers,

@@ -24,6 +24,10 @@ def base_arm(arm: str) -> str:
 CONTROLS = ("no_context", "shuffled", "scrambled", "zero")
 
 
+#: Of the prediction of an answer's first token, see `scoring.score_answers`.
+FIRST = ("top1", "top5", "margin", "entropy")
+
+
 class ArmScores:
     """Per-example scores of one arm.
 
@@ -33,9 +37,7 @@ class ArmScores:
 
     def __init__(self, n: int):
         self.said = [""] * n
-        self.values = {
-            k: np.zeros(n) for k in ("f1", "em", "nll", "count", "top1", "top5", "empty")
-        }
+        self.values = {k: np.zeros(n) for k in ("f1", "em", "empty", "nll", "count", *FIRST)}
 
     def add(self, i: int, said: str, answers: Sequence[str], forced: Mapping[str, Any], j: int):
         """Scores example ``i``, which is row ``j`` of the teacher-forced scores of its batch."""
@@ -44,7 +46,7 @@ class ArmScores:
         v["f1"][i] = metrics.f1(said, answers)
         v["em"][i] = metrics.exact_match(said, answers)
         v["empty"][i] = not said
-        for key in ("nll", "count", "top1", "top5"):
+        for key in ("nll", "count", *FIRST):
             if key in forced:
                 v[key][i] = forced[key][j]
 
@@ -57,8 +59,8 @@ class ArmScores:
         out[f"{name}.empty.{arm}"] = float(v["empty"].mean())
         if v["count"].any():
             out[f"{name}.nll.{arm}"] = float(v["nll"].sum() / v["count"].sum())
-            out[f"{name}.first_top1.{arm}"] = float(v["top1"].mean())
-            out[f"{name}.first_top5.{arm}"] = float(v["top5"].mean())
+            for key in FIRST:
+                out[f"{name}.first_{key}.{arm}"] = float(v[key].mean())
 
 
 def compare(out: dict[str, Any], name: str, table: Mapping[str, ArmScores], seed: int) -> None:

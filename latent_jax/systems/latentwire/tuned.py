@@ -82,7 +82,8 @@ def tuned_loss(
     lead = jnp.broadcast_to(params["prompt"], (b, *params["prompt"].shape))
     asked = Asked(jax.lax.stop_gradient(given), *none, lead)
     hidden = answer_hidden(decoder, reader, asked, inputs, batch["inputs_mask"])
-    nll, hit = token_cross_entropy(decoder, reader, hidden, inputs, chunk)
+    nll, guess = token_cross_entropy(decoder, reader, hidden, inputs, chunk)
+    hit = guess == inputs
     mask = batch["supervised"].astype(jnp.float32)
     return Mean(jnp.sum(nll * mask), mask.sum()), Mean(jnp.sum(hit * mask), mask.sum())
 

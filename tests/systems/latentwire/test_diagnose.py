@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -52,6 +53,33 @@ def test_cosines_of_equal_and_of_random_latents():
     assert abs(free["cosine"]) < 0.1 and abs(free["slot_cosine"]) < 0.1
     two = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
     assert diagnose.cosines(two, mask[:2, :1])["cosine"] == pytest.approx(0.0, abs=1e-6)
+
+
+def _guesses(*shares, gold=0.06):
+    """The log of a run whose commonest guess had these shares of its answers' tokens."""
+    rng = np.random.default_rng(1)
+    return [
+        {"step": 10 + i, "answer_commonest": x + rng.uniform(-0.05, 0.05),
+         "answer_commonest_gold": gold}
+        for i, x in enumerate(shares)
+    ]  # fmt: skip
+
+
+def test_one_token_for_every_answer_is_named_with_the_step_it_began():
+    def found(log):
+        return list(symptoms.one_token(Evidence({}, {}, (), log)))
+
+    learned, fell = [0.9] * 10 + [0.1] * 30, [0.1] * 30 + [0.9] * 40
+    (line,) = found(_guesses(*fell))
+    began = int(re.search(r"since step (\d+) of 79", line)[1])
+    assert abs(began - 40) <= 4 and "for 9" in line and "(6% is" in line
+    assert not found(_guesses(*learned))  # every run begins with one guess
+    (line,) = found(_guesses(*[0.9] * 30))
+    assert "since step 10 of 39" in line
+    assert not found(_guesses(*fell, gold=0.4))  # the answers themselves are alike
+    assert not found(_guesses(*[0.2] * 30, gold=0.01))
+    assert not found(_guesses(0.9, 0.9)) and not found([{"step": 1, "loss": 1.0}])
+    assert any(x.startswith("one-token: since step") for x in findings(log=_guesses(*fell)))
 
 
 def test_effective_rank():

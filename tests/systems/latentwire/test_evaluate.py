@@ -25,6 +25,7 @@ from latent_jax.systems.latentwire.config import (
 )
 from latent_jax.systems.latentwire.continuation import continuable, evaluate_continuation
 from latent_jax.systems.latentwire.evaluate import Row
+from latent_jax.systems.latentwire.given import Asked
 from latent_jax.systems.latentwire.model import Compressor, Wire
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig, qa_batch
 from latent_jax.systems.latentwire.readers import ReaderAdapter, ReaderLatents
@@ -74,6 +75,8 @@ def test_questions_from_every_kind_of_arm():
         assert 0 <= out[f"squad.em.{arm}"] <= out[f"squad.f1.{arm}"] <= 1
         assert out[f"squad.nll.{arm}"] > 0
         assert out[f"squad.first_top1.{arm}"] <= out[f"squad.first_top5.{arm}"]
+        assert out[f"squad.first_margin.{arm}"] > 0
+        assert 0 < out[f"squad.first_entropy.{arm}"] < np.log(reader().config.vocab_size)
     assert out["squad.questions"] == 6 and out["squad.left_out"] == 0
     assert 3 < out["squad.ratio"] <= 4
     assert "squad.f1_gain.shuffled" in out
@@ -332,3 +335,16 @@ def test_decoding_is_compiled_once_for_all_arms():
     before = score_answers._cache_size()
     qa(arms, batch_size=3)  # a batch size no other test uses
     assert score_answers._cache_size() == before + 1
+
+
+def test_margin_and_entropy_of_the_first_token_by_hand():
+    body, params = reader().decoder, reader().params
+    prompt, gold = (np.arange(97, 97 + 2 * n, dtype=np.int32).reshape(2, n) for n in (5, 3))
+    given = baselines.Given(None, None, None, np.zeros(2, np.int32))
+    asked = Asked(given, prompt, prompt > 0)
+    found = score_answers(body, params, asked, gold, gold > 0)
+    hidden = body.apply({"params": params}, body.apply({"params": params}, prompt, method="embed"))
+    logits = body.apply({"params": params}, hidden.hidden[:, -1:], method="unembed")[:, 0]
+    p = np.sort(np.asarray(jax.nn.softmax(logits)))
+    np.testing.assert_allclose(found["entropy"], -(p * np.log(p)).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(found["margin"], np.log(p[:, -1] / p[:, -2]), rtol=1e-3, atol=1e-5)

@@ -180,3 +180,23 @@ def test_the_cosine_between_texts_is_that_of_all_pairs():
     np.testing.assert_allclose(losses.cosine_between(plain, wire), wanted, rtol=1e-5)
     alone = jax.tree.map(lambda x: x[:1], wire)
     np.testing.assert_allclose(losses.cosine_between(plain, alone), 0.0, atol=1e-5)
+
+
+def test_the_commonest_guess_is_of_all_tokens_of_answers_but_their_stops():
+    ids = jnp.array([[7, 3, 9, 0], [7, 9, 0, 0], [5, 7, 9, 1]])
+    marked = jnp.array([[1, 1, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool)
+    said = losses._but_last(marked)
+    assert said.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
+    share = losses.commonest_share(ids, said, 10)
+    assert (float(share.sum), float(share.count)) == (3, 4)  # 7 of 7, 3, 7, 7
+
+
+def test_training_on_answers_tells_the_commonest_guess(system, params, batches):
+    batch, raw = batches
+    _, aux = terms(system, params, batch)
+    guess, gold = aux["answer_commonest"], aux["answer_commonest_gold"]
+    given = zip(np.asarray(batch["inputs"]), np.asarray(batch["supervised"]), strict=True)
+    tokens = np.concatenate([row[keep][:-1] for row, keep in given])
+    assert float(gold.sum) == np.bincount(tokens).max() and float(gold.count) == len(tokens)
+    assert 0 < float(guess.sum) <= float(guess.count) == len(tokens)
+    assert "answer_commonest" not in terms(system, params, raw)[1]  # no latents are read there

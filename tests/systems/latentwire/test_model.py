@@ -223,8 +223,8 @@ def test_chunked_cross_entropy_equals_whole(reader, texts):
     hidden = jax.random.normal(jax.random.key(3), (3, 16, READER.hidden_size))
 
     def run(h, chunk):
-        nll, hit = token_cross_entropy(body, reader, h, texts[0], chunk)
-        return nll.sum(), (nll, hit)
+        nll, guess = token_cross_entropy(body, reader, h, texts[0], chunk)
+        return nll.sum(), (nll, guess)
 
     whole = jax.value_and_grad(run, has_aux=True)(hidden, None)
     parts = jax.value_and_grad(run, has_aux=True)(hidden, 7)
