@@ -6,12 +6,11 @@ and then only those of finished steps.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ from jax.sharding import Mesh
 from latent_jax.core import files
 from latent_jax.core.errors import (
     CheckpointError,
-    ConfigError,
     MeshError,
     PeerLost,
-    RunError,
 )
 from latent_jax.sharding import (
     await_processes,
@@ -36,6 +33,7 @@ from latent_jax.sharding import (
 )
 from latent_jax.train.checkpoints import Checkpoints, resume_hash
 from latent_jax.train.config import PhaseConfig, RunBase
+from latent_jax.train.feeds import Feeds
 from latent_jax.train.guards import Guards
 from latent_jax.train.init_from import apply_init_from
 from latent_jax.train.meter import Meter
@@ -44,24 +42,18 @@ from latent_jax.train.preemption import Preempted, PreemptionWatch
 from latent_jax.train.profile import StepProfile
 from latent_jax.train.progress import ProgressEvent, ProgressFn
 from latent_jax.train.protocol import System
+from latent_jax.train.rows import Rows
 from latent_jax.train.selection import Selection
 from latent_jax.train.setup import check_gates, describe_params, plan_state
 from latent_jax.train.state import TrainState
-from latent_jax.train.step import StepFn, drop_empty, make_train_step
+from latent_jax.train.step import StepFn, make_train_step
 from latent_jax.train.writers import Writers, open_writers
-
-# Steps that may wait on the device before the host pauses; bounds queued batches and the delay
-# until a preemption signal is seen.
-_MAX_IN_FLIGHT = 8
 
 # With slow steps the log is also written after so long, not only every log_every steps.
 _LOG_SECONDS = 2.0
 
 # How a collective fails, or the coordination service answers, when another process has ended.
 _LOST = re.compile(r"gloo|connection (closed|reset)|heartbeat|unavailable|nccl", re.IGNORECASE)
-
-# Step, phase, metrics still on the device, units of the batch.
-_Row = tuple[int, str, dict[str, jax.Array], dict[str, int]]
 
 
 def fit(
@@ -121,12 +113,10 @@ class _Run:
         self.step = 0
         self.phase = "main"
         self._begun: int | None = None  # at which step the phase that is on began
-        self._data: dict[str, Any] = {}
-        self._data_states: dict[str, Any] = {}
+        self._feeds = Feeds(system)
         self._steps: dict[int, StepFn] = {}
-        self._pending: collections.deque[_Row] = collections.deque()
-        self._latest: dict[str, float] = {}
         self._meter = Meter()
+        self._rows = Rows(self._meter, self.guards)
         self._profile: StepProfile | None = None
         self._began = time.perf_counter()
         self.writers: Writers | None = None
@@ -141,7 +131,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             self.out / "checkpoints", cfg.checkpoint, resume_hash(self.config)
         )
-        sample = self._sample_batch(first_phase(cfg).data)
+        sample = self._feeds.sample(first_phase(cfg).data)
         plan = self._plan = plan_state(system, self.config, self.mesh, sample)
         self._check_gates(plan.abstract.variables, sample)
         self.frozen = jax.device_put(
@@ -149,10 +139,9 @@ class _Run:
         )
         restored = self.checkpoints.restore(plan.abstract, plan.shardings, self._warn_restore)
         if restored is not None:
-            state, self._data_states, host = restored
+            state, positions, host = restored
             self.step = int(state.step)
-            for name in self._data.keys() & self._data_states.keys():
-                self._data[name].set_state(self._data_states[name])
+            self._feeds.set_state(positions)
             self.selection.set_state(host.get("selection", {}))
             self.guards.set_state(host.get("guards", {}), self.step)
             self.patience.set_state(host.get("patience", {}))
@@ -185,17 +174,6 @@ class _Run:
         elif all(specs):
             known = [spec.arrays for found in specs for spec in found]
             check_gates(self.system, self.config, variables, known)
-
-    def _sample_batch(self, name: str) -> Mapping[str, Any]:
-        """One batch for its shapes; the iterator goes back to where it was."""
-        data = self._data[name] = self.system.train_data(name, None)
-        start = data.get_state()
-        try:
-            sample = next(data)
-        except StopIteration:
-            raise ConfigError(f"train_data({name!r}) gave no batch") from None
-        data.set_state(start)
-        return sample
 
     def _warn_restore(self, text: str) -> None:
         # Kept for after the file's rows past the restored step have been dropped.
@@ -232,22 +210,13 @@ class _Run:
             await_processes(f"latent_jax/step/{self.step}/phase/{index}")
         return step(state, self.frozen, batch)
 
-    def _next_batch(self, name: str) -> Mapping[str, Any]:
-        if name not in self._data:
-            self._data[name] = self.system.train_data(name, self._data_states.get(name))
-        try:
-            return next(self._data[name])
-        except StopIteration:
-            raise RunError(
-                f"the training data {name!r} ended at step {self.step}; it must repeat"
-            ) from None
-
     # ---- the loop -----------------------------------------------------------------------------
 
     def train(self, watch: PreemptionWatch) -> TrainState:
         state = self._set_up()
         if self._main:
             self.writers = open_writers(self.cfg.log, self.out, self.config.name, self.step)
+            self._rows.writers = self.writers
         if self._restore_warning:
             self.guards.warn(self.step, "checkpoint", "checkpoint", 0.0, self._restore_warning)
         done = lost = False
@@ -271,7 +240,7 @@ class _Run:
         cfg, total = self.cfg, self.cfg.steps
         saved = self.step if self.checkpoints.steps() else -1
         self._meter.start(self.step)
-        self._logged = self._saved_at = time.perf_counter()
+        self._rows.logged = self._saved_at = time.perf_counter()
         if self.step < total:
             self._report(self.step, "compiling")
         if self._profiled and self._main:
@@ -285,15 +254,12 @@ class _Run:
                 state = self._pass_on(state)
                 continue
             self._begin(phase, state)
-            batch = self._next_batch(phase.data)
+            batch = self._feeds.next(phase.data, self.step)
             units = self._units(batch)
             self._meter.count(units)
             state, metrics = self._take_step(index, state, shard_batch(batch, self.mesh))
             self.step += 1
-            self._pending.append((self.step, phase.name, metrics, units))
-            if len(self._pending) > _MAX_IN_FLIGHT:
-                with self._waiting():
-                    jax.block_until_ready(self._pending[-_MAX_IN_FLIGHT - 1][2]["loss"])
+            self._rows.add(self.step, phase.name, metrics, units)
             if self._profile is not None:
                 began = time.perf_counter()
                 text = self._profile.after(self.step, metrics["loss"], self._meter.busy)
@@ -302,8 +268,9 @@ class _Run:
                     self.message(text)
             if self.step % cfg.log_every == 0:
                 self._log(keep=1)
-            elif self._alone and time.perf_counter() - self._logged > _LOG_SECONDS:
-                self._log(keep=self._running())  # slow steps: what is finished, without waiting
+            elif self._alone and time.perf_counter() - self._rows.logged > _LOG_SECONDS:
+                # Slow steps: what is finished, without waiting.
+                self._log(keep=self._rows.running())
             evaluated = self._quick_eval(state, self.step == total)
             if evaluated and self.patience.spent(self._begun, phase, evaluated):
                 state = self._pass_on(state, phase)
@@ -341,7 +308,7 @@ class _Run:
             self.guards.warn(
                 self.step, "checkpoint", name, 0.0,
                 f"train.checkpoint.metric = {name} was never measured (have: "
-                f"{', '.join(sorted(self._latest)) or 'nothing'}); best and peak are the last",
+                f"{', '.join(sorted(self._rows.latest)) or 'nothing'}); best and peak are the last",
             )
         return state
 
@@ -355,9 +322,7 @@ class _Run:
             began = time.perf_counter()
             self._log(keep=0)
             if prepare(phase, start, state.variables, self.frozen, self.out):
-                self._data.pop(phase.data, None)
-                if start == self.step:  # the position was in what is not there any more
-                    self._data_states.pop(phase.data, None)
+                self._feeds.renew(phase.data, forget=start == self.step)
             self._meter.pause(time.perf_counter() - began)
         self._begun = start
 
@@ -382,7 +347,7 @@ class _Run:
 
     def _measured(self, evaluated: dict[str, float] | None) -> dict[str, float]:
         """What was measured at this step: an earlier evaluation says nothing about it."""
-        row = {k: v for k, v in self._latest.items() if not k.startswith("eval.")}
+        row = {k: v for k, v in self._rows.latest.items() if not k.startswith("eval.")}
         return row | (evaluated or {})
 
     def _units(self, batch: Mapping[str, Any]) -> dict[str, int]:
@@ -399,39 +364,14 @@ class _Run:
         row = {f"eval.{k}": float(v) for k, v in values.items()}
         self._meter.pause(time.perf_counter() - began)
         self._log(keep=0)
-        if self.writers is not None:
-            self.writers.write(self.step, row)
-        self.guards.observe(self.step, row)
-        self._latest |= row
+        self._rows.evaluated(self.step, row)
         return row
 
     def _log(self, keep: int) -> None:
         """Writes the rows of finished steps, all but the newest ``keep`` of them."""
-        n = max(len(self._pending) - keep, 0)
-        rows = [self._pending.popleft() for _ in range(n)]
-        if not rows:
-            return
-        self._logged = time.perf_counter()
-        with self._waiting():
-            values = jax.device_get([metrics for _, _, metrics, _ in rows])
-        self._meter.seen(rows[-1][0])
-        for (step, phase, _, units), row in zip(rows, values, strict=True):
-            row = drop_empty({k: float(v) for k, v in row.items()})
-            row |= {f"units.{k}": float(v) for k, v in units.items()}
-            self._latest = {k: v for k, v in self._latest.items() if k.startswith("eval.")} | row
-            if self.writers is not None:
-                self.writers.write(step, {"phase": phase, **row})
-            self.guards.observe(step, row)
-        if self.writers is not None:
-            self.writers.flush()
-        self._report(rows[-1][0])
-
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Time in which the host only waits for the device."""
-        began = time.perf_counter()
-        yield
-        self._meter.wait(time.perf_counter() - began)
+        step = self._rows.write(keep)
+        if step is not None:
+            self._report(step)
 
     def _time_to_save(self) -> bool:
         """True when ``train.checkpoint.minutes`` have gone by."""
@@ -441,23 +381,16 @@ class _Run:
             and time.perf_counter() - self._saved_at > 60 * minutes
         )
 
-    def _running(self) -> int:
-        """How many of the pending steps are not known to be finished."""
-        flags = [metrics["loss"].is_ready() for _, _, metrics, _ in self._pending]
-        return len(flags) - flags.index(False) if False in flags else 0
-
     def _save(
         self, state: TrainState, metrics: dict[str, float] | None, wait: bool, pinned: bool = False
     ) -> None:
         if self.writers is not None:
             self.writers.flush()
-        # Iterators of later phases keep the position they were restored with.
-        self._data_states |= {name: it.get_state() for name, it in self._data.items()}
         began = time.perf_counter()
         self.checkpoints.save(
             state,
             self.step,
-            data=self._data_states,
+            data=self._feeds.get_state(),
             host={
                 "selection": self.selection.get_state(), "guards": self.guards.get_state(),
                 "patience": self.patience.get_state(),
@@ -479,9 +412,7 @@ class _Run:
                 self.writers.close()
             return
         with contextlib.ExitStack() as stack:  # every one of them, though one fails
-            for data in self._data.values():
-                if hasattr(data, "close"):
-                    stack.callback(data.close)
+            stack.callback(self._feeds.close)
             stack.callback(self.checkpoints.close)
             if self.writers is not None:
                 stack.callback(self.writers.close)
@@ -495,7 +426,7 @@ class _Run:
         try:
             self._log(keep=0)
         except Exception:  # noqa: BLE001 - the first error is the one to show
-            self._pending.clear()
+            self._rows.clear()
 
     # ---- progress -----------------------------------------------------------------------------
 
@@ -510,7 +441,7 @@ class _Run:
         eta = (self.cfg.steps - step) / rates["steps"] if rates.get("steps") else None
         self._progress(
             ProgressEvent(
-                step, self.cfg.steps, phase or self.phase, self._latest, rates, eta,
+                step, self.cfg.steps, phase or self.phase, self._rows.latest, rates, eta,
                 self._meter.host,
             )
         )
