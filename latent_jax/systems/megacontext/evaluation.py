@@ -17,18 +17,25 @@ from latent_jax.data import LongQuestion, load_long_questions
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import base_lora, documents, match_data, recipe, stream, tasks
 from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
+from latent_jax.systems.megacontext.consistency import Checked
 from latent_jax.systems.megacontext.episodes import SWITCHING, Filler, evenly
 from latent_jax.systems.megacontext.matcher import Finder
+from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.policy_names import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
 
 
 class Evaluation:
-    """Mixed into the system; needs its ``config``, ``backbone``, ``gists`` and ``recovery``."""
+    """Mixed into the system; needs its ``config``, ``backbone``, ``gists`` and ``recovery``.
+
+    Attributes:
+      checked: entries that the part of the evaluation that runs has read (`consistency`).
+    """
 
     config: Any
     backbone: Any
     recovery: Recovery
+    checked = Checked()
     evaluates_in_parts = True
 
     def _measure(self, level: int, nodes: int) -> Recovery:
@@ -52,6 +59,9 @@ class Evaluation:
 
         Args:
           parts: keeps what is finished (`core.parts.Parts`); artefacts of kept parts are left out.
+
+        ``positions.inconsistent`` counts entries of contexts, of ``positions.entries``, that did
+        not stand where their text did, also by part: it must be 0.
         """
         e, artefacts = self.config.eval, {}
         todo = {}
@@ -70,8 +80,24 @@ class Evaluation:
         }  # fmt: skip
         keep, metrics = Parts(None, "") if parts is None else parts, {}
         for name, part in todo.items():
-            metrics |= keep(name, lambda part=part: part(variables, frozen, artefacts, progress))
+            def checked(name=name, part=part):
+                self.checked = Checked()
+                found = part(variables, frozen, artefacts, progress)
+                seen = dataclasses.asdict(self.checked)
+                return found | {f"positions.{name}.{k}": n for k, n in seen.items() if n}
+
+            metrics |= keep(name, checked)
+        for what in ("entries", "inconsistent"):
+            told = [n for name, n in metrics.items()
+                    if name.startswith("positions.") and name.endswith(f".{what}")]  # fmt: skip
+            metrics[f"positions.{what}"] = sum(told)
         return metrics, artefacts
+
+    def _store(self, variables, frozen, path: str) -> Memory:
+        """An empty store, whose entries are counted with this evaluation's."""
+        memory = self.memory(variables, frozen, path, writable=True)
+        memory.checked = self.checked
+        return memory
 
     def _recovery(self, level, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Losses of all arms at one level."""
@@ -81,6 +107,7 @@ class Evaluation:
             measure = self._measure(level, max(e.history // width, 1))
         rows = self.held_out(measure, limit)[:limit]
         params, base = variables["params"], frozen["base"]
+        measure.checked = self.checked
         found = measure.losses(params, base, rows, e.arms, progress)
         artefacts[f"histories.lod{level}"] = found
         metrics = measure.summary(found)
@@ -133,7 +160,7 @@ class Evaluation:
         e = self.config.eval
         with (
             tempfile.TemporaryDirectory() as folder,
-            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+            self._store(variables, frozen, str(Path(folder) / "store")) as memory,
         ):
             return tasks.measure(
                 memory, *self._fillers(kinds), kinds, self._movers(), e.budgets[0], blocks,
@@ -180,7 +207,7 @@ class Evaluation:
         e, c, ids = self.config.eval, self.config, self.growing()
         with (
             tempfile.TemporaryDirectory() as folder,
-            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+            self._store(variables, frozen, str(Path(folder) / "store")) as memory,
         ):
             return stream.read(
                 memory, ids, self._movers(), e.budgets[0], e.stream // 2, c.seed, progress
@@ -209,7 +236,7 @@ class Evaluation:
         e = self.config.eval
 
         def make(path: str):
-            return self.memory(variables, frozen, path, writable=True)
+            return self._store(variables, frozen, path)
 
         found, artefacts["samples"] = documents.measure(
             make, self.questions(), self._movers(), e.budgets[0], e.document_tokens,
@@ -239,7 +266,7 @@ class Evaluation:
         for number, ids in enumerate(rows):
             with tempfile.TemporaryDirectory() as folder:
                 store = str(Path(folder) / "store")
-                with self.memory(variables, frozen, store, writable=True) as memory:
+                with self._store(variables, frozen, store) as memory:
                     memory.tree.append(ids)
                     memory.build()
                     parts.append(

@@ -22,17 +22,13 @@ from latent_jax.core.errors import DataError
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import base_lora
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.consistency import Checked, inconsistent
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_net import shares
-from latent_jax.systems.megacontext.gist import (
-    GistNet,
-    Gists,
-    build,
-    slot_offsets,
-    slot_positions,
-)
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build
 from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
+from latent_jax.systems.megacontext.positions import slot_offsets, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 # Arms that are made of raw entries, whatever the gists are.
@@ -46,6 +42,7 @@ class Recovery:
       level: of the gists.
       nodes: how many stand for the history.
       past: tokens that they replace.
+      checked: entries that were read, and how many stood elsewhere than their text.
 
     Arms: ``full`` text as one sequence; ``windowed``, raw entries encoded in windows of their own
     (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
@@ -63,6 +60,7 @@ class Recovery:
         layout = config.model.layout
         self.level, self.slots = level, layout.slots[level - 1]
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
+        self.checked = Checked()
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
         self._make = None
@@ -74,6 +72,33 @@ class Recovery:
         """Tokens of a row: history, protected tail and horizon."""
         layout = self.config.model.layout
         return self.past + (layout.protected + self.config.eval.horizon) * layout.block
+
+    def places(self, arm: str) -> Int[np.ndarray, " m"]:
+        """Where in the history, and so at which rotary positions, the entries of an arm stand."""
+        model, t = self.config.model, self.past
+        if arm == "windowed":
+            return np.arange(t)
+        if arm == "recency":
+            return np.arange(t - self.nodes * self.slots, t)
+        if arm in ("gist", "shuffled"):
+            return slot_positions(model, self.level, np.arange(self.nodes))
+        # Where as many slots stand, of whatever kind the gists are.
+        span = model.layout.block * int(model.layout.widths[self.level])
+        at = slot_offsets(model.layout, self.level, model.gist.place)
+        return (np.arange(self.nodes)[:, None] * span + at).reshape(-1)
+
+    def _check(self, arm: str) -> None:
+        """Counts entries of an arm that do not stand where their text did (`consistency`)."""
+        if arm in ("full", "dropped", "recency"):  # the newest tokens may begin inside a block
+            return
+        level = 0 if arm == "windowed" else self.level
+        count = self.past // self.config.model.layout.block if level == 0 else self.nodes
+        nodes, far = [(level, i) for i in range(count)], self.length
+        wrong = inconsistent(
+            self.config.model, nodes, self.places(arm), self.past, self.past, far,
+            slots=arm in ("mean_pool", "kv_stride"),
+        )  # fmt: skip
+        self.checked.add(wrong)
 
     def _raw(self, base: Any, ids: Int[Array, "b t"]) -> Gists:
         """Raw entries of the history, which most arms begin with."""
@@ -116,25 +141,18 @@ class Recovery:
         own = arm in ("gist", "shuffled")
         if own and made is not None:
             return self._of_heads(params["gist"], made, b, arm)
-        model, slots, level = self.config.model, self.slots, self.level
-        t = self.past
-        # Where as many slots stand, of whatever kind the gists are.
-        span = model.layout.block * int(model.layout.widths[level])
-        at = slot_offsets(model.layout, level, model.gist.place)
-        at = (jnp.arange(self.nodes)[:, None] * span + at).reshape(-1)
+        slots, level, t = self.slots, self.level, self.past
+        at = self.places(arm)
         flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
         if arm == "windowed":
-            found, at = raw, jnp.arange(t)
+            found = raw
         elif own:
             found = build(self.gists, params["gist"], raw, level)
             if arm == "shuffled":
                 found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         elif arm == "mean_pool":
             found = Gists(*(_pooled(x, self.nodes, slots) for x in flat))
-        elif arm == "kv_stride":
-            found = Gists(*(x[:, :, at] for x in flat))
-        else:
-            at = jnp.arange(t - self.nodes * slots, t)
+        else:  # raw entries where they stood
             found = Gists(*(x[:, :, at] for x in flat))
         at = jnp.broadcast_to(at, (b, at.size))
         return place(self.decoder, found, at, jnp.ones(at.shape, bool))
@@ -144,7 +162,7 @@ class Recovery:
         found = self.gists.spread(params, made, self.level)
         if arm == "shuffled":
             found = Spread(*(jnp.roll(x, self.nodes, axis=1) for x in found))
-        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
+        at = self.places(arm)
         at = jnp.broadcast_to(at, (b, at.size))
         entries = Gists(found.k, found.v)
         return place(self.decoder, entries, at, jnp.ones(at.shape, bool), found.bias)
@@ -155,7 +173,7 @@ class Recovery:
             made = self.gists.pooled(base, ids[:, : self.past], self.level)
         elif arm == "shuffled":
             made = jnp.roll(made, self.nodes, axis=0)
-        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
+        at = self.places(arm)
         at = jnp.broadcast_to(at, (len(ids), at.size))
         x = made.reshape(*at.shape, made.shape[-1])
         return pass_through(self.decoder, base, self.sink, x, at, at, jnp.ones(at.shape, bool))
@@ -192,6 +210,7 @@ class Recovery:
             if self._make is not None and {"gist", "shuffled"} & set(arms):
                 made = self._make(params["gist"], base, ids[:, : self.past])
             for arm in arms:
+                self._check(arm)
                 found[arm].append(np.asarray(self._arm(params, base, raw, made, ids, arm)))
             if progress is not None:
                 progress("recovery", number + 1, len(starts))

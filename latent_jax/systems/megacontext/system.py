@@ -18,6 +18,7 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import base_lora, lens_losses, match_assets, recipe
 from latent_jax.systems.megacontext.alternation import Alternation
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.consistency import Checked
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_gists import calibrate as start_embeddings
 from latent_jax.systems.megacontext.evaluation import Evaluation
@@ -293,7 +294,9 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
             found |= self._questions(variables, frozen, {}, None, *quick)
             return {k: v for k, v in found.items() if isinstance(v, float)}
         rows = self.eval_data()[: self.config.eval.quick_rows]
+        self.recovery.checked = Checked()
         lost = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
+        found["positions.inconsistent"] = float(self.recovery.checked.inconsistent)
         return found | self.recovery.summary(lost, intervals=False)
 
     def _quick_lens(self, variables) -> dict[str, float]:
