@@ -38,8 +38,16 @@ class Evaluation:
     checked = Checked()
     evaluates_in_parts = True
 
-    def _measure(self, level: int, nodes: int) -> Recovery:
+    def _measure(self, level: int) -> Recovery:
+        """Of the histories of level 1, or where whole nodes of a level above fill them."""
+        nodes = max(self.config.eval.history // int(self.config.model.layout.widths[level]), 1)
         return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
+
+    def _measures(self) -> dict[int, Recovery]:
+        """What measures each level that is asked for."""
+        e, levels = self.config.eval, self.config.model.layout.levels
+        upper = range(2, levels + 1) if e.upper_rows else ()
+        return {1: self.recovery} | {level: self._measure(level) for level in upper}
 
     def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
         """Held-out histories with their tail and horizon, ``[n, tokens]``."""
@@ -65,10 +73,9 @@ class Evaluation:
         """
         e, artefacts = self.config.eval, {}
         todo = {}
-        for level in range(1, self.config.model.layout.levels + 1):
+        for level, measure in self._measures().items():
             limit = e.rows if level == 1 else e.upper_rows
-            if limit:
-                todo[f"recovery.lod{level}"] = functools.partial(self._recovery, level, limit)
+            todo[f"recovery.lod{level}"] = functools.partial(self._recovery, measure, limit)
         todo |= {
             name: part for name, part, wanted in (
                 ("policies", self._policies, e.budgets), ("stream", self._stream, e.stream),
@@ -99,12 +106,9 @@ class Evaluation:
         memory.checked = self.checked
         return memory
 
-    def _recovery(self, level, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
+    def _recovery(self, measure, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Losses of all arms at one level."""
-        e, measure = self.config.eval, self.recovery
-        if level > 1:  # the same histories where whole nodes fill them
-            width = int(self.config.model.layout.widths[level])
-            measure = self._measure(level, max(e.history // width, 1))
+        e, level = self.config.eval, measure.level
         rows = self.held_out(measure, limit)[:limit]
         params, base = variables["params"], frozen["base"]
         measure.checked = self.checked

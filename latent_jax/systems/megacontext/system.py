@@ -86,7 +86,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
             **{name: getattr(config.losses, name) for name in LENS_TERMS},
             "matching": config.losses.matching,
         }  # fmt: skip
-        self.recovery = self._measure(1, config.eval.history)
+        self.recovery = self._measure(1)
         self._held_out: dict[int, np.ndarray] = {}
         lens = config.model.lens
         self.lens = None if lens is None else lens_net(lens, config.model.layout)
@@ -247,10 +247,12 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         """Rows of histories; see `recipe.train_stream` for what the phases read.
 
         Raises:
+          ConfigError: histories that are too long for what is measured on them.
           DataError: training or evaluation text that is missing or too short: better said now than
             when training is over.
         """
         self.eval_data()
+        self._measures()
         if self.config.eval.budgets:
             self.long_histories()
         if self.config.eval.stream:
