@@ -18,9 +18,10 @@ from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.core.errors import ConfigError, StoreError
 from latent_jax.nn.lora import merged
 from latent_jax.systems.megacontext.attention import node_attention
+from latent_jax.systems.megacontext.consistency import Checked, inconsistent
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
-from latent_jax.systems.megacontext.gist import entry_offsets
 from latent_jax.systems.megacontext.model_config import ModelConfig
+from latent_jax.systems.megacontext.positions import entry_offsets, first_live
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
 
@@ -30,7 +31,10 @@ PROMPT = 64
 
 class Behind:
     """Mixed into `memory.Memory`; needs its ``backbone``, ``model``, ``lora``, ``tree``, ``sink``,
-    ``gather`` and ``positions``.
+    ``gather`` and ``far``.
+
+    Attributes:
+      checked: entries that were read, and how many stood elsewhere than their text.
     """
 
     backbone: Backbone
@@ -40,15 +44,31 @@ class Behind:
     lora: Any
     sink: int
     tree: Any
+    far: int
+    checked: Checked
 
     def _compiled(self) -> None:
         """Sets up what is compiled once."""
         self._merged: Any = None
+        self.checked = Checked()
         self._nll = jax.jit(self._losses)
         self._prefix = jax.jit(self._as_prefix)
         self._attention = jax.jit(self._node_attention, static_argnames=("nodes", "watched"))
         self._full = jax.jit(self._full_loss, static_argnames=("horizon",))
         self._begin = jax.jit(self._read_live, static_argnames=("room",))
+
+    def check(
+        self, nodes: Sequence[Node], positions: Int[np.ndarray, " m"], cursor: int
+    ) -> None:
+        """Counts entries that do not stand where their text did (`consistency`) in ``checked``.
+
+        Args:
+          nodes: what is read, in the order of the entries.
+          positions: their rotary positions.
+          cursor: place in the history of the first token behind them.
+        """
+        first = self._first(cursor)
+        self.checked.add(inconsistent(self.model, nodes, positions, cursor, first, self.far))
 
     def places(self, capacity: int, most: int) -> int:
         """Length of the compiled shape for contexts of ``capacity`` entries.
@@ -95,6 +115,7 @@ class Behind:
         self.check_room(start, len(live), max_new_tokens)
         first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
         if entries is not None:
+            self.check(entries.nodes, entries.positions, start)
             first = behind(first, self.prefix(entries, capacity))
         tokenizer, room = self.backbone.tokenizer, -len(live) % PROMPT
         row, mask = np.pad(live, (room, 0))[None], np.arange(len(live) + room)[None] >= room
@@ -126,6 +147,7 @@ class Behind:
           width: tokens of the compiled shape.
           room: free entries for what follows.
         """
+        self.check(*context.standing(start), start)
         gap = width - len(live)
         row, mask = np.pad(live, (gap, 0))[None], np.arange(width)[None] >= gap
         where = np.asarray([self._first(start)])
@@ -173,7 +195,7 @@ class Behind:
 
     def _first(self, start: int) -> int:
         """Rotary position of the first live token."""
-        return int(self.positions(np.asarray([start]), start)[0])
+        return first_live(start, self.far)
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)
@@ -202,6 +224,8 @@ class Behind:
     ) -> Float[np.ndarray, "b t-1"]:
         """Loss of every token but the first of each row behind its context, nats; see `losses`."""
         most = max(len(c.positions) for c in contexts)
+        for one in {id(c): c for c in contexts}.values():
+            self.check(one.nodes, one.positions, start)
         held, at, mask = stacked(contexts, self.places(capacity, most))
         first = self._first(start)
         return np.asarray(self._nll(self.base, self.lora, held, at, mask, rows, first))
@@ -222,6 +246,7 @@ class Behind:
         """
         readable = [(i, node) for i, one in enumerate(nodes) for node in self.sound([one])]
         entries = self.gather([node for _, node in readable], start)
+        self.check(entries.nodes, entries.positions, start)
         places = self.places(capacity, len(entries.positions))
         widths = [len(entry_offsets(self.model, level)) for _, (level, _) in readable]
         owner = np.repeat(np.asarray([i for i, _ in readable], int), widths)

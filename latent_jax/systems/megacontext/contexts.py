@@ -17,6 +17,7 @@ from latent_jax.backbones.decoder import KV, Decoder
 from latent_jax.backbones.sink import sink_kv
 from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.reading import place
+from latent_jax.systems.megacontext.sight import Node
 
 Held = dict[str, Any]
 
@@ -30,10 +31,12 @@ class Entries(NamedTuple):
         input embeddings ``x``, ``[1, m, d]``, and ``at``, ``[1, m]``, where in the history each
         stands: it attends to those that stand no later.
       positions: rotary positions for the cursor that they were gathered for.
+      nodes: level and index of what they are of, in their order.
     """
 
     held: Held
     positions: Int[np.ndarray, " m"]
+    nodes: tuple[Node, ...]
 
     def padded(self, capacity: int) -> Entries:
         """The same with zeros up to a length, so that one shape is compiled."""
@@ -42,7 +45,7 @@ class Entries(NamedTuple):
             name: np.pad(x, [(0, 0), (0, room), *[(0, 0)] * (x.ndim - 2)])
             for name, x in self.held.items()
         }
-        return Entries(held, np.pad(self.positions, (0, room)))
+        return Entries(held, np.pad(self.positions, (0, room)), self.nodes)
 
 
 def joined(parts: Sequence[Entries]) -> Entries:
@@ -50,7 +53,8 @@ def joined(parts: Sequence[Entries]) -> Entries:
     held = {
         name: np.concatenate([part.held[name] for part in parts], axis=1) for name in parts[0].held
     }
-    return Entries(held, np.concatenate([part.positions for part in parts]))
+    positions = np.concatenate([part.positions for part in parts])
+    return Entries(held, positions, tuple(node for part in parts for node in part.nodes))
 
 
 def stacked(

@@ -18,9 +18,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, joined
-from latent_jax.systems.megacontext.gist import entry_offsets
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, Node
+from latent_jax.systems.megacontext.positions import entry_offsets, first_live
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
 
@@ -130,7 +130,7 @@ class Counterfactuals:
         for room, which in self._batches(makes):
             part = [branches[i] for i in which]
             pool, mask = self._pool(shared, spans, part, start, room)
-            first_position = int(self.memory.positions(np.asarray([start]), start)[0])
+            first_position = first_live(start, self.memory.far)
             found = self._read(
                 self.memory.base, self.memory.lora,
                 {name: x[:, None] for name, x in pool.held.items()}, pool.positions,
@@ -175,7 +175,9 @@ class Counterfactuals:
                 mask[row, at : at + len(found.positions)] = True
                 at += len(found.positions)
                 pieces.append(found)
-        return joined(pieces).padded(capacity), mask
+        pool = joined(pieces)
+        self.memory.check(pool.nodes, pool.positions, start)
+        return pool.padded(capacity), mask
 
     def _branches(
         self, base: Any, lora: Any, held: Any, at: Int[Array, " m"], mask: Bool[Array, "r m"],

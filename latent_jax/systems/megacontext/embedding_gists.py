@@ -20,8 +20,8 @@ from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.sink import sink_kv
 from latent_jax.backbones.streams import streams
 from latent_jax.systems.megacontext.embedding_net import EmbeddingNet, Sources, shares, unit
-from latent_jax.systems.megacontext.gist import slot_offsets
 from latent_jax.systems.megacontext.model_config import ModelConfig
+from latent_jax.systems.megacontext.positions import slot_offsets
 
 _MOST = 12.0  # nats; a single word must not decide a probe
 _RIDGE = 0.1  # of a probe, in each feature's own variance

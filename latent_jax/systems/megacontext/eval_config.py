@@ -12,6 +12,8 @@ from latent_jax.systems.megacontext.policy_names import ENDS, POLICIES
 ARMS = (
     "full", "windowed", "gist", "mean_pool", "kv_stride", "recency", "shuffled", "dropped"
 )  # fmt: skip
+# What costs gradient steps for every history, and is measured where it is asked for.
+MORE_ARMS = ("optimised",)
 # Facts hidden in a history; see `tasks`.
 TASKS = (
     "passkey", "key_value", "two_hop", "straddling", "late_query", "topic_switch", "paraphrased"
@@ -23,7 +25,12 @@ class EvalConfig:
     """What is measured at the end."""
 
     arms: tuple[str, ...] = field(
-        default=ARMS, help="what stands for the history: its gists, and baselines and controls"
+        default=ARMS, help="what stands for the history: its gists, and baselines and controls; "
+        "also optimised: slots moved for each history, which meters their capacity"
+    )  # fmt: skip
+    optimised_steps: int = field(default=100, ge=1, help="gradient steps of the arm optimised")
+    optimised_rate: float = field(
+        default=0.05, gt=0, help="its learning rate, in units of each dimension's RMS"
     )
 
     text: str | None = field(default=None, help="held-out text source; none: data.text")
@@ -97,9 +104,10 @@ class EvalConfig:
 
     def validate(self) -> None:
         """Refuses unknown arms; recovery needs its two ends."""
-        unknown = [a for a in self.arms if a not in ARMS]
+        allowed = (*ARMS, *MORE_ARMS)
+        unknown = [a for a in self.arms if a not in allowed]
         if unknown:
-            raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(ARMS)}")
+            raise ConfigError(f"eval.arms: unknown {unknown}; allowed: {', '.join(allowed)}")
         if not {"full", "dropped"} <= set(self.arms):
             raise ConfigError("eval.arms: recovery is measured between full and dropped: add both")
         unknown = [t for t in self.tasks if t not in TASKS]

@@ -17,22 +17,37 @@ from latent_jax.data import LongQuestion, load_long_questions
 from latent_jax.ops import bootstrap
 from latent_jax.systems.megacontext import base_lora, documents, match_data, recipe, stream, tasks
 from latent_jax.systems.megacontext.comparison import nll_at_h, policy_table
+from latent_jax.systems.megacontext.consistency import Checked
 from latent_jax.systems.megacontext.episodes import SWITCHING, Filler, evenly
 from latent_jax.systems.megacontext.matcher import Finder
+from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.policy_names import LOOKING, MEASURED, POLICIES
 from latent_jax.systems.megacontext.recovery import Recovery
 
 
 class Evaluation:
-    """Mixed into the system; needs its ``config``, ``backbone``, ``gists`` and ``recovery``."""
+    """Mixed into the system; needs its ``config``, ``backbone``, ``gists`` and ``recovery``.
+
+    Attributes:
+      checked: entries that the part of the evaluation that runs has read (`consistency`).
+    """
 
     config: Any
     backbone: Any
     recovery: Recovery
+    checked = Checked()
     evaluates_in_parts = True
 
-    def _measure(self, level: int, nodes: int) -> Recovery:
+    def _measure(self, level: int) -> Recovery:
+        """Of the histories of level 1, or where whole nodes of a level above fill them."""
+        nodes = max(self.config.eval.history // int(self.config.model.layout.widths[level]), 1)
         return Recovery(self.decoder, self.gists, self.sink, self.config, level, nodes)
+
+    def _measures(self) -> dict[int, Recovery]:
+        """What measures each level that is asked for."""
+        e, levels = self.config.eval, self.config.model.layout.levels
+        upper = range(2, levels + 1) if e.upper_rows else ()
+        return {1: self.recovery} | {level: self._measure(level) for level in upper}
 
     def held_out(self, measure: Recovery, limit: int) -> np.ndarray:
         """Held-out histories with their tail and horizon, ``[n, tokens]``."""
@@ -52,13 +67,15 @@ class Evaluation:
 
         Args:
           parts: keeps what is finished (`core.parts.Parts`); artefacts of kept parts are left out.
+
+        ``positions.inconsistent`` counts entries of contexts, of ``positions.entries``, that did
+        not stand where their text did, also by part: it must be 0.
         """
         e, artefacts = self.config.eval, {}
         todo = {}
-        for level in range(1, self.config.model.layout.levels + 1):
+        for level, measure in self._measures().items():
             limit = e.rows if level == 1 else e.upper_rows
-            if limit:
-                todo[f"recovery.lod{level}"] = functools.partial(self._recovery, level, limit)
+            todo[f"recovery.lod{level}"] = functools.partial(self._recovery, measure, limit)
         todo |= {
             name: part for name, part, wanted in (
                 ("policies", self._policies, e.budgets), ("stream", self._stream, e.stream),
@@ -70,17 +87,31 @@ class Evaluation:
         }  # fmt: skip
         keep, metrics = Parts(None, "") if parts is None else parts, {}
         for name, part in todo.items():
-            metrics |= keep(name, lambda part=part: part(variables, frozen, artefacts, progress))
+            def checked(name=name, part=part):
+                self.checked = Checked()
+                found = part(variables, frozen, artefacts, progress)
+                seen = dataclasses.asdict(self.checked)
+                return found | {f"positions.{name}.{k}": n for k, n in seen.items() if n}
+
+            metrics |= keep(name, checked)
+        for what in ("entries", "inconsistent"):
+            told = [n for name, n in metrics.items()
+                    if name.startswith("positions.") and name.endswith(f".{what}")]  # fmt: skip
+            metrics[f"positions.{what}"] = sum(told)
         return metrics, artefacts
 
-    def _recovery(self, level, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
+    def _store(self, variables, frozen, path: str) -> Memory:
+        """An empty store, whose entries are counted with this evaluation's."""
+        memory = self.memory(variables, frozen, path, writable=True)
+        memory.checked = self.checked
+        return memory
+
+    def _recovery(self, measure, limit, variables, frozen, artefacts, progress) -> dict[str, Any]:
         """Losses of all arms at one level."""
-        e, measure = self.config.eval, self.recovery
-        if level > 1:  # the same histories where whole nodes fill them
-            width = int(self.config.model.layout.widths[level])
-            measure = self._measure(level, max(e.history // width, 1))
+        e, level = self.config.eval, measure.level
         rows = self.held_out(measure, limit)[:limit]
         params, base = variables["params"], frozen["base"]
+        measure.checked = self.checked
         found = measure.losses(params, base, rows, e.arms, progress)
         artefacts[f"histories.lod{level}"] = found
         metrics = measure.summary(found)
@@ -133,7 +164,7 @@ class Evaluation:
         e = self.config.eval
         with (
             tempfile.TemporaryDirectory() as folder,
-            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+            self._store(variables, frozen, str(Path(folder) / "store")) as memory,
         ):
             return tasks.measure(
                 memory, *self._fillers(kinds), kinds, self._movers(), e.budgets[0], blocks,
@@ -180,7 +211,7 @@ class Evaluation:
         e, c, ids = self.config.eval, self.config, self.growing()
         with (
             tempfile.TemporaryDirectory() as folder,
-            self.memory(variables, frozen, str(Path(folder) / "store"), writable=True) as memory,
+            self._store(variables, frozen, str(Path(folder) / "store")) as memory,
         ):
             return stream.read(
                 memory, ids, self._movers(), e.budgets[0], e.stream // 2, c.seed, progress
@@ -209,7 +240,7 @@ class Evaluation:
         e = self.config.eval
 
         def make(path: str):
-            return self.memory(variables, frozen, path, writable=True)
+            return self._store(variables, frozen, path)
 
         found, artefacts["samples"] = documents.measure(
             make, self.questions(), self._movers(), e.budgets[0], e.document_tokens,
@@ -239,7 +270,7 @@ class Evaluation:
         for number, ids in enumerate(rows):
             with tempfile.TemporaryDirectory() as folder:
                 store = str(Path(folder) / "store")
-                with self.memory(variables, frozen, store, writable=True) as memory:
+                with self._store(variables, frozen, store) as memory:
                     memory.tree.append(ids)
                     memory.build()
                     parts.append(

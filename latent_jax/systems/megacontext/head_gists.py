@@ -28,9 +28,9 @@ from latent_jax.backbones.sink import behind, sink_kv
 from latent_jax.ops import rope
 from latent_jax.ops.attention import MASKED
 from latent_jax.ops.subsets import refitted, removal_order, ridged
-from latent_jax.systems.megacontext.gist import head_places
 from latent_jax.systems.megacontext.head_merge import merged
 from latent_jax.systems.megacontext.model_config import ModelConfig
+from latent_jax.systems.megacontext.positions import head_places
 from latent_jax.systems.megacontext.reading import row_positions, windows
 from latent_jax.systems.megacontext.records import record_width
 

@@ -27,11 +27,12 @@ from latent_jax.systems.megacontext.behind import Behind
 from latent_jax.systems.megacontext.contexts import Entries, Held
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.focus import Lens
-from latent_jax.systems.megacontext.gist import GistNet, Gists, entry_offsets, grouped
+from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.positions import farthest, rotary, text_places
 from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
@@ -164,10 +165,8 @@ class Memory(Behind):
 
     @property
     def far(self) -> int:
-        """Tokens before the cursor beyond which distance is not told apart: what the base was
-        trained on, less room for what follows the cursor.
-        """
-        return self.backbone.config.max_position * 7 // 8
+        """Tokens before the cursor beyond which distance is not told apart (`positions`)."""
+        return farthest(self.backbone.config)
 
     def _encode_window(self, base: Any, row: Int[Array, "1 t"]) -> Gists:
         block, lead = self.model.layout.block, self.model.gist.lead
@@ -311,16 +310,11 @@ class Memory(Behind):
           nodes: ``(level, index)``; level 0 is a raw block.
           cursor: position of the next token, in tokens of the history.
         """
-        layout, base = self.model.layout, self.backbone.config
-        starts = [i * int(layout.widths[level]) * layout.block for level, i in nodes]
-        places = [
-            start + entry_offsets(self.model, level)
-            for start, (level, _) in zip(starts, nodes, strict=True)
-        ]
-        at = np.concatenate([np.zeros(0, int), *places])
-        positions = self.positions(at, cursor)
+        base = self.backbone.config
+        at = text_places(self.model, nodes)
+        positions = rotary(at, cursor, self.far)
         if self.embeddings is not None:
-            return Entries(self._embedded(nodes, at), positions)
+            return Entries(self._embedded(nodes, at), positions, tuple(nodes))
         empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
         parts = [(empty, empty, empty[..., 0])]
         for level, index in nodes:
@@ -334,7 +328,7 @@ class Memory(Behind):
             parts.append((k, v, *bias) if bias else (k, v, np.zeros(k.shape[:-1], k.dtype)))
         k, v, bias = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))
         held = {"k": k, "v": v} if self.heads is None else {"k": k, "v": v, "bias": bias}
-        return Entries(held, positions)
+        return Entries(held, positions, tuple(nodes))
 
     def _embedded(self, nodes: Sequence[Node], at: Int[np.ndarray, " m"]) -> Held:
         """Input embeddings of nodes, whose entries stand at some places of the history."""
@@ -347,12 +341,6 @@ class Memory(Behind):
                 ids = self.tree.tokens(index * size, (index + 1) * size)
                 parts.append(np.asarray(self.backbone.embed(ids[None])[0], np.float32))
         return {"x": np.concatenate(parts)[None], "at": at[None].astype(np.int32)}
-
-    def positions(self, at: Int[np.ndarray, " m"], cursor: int) -> Int[np.ndarray, " m"]:
-        """Rotary positions: where the text stood, unless that is farther back than `far`; then all
-        that is farther stands there together and the cursor at `far`.
-        """
-        return np.maximum(np.asarray(at) - max(cursor - self.far, 0), 0)
 
 
 def spec_fields(model: Backbone | Outline, config: ModelConfig) -> dict[str, Any]:

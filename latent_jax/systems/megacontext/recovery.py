@@ -18,25 +18,23 @@ from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import KV, Decoder
-from latent_jax.core.errors import DataError
+from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.ops import bootstrap
-from latent_jax.systems.megacontext import base_lora
+from latent_jax.systems.megacontext import base_lora, optimised
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.consistency import Checked, inconsistent
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_net import shares
-from latent_jax.systems.megacontext.gist import (
-    GistNet,
-    Gists,
-    build,
-    slot_offsets,
-    slot_positions,
-)
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build
 from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
+from latent_jax.systems.megacontext.positions import slot_offsets, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 # Arms that are made of raw entries, whatever the gists are.
 _RAW = {"windowed", "mean_pool", "kv_stride", "recency"}
+# Arms of entries that go through the base, if gists are input embeddings.
+_EMBEDDED = {"gist", "shuffled", "mean_pool"}
 
 
 class Recovery:
@@ -46,13 +44,19 @@ class Recovery:
       level: of the gists.
       nodes: how many stand for the history.
       past: tokens that they replace.
+      checked: entries that were read, and how many stood elsewhere than their text.
 
     Arms: ``full`` text as one sequence; ``windowed``, raw entries encoded in windows of their own
     (what a raw block of a working context is); ``gist``; ``mean_pool`` of the same stretches,
     untrained (of input embeddings, if gists are such); ``kv_stride``, one raw entry per stretch;
     ``recency``, as many of the newest raw entries as there are slots; ``shuffled``, another
-    history's gists; ``dropped``, nothing. Parameters with LoRA (`base_lora`) apply it to what is
-    read in every arm, the whole text among them.
+    history's gists; ``dropped``, nothing; ``optimised``, as many slots moved by gradient descent
+    for each history from its gists (from ``kv_stride``, if they are of kind heads), which sees what
+    no gist may, but never the horizon (see `optimised`). Parameters with LoRA (`base_lora`) apply
+    it to what is read in every arm, the whole text among them.
+
+    Raises:
+      ConfigError: histories that are too long to be optimised for.
     """
 
     def __init__(
@@ -63,8 +67,19 @@ class Recovery:
         layout = config.model.layout
         self.level, self.slots = level, layout.slots[level - 1]
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
+        self.checked = Checked()
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
+        self._optimise = jax.jit(self._optimised)
+        self._tail = layout.protected * layout.block
+        if optimised.ARM in config.eval.arms:
+            row = self.past + optimised.length(self.past, self.length - self.past, self._tail)
+            if row > decoder.config.max_position:
+                raise ConfigError(
+                    f"eval.arms: optimised reads histories of {self.past} tokens (level {level}) "
+                    f"twice, {row} tokens with what is between, and the base has "
+                    f"{decoder.config.max_position} positions: lower eval.history, or leave it out"
+                )
         self._make = None
         if isinstance(gists, HeadGists | EmbeddingGists):
             self._make = jax.jit(functools.partial(gists.build, level=level))
@@ -75,12 +90,69 @@ class Recovery:
         layout = self.config.model.layout
         return self.past + (layout.protected + self.config.eval.horizon) * layout.block
 
+    def places(self, arm: str) -> Int[np.ndarray, " m"]:
+        """Where in the history, and so at which rotary positions, the entries of an arm stand."""
+        model, t = self.config.model, self.past
+        if arm == "windowed":
+            return np.arange(t)
+        if arm == "recency":
+            return np.arange(t - self.nodes * self.slots, t)
+        if arm in ("gist", "shuffled"):
+            return slot_positions(model, self.level, np.arange(self.nodes))
+        # Where as many slots stand, of whatever kind the gists are.
+        span = model.layout.block * int(model.layout.widths[self.level])
+        at = slot_offsets(model.layout, self.level, model.gist.place)
+        return (np.arange(self.nodes)[:, None] * span + at).reshape(-1)
+
+    def _check(self, arm: str) -> None:
+        """Counts entries of an arm that do not stand where their text did (`consistency`)."""
+        if arm in ("full", "dropped", "recency"):  # the newest tokens may begin inside a block
+            return
+        level = 0 if arm == "windowed" else self.level
+        count = self.past // self.config.model.layout.block if level == 0 else self.nodes
+        nodes, far = [(level, i) for i in range(count)], self.length
+        wrong = inconsistent(
+            self.config.model, nodes, self.places(arm), self.past, self.past, far,
+            slots=arm in ("mean_pool", "kv_stride", optimised.ARM),
+        )  # fmt: skip
+        self.checked.add(wrong)
+
     def _raw(self, base: Any, ids: Int[Array, "b t"]) -> Gists:
         """Raw entries of the history, which most arms begin with."""
         model = self.config.model
         block, gist = model.layout.block, model.gist
         ids = ids[:, : self.past]
         return encode(self.decoder, base, self.sink, ids, block, gist.window, gist.lead)[0]
+
+    def _optimised(
+        self, params: Any, base: Any, raw: Gists | None, made: Any, ids: Int[Array, "b t"]
+    ) -> Any:
+        """Entries of the arm ``optimised``."""
+        c, b = self.config, len(ids)
+        if isinstance(self.gists, EmbeddingGists):
+            start = made
+        elif isinstance(self.gists, HeadGists):
+            at = self.places(optimised.ARM)
+            start = Gists(*(self._flat(x, b)[:, :, at] for x in raw))
+        else:
+            start = build(self.gists, params["gist"], raw, self.level)
+        return optimised.optimised(
+            self.decoder, base, self.sink, start, lambda x: self._moved(base, x, b), ids, self.past,
+            self._tail, c.eval.optimised_steps, c.eval.optimised_rate,
+            base_lora.deltas(c.model.lora, self.decoder.config, params), c.losses.chunk,
+        )  # fmt: skip
+
+    def _moved(self, base: Any, found: Any, b: int) -> KV:
+        """Entries of that arm as the base attends to them."""
+        if isinstance(self.gists, EmbeddingGists):
+            return self._of_embeddings(base, found, b, optimised.ARM)
+        at = self.places(optimised.ARM)
+        at = jnp.broadcast_to(at, (b, at.size))
+        return place(self.decoder, found, at, jnp.ones(at.shape, bool))
+
+    def _flat(self, x: Float[Array, "l n s g d"], b: int) -> Float[Array, "l b t g d"]:
+        """Raw entries by row."""
+        return x.reshape(x.shape[0], b, self.past, *x.shape[3:])
 
     def _losses(
         self, params: Any, base: Any, raw: Gists | None, made: Any, ids: Int[Array, "b t"], arm: str
@@ -95,8 +167,12 @@ class Recovery:
             hidden = read_on(self.decoder, base, self.sink, None, ids, where, lora=lora)
         else:
             where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
-            if isinstance(self.gists, EmbeddingGists) and arm in ("gist", "shuffled", "mean_pool"):
-                entries = self._of_embeddings(base, made, ids, arm)
+            if arm == optimised.ARM:
+                entries = self._moved(base, made, b)
+            elif isinstance(self.gists, EmbeddingGists) and arm in _EMBEDDED:
+                if arm == "mean_pool":
+                    made = self.gists.pooled(base, ids[:, :past], self.level)
+                entries = self._of_embeddings(base, made, b, arm)
             else:
                 entries = self._entries(params, raw, made, b, arm)
             hidden = read_on(
@@ -116,25 +192,17 @@ class Recovery:
         own = arm in ("gist", "shuffled")
         if own and made is not None:
             return self._of_heads(params["gist"], made, b, arm)
-        model, slots, level = self.config.model, self.slots, self.level
-        t = self.past
-        # Where as many slots stand, of whatever kind the gists are.
-        span = model.layout.block * int(model.layout.widths[level])
-        at = slot_offsets(model.layout, level, model.gist.place)
-        at = (jnp.arange(self.nodes)[:, None] * span + at).reshape(-1)
-        flat = Gists(*(x.reshape(x.shape[0], b, t, *x.shape[3:]) for x in raw))
+        slots, level, at = self.slots, self.level, self.places(arm)
+        flat = Gists(*(self._flat(x, b) for x in raw))
         if arm == "windowed":
-            found, at = raw, jnp.arange(t)
+            found = raw
         elif own:
             found = build(self.gists, params["gist"], raw, level)
             if arm == "shuffled":
                 found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         elif arm == "mean_pool":
             found = Gists(*(_pooled(x, self.nodes, slots) for x in flat))
-        elif arm == "kv_stride":
-            found = Gists(*(x[:, :, at] for x in flat))
-        else:
-            at = jnp.arange(t - self.nodes * slots, t)
+        else:  # raw entries where they stood
             found = Gists(*(x[:, :, at] for x in flat))
         at = jnp.broadcast_to(at, (b, at.size))
         return place(self.decoder, found, at, jnp.ones(at.shape, bool))
@@ -144,19 +212,17 @@ class Recovery:
         found = self.gists.spread(params, made, self.level)
         if arm == "shuffled":
             found = Spread(*(jnp.roll(x, self.nodes, axis=1) for x in found))
-        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
+        at = self.places(arm)
         at = jnp.broadcast_to(at, (b, at.size))
         entries = Gists(found.k, found.v)
         return place(self.decoder, entries, at, jnp.ones(at.shape, bool), found.bias)
 
-    def _of_embeddings(self, base: Any, made: Any, ids: Int[Array, "b t"], arm: str) -> KV:
+    def _of_embeddings(self, base: Any, made: Any, b: int, arm: str) -> KV:
         """Gists that are input embeddings, through the base in their order."""
-        if arm == "mean_pool":
-            made = self.gists.pooled(base, ids[:, : self.past], self.level)
-        elif arm == "shuffled":
+        if arm == "shuffled":
             made = jnp.roll(made, self.nodes, axis=0)
-        at = slot_positions(self.config.model, self.level, jnp.arange(self.nodes))
-        at = jnp.broadcast_to(at, (len(ids), at.size))
+        at = self.places(arm)
+        at = jnp.broadcast_to(at, (b, at.size))
         x = made.reshape(*at.shape, made.shape[-1])
         return pass_through(self.decoder, base, self.sink, x, at, at, jnp.ones(at.shape, bool))
 
@@ -182,17 +248,21 @@ class Recovery:
                 "one is read with the gists of another"
             )
         embeddings = isinstance(self.gists, EmbeddingGists)
-        raw_arms = _RAW - {"mean_pool"} if embeddings else _RAW
+        raw_arms = _RAW - {"mean_pool"} if embeddings else _RAW | {optimised.ARM}
         size, found = min(self.config.eval.batch_size, len(rows)), {arm: [] for arm in arms}
         starts = range(0, len(rows), size)
         for number, start in enumerate(starts):
             ids = rows[np.arange(start, start + size) % len(rows)]
             raw = self._encode(base, ids) if self._make is None or raw_arms & set(arms) else None
             made = None
-            if self._make is not None and {"gist", "shuffled"} & set(arms):
+            if self._make is not None and {"gist", "shuffled", optimised.ARM} & set(arms):
                 made = self._make(params["gist"], base, ids[:, : self.past])
             for arm in arms:
-                found[arm].append(np.asarray(self._arm(params, base, raw, made, ids, arm)))
+                self._check(arm)
+                own = made
+                if arm == optimised.ARM:
+                    own = self._optimise(params, base, raw, made, ids)
+                found[arm].append(np.asarray(self._arm(params, base, raw, own, ids, arm)))
             if progress is not None:
                 progress("recovery", number + 1, len(starts))
         return {arm: np.concatenate(x)[: len(rows)] for arm, x in found.items()}

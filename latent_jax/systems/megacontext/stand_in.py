@@ -16,8 +16,9 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
-from latent_jax.systems.megacontext.gist import Gists, build, grouped, slot_positions
+from latent_jax.systems.megacontext.gist import Gists, build, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
+from latent_jax.systems.megacontext.positions import slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 
 BESIDE = ("rebuild", "apart")  # terms of `StandIn._other_terms`, computed where a weight is not 0

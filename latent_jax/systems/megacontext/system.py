@@ -18,6 +18,7 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext import base_lora, lens_losses, match_assets, recipe
 from latent_jax.systems.megacontext.alternation import Alternation
 from latent_jax.systems.megacontext.config import MegaRun
+from latent_jax.systems.megacontext.consistency import Checked
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_gists import calibrate as start_embeddings
 from latent_jax.systems.megacontext.evaluation import Evaluation
@@ -85,7 +86,7 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
             **{name: getattr(config.losses, name) for name in LENS_TERMS},
             "matching": config.losses.matching,
         }  # fmt: skip
-        self.recovery = self._measure(1, config.eval.history)
+        self.recovery = self._measure(1)
         self._held_out: dict[int, np.ndarray] = {}
         lens = config.model.lens
         self.lens = None if lens is None else lens_net(lens, config.model.layout)
@@ -246,10 +247,12 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
         """Rows of histories; see `recipe.train_stream` for what the phases read.
 
         Raises:
+          ConfigError: histories that are too long for what is measured on them.
           DataError: training or evaluation text that is missing or too short: better said now than
             when training is over.
         """
         self.eval_data()
+        self._measures()
         if self.config.eval.budgets:
             self.long_histories()
         if self.config.eval.stream:
@@ -293,7 +296,9 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
             found |= self._questions(variables, frozen, {}, None, *quick)
             return {k: v for k, v in found.items() if isinstance(v, float)}
         rows = self.eval_data()[: self.config.eval.quick_rows]
+        self.recovery.checked = Checked()
         lost = self.recovery.losses(variables["params"], frozen["base"], rows, QUICK)
+        found["positions.inconsistent"] = float(self.recovery.checked.inconsistent)
         return found | self.recovery.summary(lost, intervals=False)
 
     def _quick_lens(self, variables) -> dict[str, float]:

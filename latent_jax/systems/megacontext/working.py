@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from latent_jax.systems.megacontext.contexts import Held
-from latent_jax.systems.megacontext.gist import entry_offsets
 from latent_jax.systems.megacontext.memory import Memory
+from latent_jax.systems.megacontext.positions import entry_offsets, rotary
 from latent_jax.systems.megacontext.sight import Node
 
 
@@ -98,8 +98,14 @@ class WorkingContext:
         """Rotary positions of all places for live tokens that begin at a cursor, and which hold
         an entry.
         """
-        at = np.where(self._there, self.memory.positions(self._where, cursor), 0)
+        at = np.where(self._there, rotary(self._where, cursor, self.memory.far), 0)
         return at[None].astype(np.int32), self._there[None].copy()
+
+    def standing(self, cursor: int) -> tuple[list[Node], Int[np.ndarray, " m"]]:
+        """The nodes, and the rotary positions of their entries, in the order of the history."""
+        slots = [self._slots[node] for node in self.nodes]
+        order = np.concatenate([np.zeros(0, int), *slots])
+        return self.nodes, self.placed(cursor)[0][0, order]
 
     def _first(self, nodes: Sequence[Node]) -> float:
         """See `Edit`."""

@@ -11,16 +11,10 @@ import pytest
 
 from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
-from latent_jax.systems.megacontext.gist import (
-    GistNet,
-    Gists,
-    build,
-    grouped,
-    slot_offsets,
-    slot_positions,
-)
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, grouped
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.positions import slot_offsets, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
 from latent_jax.systems.megacontext.recovery import _pooled
 

@@ -14,12 +14,13 @@ from latent_jax.backbones.decoder import Decoder
 from latent_jax.backbones.testing import random_params, tiny_config
 from latent_jax.core.errors import ConfigError
 from latent_jax.ops import rope
-from latent_jax.systems.megacontext.gist import Gists, slot_positions
+from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.positions import slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import GistTree

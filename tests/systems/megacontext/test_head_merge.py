@@ -13,13 +13,14 @@ from latent_jax import backbones
 from latent_jax.backbones.testing import random_params
 from latent_jax.systems.megacontext.counterfactual import Counterfactuals, actions
 from latent_jax.systems.megacontext.focus import before_tail
-from latent_jax.systems.megacontext.gist import Gists, slot_positions
+from latent_jax.systems.megacontext.gist import Gists
 from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.head_merge import NOTHING, merged
 from latent_jax.systems.megacontext.memory import Memory, digest
 from latent_jax.systems.megacontext.model_config import LensConfig
 from latent_jax.systems.megacontext.oracle import Oracle
+from latent_jax.systems.megacontext.positions import slot_positions
 from latent_jax.systems.megacontext.reading import place, read_on
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.sight import Look, sight_width

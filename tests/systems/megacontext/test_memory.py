@@ -20,6 +20,7 @@ from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
+from latent_jax.systems.megacontext.positions import rotary
 from latent_jax.systems.megacontext.records import from_records, to_records
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import DamagedTokens, GistTree
@@ -179,9 +180,9 @@ def test_gathered_entries_stand_where_their_text_stood(memory):
 
 def test_what_is_far_stands_together(memory):
     far = memory.far
-    at = memory.positions(np.array([0, 10, 500, far + 90]), far + 100)
+    at = rotary(np.array([0, 10, 500, far + 90]), far + 100, far)
     assert at.tolist() == [0, 0, 400, far - 10]
-    assert memory.positions(np.array([0, 10]), far).tolist() == [0, 10]
+    assert rotary(np.array([0, 10]), far, far).tolist() == [0, 10]
 
 
 def test_one_window_of_raw_blocks_is_the_text_itself(memory):
@@ -249,7 +250,8 @@ def test_the_last_token_must_have_a_position(memory, monkeypatch):
     assert isinstance(memory.continued(far, live, most, 8, room), str)
     with pytest.raises(ConfigError, match="do not fit the base"):
         memory.continued(far, live, most, 8, room + 1)
-    with pytest.raises(ConfigError, match="do not fit the base"):
+    # What is generated joins the history: it needs no positions, but room in the context.
+    with pytest.raises(ConfigError, match="the working context has 48: raise W"):
         Runtime(memory, RuntimeConfig(budget=48)).answer("The mill", most)
 
 

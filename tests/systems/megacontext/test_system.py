@@ -20,7 +20,7 @@ SMALL = {
     "train.steps": 24, "train.eval_every": 0, "eval.rows": 32, "eval.upper_rows": 0,
     "eval.arms": ["full", "gist", "dropped"], "data.rows": 400,
     "eval.budgets": [80], "eval.policies": ["full", "uniform", "bm25"], "eval.long": 24,
-    "eval.places": 2,
+    "eval.places": 2, "eval.long_rows": 2,
     "train.phases": [
         {"name": "near", "steps": 20, "data": "near", "train": ["queries", "maps"]},
         {"name": "level 2", "data": "upper2", "train": ["upper_queries", "upper_maps"]},
@@ -53,6 +53,13 @@ def test_trained_gists_stand_in_for_the_text(results):
 def test_recovery_has_an_interval(results):
     low, high = results["recovery.lod1.slots2.ci95"]
     assert low < results["recovery.lod1.slots2"] < high
+
+
+def test_all_entries_stand_where_their_text_did(results):
+    """Of the policies' contexts and of recovery's; `test_consistency` breaks it."""
+    read = [results[f"positions.{part}.entries"] for part in ("policies", "recovery.lod1")]
+    assert results["positions.entries"] == sum(read) and min(read) > 0
+    assert results["positions.inconsistent"] == 0
 
 
 def test_policies_on_a_long_history(results):
