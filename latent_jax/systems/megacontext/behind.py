@@ -21,7 +21,7 @@ from latent_jax.systems.megacontext.attention import node_attention
 from latent_jax.systems.megacontext.consistency import Checked, inconsistent
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, stacked
 from latent_jax.systems.megacontext.model_config import ModelConfig
-from latent_jax.systems.megacontext.positions import entry_offsets, first_live
+from latent_jax.systems.megacontext.positions import Placement, entry_offsets
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.sight import Node
 
@@ -31,7 +31,7 @@ PROMPT = 64
 
 class Behind:
     """Mixed into `memory.Memory`; needs its ``backbone``, ``model``, ``lora``, ``tree``, ``sink``,
-    ``gather`` and ``far``.
+    ``gather``, ``far`` and ``placement``.
 
     Attributes:
       checked: entries that were read, and how many stood elsewhere than their text.
@@ -45,6 +45,7 @@ class Behind:
     sink: int
     tree: Any
     far: int
+    placement: Placement
     checked: Checked
 
     def _compiled(self) -> None:
@@ -67,7 +68,7 @@ class Behind:
           positions: their rotary positions.
           cursor: place in the history of the first token behind them.
         """
-        first = self._first(cursor)
+        first = self.placement.first(cursor, len(positions))
         self.checked.add(inconsistent(self.model, nodes, positions, cursor, first, self.far))
 
     def places(self, capacity: int, most: int) -> int:
@@ -112,7 +113,8 @@ class Behind:
         Raises:
           ConfigError: more than the base has positions for.
         """
-        self.check_room(start, len(live), max_new_tokens)
+        count = 0 if entries is None else len(entries.positions)
+        self.check_room(start, len(live), max_new_tokens, count)
         first = sink_kv(self.decoder, self.base, jnp.int32(self.sink), 1)
         if entries is not None:
             self.check(entries.nodes, entries.positions, start)
@@ -122,7 +124,7 @@ class Behind:
         out = generate_ids(
             self.decoder, self._reading(), self.backbone.embed(row), mask,
             max_new_tokens=max_new_tokens, prefix=first,
-            start=self._first(start),
+            start=self.placement.first(start, count),
             stop_ids=tokenizer.stop_ids,
         )  # fmt: skip
         return tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])])
@@ -150,7 +152,7 @@ class Behind:
         self.check(*context.standing(start), start)
         gap = width - len(live)
         row, mask = np.pad(live, (gap, 0))[None], np.arange(width)[None] >= gap
-        where = np.asarray([self._first(start)])
+        where = np.asarray([self.placement.first(start, len(context))])
         return self._begin(
             self.base, self._reading(), context.held, *context.placed(start), row, mask, where,
             room=room,
@@ -173,29 +175,28 @@ class Behind:
         x = self.decoder.apply({"params": base}, row, method="embed")
         return Begun(*prefill(self.decoder, reading, x, mask, where, prefix, room))
 
-    def check_room(self, start: int, live: int, new: int) -> None:
+    def check_room(self, start: int, live: int, new: int, entries: int) -> None:
         """Refuses text whose last token would stand where the base has no position any more.
 
-        How many entries stand before it does not matter: they stand where their text did.
+        How many entries stand before it matters only if these are numbered: others stand where
+        their text did.
 
         Args:
           start: position in the history of the first live token.
           live: tokens from there on.
           new: tokens that follow them.
+          entries: of the context, at most.
 
         Raises:
           ConfigError: too many.
         """
-        most, first = self.backbone.config.max_position, self._first(start)
+        most = self.backbone.config.max_position
+        first = self.placement.first(start, entries)
         if first + live + new > most:
             raise ConfigError(
                 f"{live} live tokens from rotary position {first} on and {new} new ones do not fit "
                 f"the base's {most} positions: ask for fewer, or ask less"
             )
-
-    def _first(self, start: int) -> int:
-        """Rotary position of the first live token."""
-        return first_live(start, self.far)
 
     def _as_prefix(self, base, held, at, mask):
         return as_prefix(self.decoder, base, self.sink, held, at, mask)
@@ -227,7 +228,8 @@ class Behind:
         for one in {id(c): c for c in contexts}.values():
             self.check(one.nodes, one.positions, start)
         held, at, mask = stacked(contexts, self.places(capacity, most))
-        first = self._first(start)
+        first = [[self.placement.first(start, len(c.positions))] for c in contexts]
+        first = np.asarray(first, np.int32)
         return np.asarray(self._nll(self.base, self.lora, held, at, mask, rows, first))
 
     def attention(
@@ -252,7 +254,7 @@ class Behind:
         owner = np.repeat(np.asarray([i for i, _ in readable], int), widths)
         owner = np.pad(owner, (0, places - len(owner)), constant_values=count)
         held, at, mask = stacked([entries], places)
-        first = self._first(start)
+        first = self.placement.first(start, len(entries.positions))
         return np.asarray(
             self._attention(
                 self.base, held, at, mask, owner, ids, first, nodes=count, watched=watched

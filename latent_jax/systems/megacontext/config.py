@@ -161,6 +161,12 @@ class MegaRun(RunBase):
                 f"losses.apart compares values that a GistNet makes, and model.gist.kind="
                 f"{self.model.gist.kind} has none: leave it 0"
             )
+        measured = "oracle" in e.policies and e.budgets
+        if self.model.positions.kind == "ordinal" and (measured or d.label is not None):
+            raise ConfigError(
+                "model.positions.kind=ordinal: the policy oracle and data.label measure actions on "
+                "entries that stay where they are: leave them out, or use original"
+            )
         least = cover_cost(layout, e.long, layout.levels)
         step = math.lcm(int(layout.widths[-1]), self.model.gist.window)
         for asked, name, blocks in self._asked():

@@ -48,6 +48,13 @@ def inconsistent(
     Returns:
       Booleans ``[m]``; all true if the number of entries is not that of the nodes.
     """
+    if config.positions.kind == "ordinal":  # by definition; there are as many as stand before
+        count = sum(
+            head_places(config, level) if config.gist.kind == "heads" and level and not slots
+            else int(config.layout.costs[level]) for level, _ in nodes
+        )  # fmt: skip
+        same = np.asarray(positions) == np.arange(len(positions))
+        return ~(same & (count == len(positions) == first))
     spans = [_span(config, level, index, slots) for level, index in nodes]
     low = np.concatenate([np.zeros(0), *(span[0] for span in spans)])
     high = np.concatenate([np.zeros(0), *(span[1] for span in spans)])

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext import tiling as tl
 from latent_jax.systems.megacontext.contexts import Entries, as_prefix, joined
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory, Node
-from latent_jax.systems.megacontext.positions import entry_offsets, first_live
+from latent_jax.systems.megacontext.positions import entry_offsets
 from latent_jax.systems.megacontext.reading import read_on
 from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
 
@@ -89,10 +90,18 @@ class Counterfactuals:
       memory: the history with its gists.
       budget: entries of the working context, W; sets the compiled shape.
       rows: contexts that are read at once.
+
+    Raises:
+      ConfigError: entries are numbered, and so would stand elsewhere in every counterfactual.
     """
 
     def __init__(self, memory: Memory, budget: int, rows: int = 8):
         layout, model = memory.model.layout, memory.model
+        if memory.placement.ordinal:
+            raise ConfigError(
+                "model.positions.kind=ordinal: actions are measured on entries that stay where "
+                "they are: use original"
+            )
         self.memory, self.budget, self.rows = memory, budget, rows
         # What a node takes in a prefix, by level: of gists of heads more than its cost.
         self._wide = np.asarray(
@@ -130,7 +139,7 @@ class Counterfactuals:
         for room, which in self._batches(makes):
             part = [branches[i] for i in which]
             pool, mask = self._pool(shared, spans, part, start, room)
-            first_position = first_live(start, self.memory.far)
+            first_position = self.memory.placement.first(start, len(shared.positions))
             found = self._read(
                 self.memory.base, self.memory.lora,
                 {name: x[:, None] for name, x in pool.held.items()}, pool.positions,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from latent_jax.backbones.config import DecoderConfig
 from latent_jax.systems.megacontext.model_config import ModelConfig
+from latent_jax.systems.megacontext.positions import damping
 
 
 class Gists(NamedTuple):
@@ -121,6 +122,18 @@ def grouped(gists: Gists, branching: int) -> Gists:
     """Neighbouring gists as sources of the next level, ``[l, n / branching, sources, g, d]``."""
     shape = (gists.k.shape[0], -1, branching * gists.k.shape[2], *gists.k.shape[3:])
     return Gists(*(x.reshape(shape) for x in gists))
+
+
+def damped(
+    config: ModelConfig, reader: DecoderConfig, gists: Gists, level: int
+) -> Gists:
+    """Gists of a level as they are read: with their keys damped, if they are to be
+    (`positions.damping`).
+    """
+    if not config.positions.damped or not level:
+        return gists
+    factor = damping(config, reader, level)[:, None, None, None]
+    return gists._replace(k=(gists.k * factor).astype(gists.k.dtype))
 
 
 def build(net: GistNet, params: Any, raw: Gists, level: int) -> Gists:

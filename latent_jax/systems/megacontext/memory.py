@@ -27,12 +27,12 @@ from latent_jax.systems.megacontext.behind import Behind
 from latent_jax.systems.megacontext.contexts import Entries, Held
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.focus import Lens
-from latent_jax.systems.megacontext.gist import GistNet, Gists, grouped
+from latent_jax.systems.megacontext.gist import GistNet, Gists, damped, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.lens import TAIL_GISTS
 from latent_jax.systems.megacontext.matcher import Finder
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
-from latent_jax.systems.megacontext.positions import farthest, rotary, text_places
+from latent_jax.systems.megacontext.positions import Placement, text_places
 from latent_jax.systems.megacontext.reading import encode_rows
 from latent_jax.systems.megacontext.records import from_records, record_width, to_records
 from latent_jax.systems.megacontext.sight import Look, Node, Sight, lens_net
@@ -64,6 +64,7 @@ class Memory(Behind):
         self.damaged: list[int] = []
         self.decoder, self.base = backbone.decoder, backbone.params
         self.sink = sink_token(backbone.tokenizer)
+        self.placement = Placement(model, backbone.config)
         self.net = GistNet(model, backbone.config)
         self.heads = self.embeddings = None
         if model.gist.kind == "heads":
@@ -166,7 +167,7 @@ class Memory(Behind):
     @property
     def far(self) -> int:
         """Tokens before the cursor beyond which distance is not told apart (`positions`)."""
-        return farthest(self.backbone.config)
+        return self.placement.far
 
     def _encode_window(self, base: Any, row: Int[Array, "1 t"]) -> Gists:
         block, lead = self.model.layout.block, self.model.gist.lead
@@ -312,7 +313,7 @@ class Memory(Behind):
         """
         base = self.backbone.config
         at = text_places(self.model, nodes)
-        positions = rotary(at, cursor, self.far)
+        positions = self.placement.rotary(at, cursor)
         if self.embeddings is not None:
             return Entries(self._embedded(nodes, at), positions, tuple(nodes))
         empty = np.zeros((base.num_layers, 0, base.num_kv_heads, base.head_dim), np.float32)
@@ -324,6 +325,7 @@ class Memory(Behind):
                 found = self._spread(self.params, self.tree.gists(level, index, 1), level)
             else:
                 found = from_records(self.tree.gists(level, index, 1), base)
+                found = damped(self.model, base, found, level)
             k, v, *bias = (np.asarray(x)[:, 0] for x in found)
             parts.append((k, v, *bias) if bias else (k, v, np.zeros(k.shape[:-1], k.dtype)))
         k, v, bias = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))

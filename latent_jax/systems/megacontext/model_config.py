@@ -88,6 +88,34 @@ class GistConfig:
 
 
 @dataclass(frozen=True)
+class PositionConfig:
+    """Where entries stand when they are read; gists are trained where their text stood."""
+
+    kind: Literal["original", "ordinal"] = field(
+        default="original",
+        help="original: where the text stood; ordinal: entries are numbered (ablation)",
+    )
+    far: int | None = field(
+        default=None, ge=1,
+        help="original: tokens before the cursor beyond which distance is not told apart; none: "
+        "seven eighths of the base's positions",
+    )  # fmt: skip
+    damped: bool = field(
+        default=False,
+        help="reads: a slot's keys are damped in each rotary plane by the expectation of its "
+        "rotation over the slot's stretch (ablation)",
+    )
+
+    def validate(self) -> None:
+        """Refuses a distance where there are none."""
+        if self.kind == "ordinal" and self.far is not None:
+            raise ConfigError(
+                f"model.positions.far={self.far}: ordinal positions are no distances in the text: "
+                "leave it out"
+            )
+
+
+@dataclass(frozen=True)
 class LensConfig:
     """LensNet: what the newest gists make of every node of the working context."""
 
@@ -139,6 +167,9 @@ class ModelConfig:
         default_factory=lambda: Layout(slots=(4,)), help="blocks, levels and slots of the tree"
     )
     gist: GistConfig = field(default_factory=GistConfig, help="GistNet")
+    positions: PositionConfig = field(
+        default_factory=PositionConfig, help="rotary positions of entries"
+    )
     lens: LensConfig | None = field(
         default=None, help="a learned focus, trained by a phase with data lens; none: no lens"
     )
@@ -150,3 +181,20 @@ class ModelConfig:
         help="deltas of the base where it reads on behind a working context; none: it is frozen",
     )  # fmt: skip
     remat: bool = field(default=False, help="recompute activations in the backward pass")
+
+    def validate(self) -> None:
+        """Refuses positions that gists of a kind cannot have."""
+        p, kind = self.positions, self.gist.kind
+        if p.kind == "ordinal" and kind == "heads":
+            raise ConfigError(
+                "model.positions.kind=ordinal: gists of kind heads are the text's own keys, which "
+                "stand apart as their tokens did: use original"
+            )
+        if p.damped and kind != "reads":
+            why = {
+                "heads": "are keys of single tokens, which have no width",
+                "embeddings": "get their keys inside the base",
+            }[kind]
+            raise ConfigError(
+                f"model.positions.damped: gists of kind {kind} {why}: leave it out"
+            )

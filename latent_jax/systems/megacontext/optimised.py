@@ -64,8 +64,8 @@ def queries(ids: Int[Array, "b n"], past: int, tail: int) -> Queries:
 
 def optimised(
     decoder: Decoder, base: Any, sink: int, start: Any, placed: Callable[[Any], KV],
-    ids: Int[Array, "b n"], past: int, tail: int, steps: int, rate: float, lora: Any = None,
-    chunk: int | None = None,
+    ids: Int[Array, "b n"], past: int, tail: int, steps: int, rate: float, live: int,
+    lora: Any = None, chunk: int | None = None,
 ) -> Any:  # fmt: skip
     """Moves entries to where the base behind them predicts what it predicts behind the text.
 
@@ -84,6 +84,7 @@ def optimised(
       tail: tokens of its tail.
       steps: of Adam.
       rate: learning rate, in units of the RMS of each dimension in each layer.
+      live: rotary position of the first token behind the entries.
       lora: deltas of the base where it reads on.
       chunk: rows of the vocabulary products done at once.
     """
@@ -101,7 +102,8 @@ def optimised(
 
     def loss(delta):
         given = read_on(
-            decoder, base, sink, placed(moved(delta)), told, where[:, past:], lora=lora
+            decoder, base, sink, placed(moved(delta)), told, where[:, past:] - past + live,
+            lora=lora,
         )
         found = substitution(decoder, base, full, given[:, :-1], told[:, 1:], chunk)
         return jnp.sum(found.kl * weight)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from latent_jax.backbones.config import DecoderConfig
+from latent_jax.backbones.decoder import inverse_frequencies
+from latent_jax.core.errors import ConfigError
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.model_config import ModelConfig
 
@@ -66,25 +68,66 @@ def text_places(config: ModelConfig, nodes: Sequence[tuple[int, int]]) -> Int[np
     return np.concatenate(found)
 
 
-def farthest(base: DecoderConfig) -> int:
-    """Tokens before the cursor beyond which distance is not told apart: what the base was trained
-    on, less room for what follows the cursor.
-    """
-    return base.max_position * 7 // 8
+class Placement:
+    """Maps places in the history to rotary positions, for a cursor.
 
+    By default text stands where it stood, unless that is farther back than ``far``; then all that
+    is farther stands there together and the cursor at ``far``. With ``ordinal`` positions entries
+    are numbered in the order of the history instead, and the cursor follows the last.
 
-def rotary(at: Int[np.ndarray, " m"], cursor: int, far: int) -> Int[np.ndarray, " m"]:
-    """Rotary positions: where the text stood, unless that is farther back than ``far``; then all
-    that is farther stands there together and the cursor at ``far``.
+    Attributes:
+      far: tokens before the cursor beyond which distance is not told apart.
 
     Args:
-      at: places in the history, in tokens.
-      cursor: position in the history of the next token.
-      far: see `farthest`.
+      config: the model.
+      base: the frozen base.
+
+    Raises:
+      ConfigError: ``model.positions.far`` leaves the base no room for what follows the cursor.
     """
-    return np.maximum(np.asarray(at) - max(cursor - far, 0), 0)
+
+    def __init__(self, config: ModelConfig, base: DecoderConfig):
+        most = base.max_position * 7 // 8  # what the base was trained on, less room for the rest
+        far = config.positions.far
+        if far is not None and far > most:
+            raise ConfigError(
+                f"model.positions.far={far}: the base has {base.max_position} positions and needs "
+                f"some for what follows the cursor: use at most {most}"
+            )
+        self.ordinal = config.positions.kind == "ordinal"
+        self.far = most if far is None else far
+
+    def rotary(self, at: Int[np.ndarray, " m"], cursor: int) -> Int[np.ndarray, " m"]:
+        """Rotary positions of all entries of a context.
+
+        Args:
+          at: their places in the history, in tokens; no two of a context alike if ordinal.
+          cursor: place of the first token that is read behind them.
+        """
+        at = np.asarray(at)
+        if self.ordinal:
+            return np.argsort(np.argsort(at, kind="stable"), kind="stable")
+        return np.maximum(at - max(cursor - self.far, 0), 0)
+
+    def first(self, cursor: int, entries: int) -> int:
+        """Rotary position of the token at the cursor, behind so many entries."""
+        return entries if self.ordinal else min(cursor, self.far)
 
 
-def first_live(cursor: int, far: int) -> int:
-    """Rotary position of the token at the cursor."""
-    return min(cursor, far)
+def damping(
+    config: ModelConfig, base: DecoderConfig, level: int
+) -> Float[np.ndarray, "l d"]:
+    """What the keys of a level's slots are multiplied with when they are damped: by layer (one row
+    if all are alike) and dimension.
+
+    A slot stands for its stretch of ``w`` tokens, not for a point. The expectation of a rotation by
+    ``theta * p`` over Gaussian places ``p`` of mean ``c`` and variance ``s^2`` is the rotation by
+    ``theta * c`` times ``exp(-theta^2 s^2 / 2)``, and even places in a stretch have
+    ``s^2 = (w^2 - 1) / 12``. So planes that turn often within the stretch say nothing of where in
+    it the slot is (integrated positional encoding, Barron et al. 2021, "Mip-NeRF", eq. 9 to 14).
+    """
+    layout = config.layout
+    stretch = layout.block * int(layout.widths[level]) / layout.slots[level - 1]
+    theta = np.atleast_2d(inverse_frequencies(base)).astype(np.float64)
+    kept = np.exp(-(theta**2) * (stretch**2 - 1) / 24)
+    return np.concatenate([kept, kept], axis=-1).astype(np.float32)

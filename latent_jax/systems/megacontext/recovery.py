@@ -26,9 +26,9 @@ from latent_jax.systems.megacontext.consistency import Checked, inconsistent
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
 from latent_jax.systems.megacontext.embedding_net import shares
-from latent_jax.systems.megacontext.gist import GistNet, Gists, build
+from latent_jax.systems.megacontext.gist import GistNet, Gists, build, damped
 from latent_jax.systems.megacontext.head_gists import HeadGists, Spread
-from latent_jax.systems.megacontext.positions import slot_offsets, slot_positions
+from latent_jax.systems.megacontext.positions import Placement, slot_offsets, slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on
 
 # Arms that are made of raw entries, whatever the gists are.
@@ -56,7 +56,8 @@ class Recovery:
     it to what is read in every arm, the whole text among them.
 
     Raises:
-      ConfigError: histories that are too long to be optimised for.
+      ConfigError: histories that are too long to be optimised for, or positions that the base
+        does not have.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Recovery:
         self.level, self.slots = level, layout.slots[level - 1]
         self.nodes, self.past = nodes, nodes * int(layout.widths[level]) * layout.block
         self.checked = Checked()
+        self.placement = Placement(config.model, decoder.config)
         self._arm = jax.jit(self._losses, static_argnames=("arm",))
         self._encode = jax.jit(self._raw)
         self._optimise = jax.jit(self._optimised)
@@ -91,7 +93,7 @@ class Recovery:
         return self.past + (layout.protected + self.config.eval.horizon) * layout.block
 
     def places(self, arm: str) -> Int[np.ndarray, " m"]:
-        """Where in the history, and so at which rotary positions, the entries of an arm stand."""
+        """Where in the history the entries of an arm stand."""
         model, t = self.config.model, self.past
         if arm == "windowed":
             return np.arange(t)
@@ -110,9 +112,10 @@ class Recovery:
             return
         level = 0 if arm == "windowed" else self.level
         count = self.past // self.config.model.layout.block if level == 0 else self.nodes
-        nodes, far = [(level, i) for i in range(count)], self.length
+        nodes, at = [(level, i) for i in range(count)], self.places(arm)
         wrong = inconsistent(
-            self.config.model, nodes, self.places(arm), self.past, self.past, far,
+            self.config.model, nodes, self.placement.rotary(at, self.past), self.past,
+            self.placement.first(self.past, at.size), self.placement.far,
             slots=arm in ("mean_pool", "kv_stride", optimised.ARM),
         )  # fmt: skip
         self.checked.add(wrong)
@@ -135,10 +138,11 @@ class Recovery:
             at = self.places(optimised.ARM)
             start = Gists(*(self._flat(x, b)[:, :, at] for x in raw))
         else:
-            start = build(self.gists, params["gist"], raw, self.level)
+            start = self._built(params, raw)
         return optimised.optimised(
             self.decoder, base, self.sink, start, lambda x: self._moved(base, x, b), ids, self.past,
             self._tail, c.eval.optimised_steps, c.eval.optimised_rate,
+            self.placement.first(self.past, self.nodes * self.slots),
             base_lora.deltas(c.model.lora, self.decoder.config, params), c.losses.chunk,
         )  # fmt: skip
 
@@ -146,9 +150,18 @@ class Recovery:
         """Entries of that arm as the base attends to them."""
         if isinstance(self.gists, EmbeddingGists):
             return self._of_embeddings(base, found, b, optimised.ARM)
-        at = self.places(optimised.ARM)
+        return self._placed(found, optimised.ARM, b)
+
+    def _placed(self, found: Gists, arm: str, b: int, bias: Any = None) -> KV:
+        """Entries that do not depend on one another, where those of an arm stand."""
+        at = self.placement.rotary(self.places(arm), self.past)
         at = jnp.broadcast_to(at, (b, at.size))
-        return place(self.decoder, found, at, jnp.ones(at.shape, bool))
+        return place(self.decoder, found, at, jnp.ones(at.shape, bool), bias)
+
+    def _built(self, params: Any, raw: Gists) -> Gists:
+        """Gists of a GistNet, as they are read."""
+        found = build(self.gists, params["gist"], raw, self.level)
+        return damped(self.config.model, self.decoder.config, found, self.level)
 
     def _flat(self, x: Float[Array, "l n s g d"], b: int) -> Float[Array, "l b t g d"]:
         """Raw entries by row."""
@@ -166,7 +179,9 @@ class Recovery:
             where = jnp.broadcast_to(jnp.arange(t), ids.shape)
             hidden = read_on(self.decoder, base, self.sink, None, ids, where, lora=lora)
         else:
-            where = jnp.broadcast_to(jnp.arange(past, t), (b, t - past))
+            count = 0 if arm == "dropped" else len(self.places(arm))
+            where = self.placement.first(past, count) + jnp.arange(t - past)
+            where = jnp.broadcast_to(where, (b, t - past))
             if arm == optimised.ARM:
                 entries = self._moved(base, made, b)
             elif isinstance(self.gists, EmbeddingGists) and arm in _EMBEDDED:
@@ -192,39 +207,36 @@ class Recovery:
         own = arm in ("gist", "shuffled")
         if own and made is not None:
             return self._of_heads(params["gist"], made, b, arm)
-        slots, level, at = self.slots, self.level, self.places(arm)
+        slots, at = self.slots, self.places(arm)
         flat = Gists(*(self._flat(x, b) for x in raw))
         if arm == "windowed":
             found = raw
         elif own:
-            found = build(self.gists, params["gist"], raw, level)
+            found = self._built(params, raw)
             if arm == "shuffled":
                 found = Gists(*(jnp.roll(x, self.nodes, axis=1) for x in found))
         elif arm == "mean_pool":
             found = Gists(*(_pooled(x, self.nodes, slots) for x in flat))
         else:  # raw entries where they stood
             found = Gists(*(x[:, :, at] for x in flat))
-        at = jnp.broadcast_to(at, (b, at.size))
-        return place(self.decoder, found, at, jnp.ones(at.shape, bool))
+        return self._placed(found, arm, b)
 
     def _of_heads(self, params: Any, made: Any, b: int, arm: str) -> KV:
         """Gists of the history's own entries."""
         found = self.gists.spread(params, made, self.level)
         if arm == "shuffled":
             found = Spread(*(jnp.roll(x, self.nodes, axis=1) for x in found))
-        at = self.places(arm)
-        at = jnp.broadcast_to(at, (b, at.size))
-        entries = Gists(found.k, found.v)
-        return place(self.decoder, entries, at, jnp.ones(at.shape, bool), found.bias)
+        return self._placed(Gists(found.k, found.v), arm, b, found.bias)
 
     def _of_embeddings(self, base: Any, made: Any, b: int, arm: str) -> KV:
         """Gists that are input embeddings, through the base in their order."""
         if arm == "shuffled":
             made = jnp.roll(made, self.nodes, axis=0)
-        at = self.places(arm)
-        at = jnp.broadcast_to(at, (b, at.size))
-        x = made.reshape(*at.shape, made.shape[-1])
-        return pass_through(self.decoder, base, self.sink, x, at, at, jnp.ones(at.shape, bool))
+        order = self.places(arm)
+        at = self.placement.rotary(order, self.past)
+        at, order = (jnp.broadcast_to(x, (b, x.size)) for x in (at, order))
+        x, there = made.reshape(*at.shape, made.shape[-1]), jnp.ones(at.shape, bool)
+        return pass_through(self.decoder, base, self.sink, x, at, order, there)
 
     def losses(
         self,

@@ -147,9 +147,10 @@ class Runtime(Focus):
         start = self.nodes(self.start(self.blocks))[1]  # refuses before anything is read
         length = len(self.tree) + len(asked)
         first = min(max_new_tokens, size - length % size)
-        store.check_room(start, length - start, first)
+        budget = self.config.budget
+        store.check_room(start, length - start, first, budget)
         if max_new_tokens > first:
-            store.check_room(store.far, layout.protected * size, size)
+            store.check_room(store.far, layout.protected * size, size, budget)
         for blocks in range(self.blocks + 1, (length + max_new_tokens) // size + 1):
             self.start(blocks)  # it must hold what it will have grown to
         try:

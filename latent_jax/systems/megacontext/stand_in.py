@@ -16,7 +16,7 @@ from latent_jax.core.types import Mean
 from latent_jax.systems.megacontext.config import MegaRun
 from latent_jax.systems.megacontext.contexts import pass_through
 from latent_jax.systems.megacontext.embedding_gists import EmbeddingGists
-from latent_jax.systems.megacontext.gist import Gists, build, grouped
+from latent_jax.systems.megacontext.gist import Gists, build, damped, grouped
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.positions import slot_positions
 from latent_jax.systems.megacontext.reading import encode, place, read_on, who_sees_what
@@ -79,6 +79,7 @@ class StandIn:
                 gists = Gists(k, v)
             else:
                 gists, bias = build(self.gists, gist, own, 1), None
+                gists = damped(c.model, self.decoder.config, gists, 1)
             placed = place(self.decoder, gists, at, seen, bias)
         given = read_on(self.decoder, base, self.sink, placed, ids, where, raw, lora)
         told = self._told(t, chunk)
@@ -166,6 +167,7 @@ class StandIn:
             found = self.gists.apply(
                 {"params": gist}, grouped(below, layout.branching), level
             )
+            found = damped(c.model, self.decoder.config, found, level)
             placed = place(self.decoder, found, at, jnp.ones(at.shape, bool))
         given = read_on(
             self.decoder, base, self.sink, placed, ids[:, past:], where[:, past:], lora=lora

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int
 
 from latent_jax.systems.megacontext.contexts import Held
 from latent_jax.systems.megacontext.memory import Memory
-from latent_jax.systems.megacontext.positions import entry_offsets, rotary
+from latent_jax.systems.megacontext.positions import entry_offsets
 from latent_jax.systems.megacontext.sight import Node
 
 
@@ -98,8 +98,13 @@ class WorkingContext:
         """Rotary positions of all places for live tokens that begin at a cursor, and which hold
         an entry.
         """
-        at = np.where(self._there, rotary(self._where, cursor, self.memory.far), 0)
+        at = np.zeros(len(self._where), int)
+        at[self._there] = self.memory.placement.rotary(self._where[self._there], cursor)
         return at[None].astype(np.int32), self._there[None].copy()
+
+    def __len__(self) -> int:
+        """Entries."""
+        return int(self._there.sum())
 
     def standing(self, cursor: int) -> tuple[list[Node], Int[np.ndarray, " m"]]:
         """The nodes, and the rotary positions of their entries, in the order of the history."""

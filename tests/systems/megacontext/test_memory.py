@@ -20,7 +20,6 @@ from latent_jax.systems.megacontext.gist import GistNet, Gists
 from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
-from latent_jax.systems.megacontext.positions import rotary
 from latent_jax.systems.megacontext.records import from_records, to_records
 from latent_jax.systems.megacontext.runtime import Runtime, RuntimeConfig
 from latent_jax.systems.megacontext.store import DamagedTokens, GistTree
@@ -180,9 +179,9 @@ def test_gathered_entries_stand_where_their_text_stood(memory):
 
 def test_what_is_far_stands_together(memory):
     far = memory.far
-    at = rotary(np.array([0, 10, 500, far + 90]), far + 100, far)
+    at = memory.placement.rotary(np.array([0, 10, 500, far + 90]), far + 100)
     assert at.tolist() == [0, 0, 400, far - 10]
-    assert rotary(np.array([0, 10]), far, far).tolist() == [0, 10]
+    assert memory.placement.rotary(np.array([0, 10]), far).tolist() == [0, 10]
 
 
 def test_one_window_of_raw_blocks_is_the_text_itself(memory):
