@@ -17,6 +17,7 @@ from latent_jax.systems.megacontext.behind import PROMPT
 from latent_jax.systems.megacontext.contexts import Entries
 from latent_jax.systems.megacontext.focus import Focus, RuntimeConfig, before_tail
 from latent_jax.systems.megacontext.memory import Memory, Node
+from latent_jax.systems.megacontext.telemetry import PARTS
 from latent_jax.systems.megacontext.tiling import Tiling
 from latent_jax.systems.megacontext.working import Edit, WorkingContext
 
@@ -42,8 +43,7 @@ class Answer(NamedTuple):
     Attributes:
       text: the answer.
       nodes: nodes of the working context that it was begun from, in the order of the history.
-      seconds: by part: ingest (gists of what was generated), focus (looking at the history),
-        allocate, read (the first context and the prompt), refocus, decode.
+      seconds: by part (`telemetry.PARTS`); read is the first context and the prompt.
       refocuses: one for every block that was generated.
       ids: its tokens, without the one that ended it.
     """
@@ -188,9 +188,8 @@ class Runtime(Focus):
             tiling, edit, begun = self._moved(tiling, context, clock)
             refocuses.append(Refocus(*edit, clock.lap("refocus")))
         text = memory.backbone.tokenizer.decode(np.asarray(said, np.int32))
-        order = ("ingest", "focus", "allocate", "read", "refocus", "decode")
         spent = clock.seconds | self.seconds
-        seconds = {name: spent.get(name, 0.0) for name in order}
+        seconds = {name: spent.get(name, 0.0) for name in PARTS}
         return Answer(text, nodes, seconds, refocuses, np.asarray(said, np.int32))
 
     def _moved(

@@ -23,6 +23,11 @@ from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.tiling import COLLAPSED, EXPANDED, Tiling
 
 _FORMAT = 1
+# Where the time of a block goes, in `runtime` and in `stream`: making gists of what is new
+# (ingest), scoring the nodes by a lens or another policy (focus), exchanging them (allocate),
+# writing what changed of the context and reading the live tail behind it (refocus), saying the next
+# block (decode), and what is read besides (read): a prompt, or a given text whose loss is taken.
+PARTS = ("ingest", "focus", "allocate", "read", "refocus", "decode")
 
 
 class History(NamedTuple):

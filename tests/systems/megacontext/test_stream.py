@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +15,7 @@ from latent_jax.systems.megacontext.layout import Layout
 from latent_jax.systems.megacontext.memory import Memory
 from latent_jax.systems.megacontext.model_config import GistConfig, ModelConfig
 from latent_jax.systems.megacontext.system import MegaContextSystem
+from latent_jax.systems.megacontext.telemetry import PARTS
 
 MODEL = ModelConfig(
     layout=Layout(block=8, branching=4, slots=(2, 4), protected=1), gist=GistConfig(window=4)
@@ -26,6 +28,7 @@ def read(untrained, tmp_path_factory):
     ids = np.random.default_rng(0).integers(10, reader.config.vocab_size, 30 * 8)
     path = tmp_path_factory.mktemp("stream") / "store"
     with Memory.open(path, reader, MODEL, untrained(reader, MODEL), "v", writable=True) as memory:
+        memory._windows = 2  # full at once, as in a long text
         yield (*stream.read(memory, ids, ("recency", "bm25", "random"), 64, 12), memory, ids)
 
 
@@ -40,10 +43,29 @@ def test_every_block_is_predicted_and_every_budget_kept(read):
             assert bool(tl.check(MODEL.layout, tiling, at, 64).ok)
         assert found[f"stream.{name}.token_budget_utilization"] <= 1
         assert 0 < found[f"stream.{name}.nll"] < 20
-        assert {f"stream.{name}.latency_ms.{part}" for part in stream.PARTS} <= set(found)
+        spent = [found[f"stream.{name}.latency_ms.{part}"] for part in PARTS]
+        assert all(milliseconds > 0 for milliseconds in spent)
+        assert sum(found[f"stream.{name}.residency_histogram"]) > 0 or name != "random"
     # Blocks arrive oldest last: recency has nothing to change its mind about.
     assert found["stream.recency.flip_rate"] <= found["stream.random.flip_rate"]
     assert found["stream.random.moved"] > 0 and "stream.random.jump.p95" in found
+
+
+def test_what_lies_on_the_device_does_not_grow_with_the_history(read):
+    found = read[0]
+    r = backbones.outline("tiny").config
+    entry = 4 * 2 * r.num_layers * r.num_kv_heads * r.head_dim
+    for name in ("recency", "bm25", "random"):
+        assert found[f"stream.{name}.context_bytes"] == 64 * entry
+    assert found["stream.device_bytes"] > 3 * 64 * entry
+    # What telemetry keeps of a block; its keys and values would be 8 entries for each policy.
+    assert found["stream.device_bytes.per_block"] < 8 * entry / 2
+
+
+def test_bytes_of_a_new_array_are_counted():
+    before = stream.device_bytes()
+    array = jnp.ones((1000, 100), jnp.float32).block_until_ready()
+    assert stream.device_bytes() - before >= array.nbytes == 400_000
 
 
 def test_the_losses_are_those_of_the_contexts(read):
