@@ -97,7 +97,7 @@ class Counterfactuals:
 
     def __init__(self, memory: Memory, budget: int, rows: int = 8):
         layout, model = memory.model.layout, memory.model
-        if memory.placement.ordinal:
+        if model.positions.kind == "ordinal":
             raise ConfigError(
                 "model.positions.kind=ordinal: actions are measured on entries that stay where "
                 "they are: use original"
