@@ -156,7 +156,9 @@ def reading(wire: LatentWire, lengths: Sequence[int], latents: Sequence[int]) ->
     if c.adapter.kind == "soft":  # the reader runs over them
         read += sum(prefill_flops(reader, m) for m in places)
     # Heads that keep few entries are padded to the places of those that keep many.
-    held, per_latent = lengths if heads else places, per_token
+    most = c.encoder.places or segment
+    held = [min(n, most) for n in parts] if heads else places
+    per_latent = per_token
     if c.adapter.kind == "cross":  # keys and values of the blocks alone
         per_latent = per_token // reader.num_layers * len(c.adapter.depths)
     return Reading(

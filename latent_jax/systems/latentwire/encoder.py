@@ -121,7 +121,9 @@ class Encoder(nn.Module):
         positions = jnp.broadcast_to(start + positions, (b, m))
         if c.encoder.slots == "heads":
             sink = None if self.sink is None else jnp.int32(self.sink)
-            z = heads.encode(self.body, frozen, self._known(), ids, mask, valid, sink)
+            z = heads.encode(
+                self.body, frozen, self._known(), ids, mask, valid, sink, c.encoder.places
+            )
             return z, valid, positions
         if c.encoder.slots == "bytes":
             spelled = jax.lax.stop_gradient(self.spelling)[ids].astype(jnp.int32)

@@ -21,7 +21,7 @@ from latent_jax.systems.latentwire.model_config import ModelConfig
 _LATER = {
     "encoder": (
         "pooler", "byte_layers", "refiner", "layers", "carry", "anchor_width", "anchor_layers",
-        "backbone", "pieces",
+        "backbone", "pieces", "places",
     ),
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (

@@ -5,8 +5,8 @@ entries fill it, and what they say for those left out, is `latent_jax.backbones.
 the heads share it `head_budgets`'s. A few texts tell what the ranks of each head are worth; one
 factor per head can be trained on top of that (`soften`). A latent is a stretch of the packed
 entries and stands for no span of its own, so a wire is read as a whole. In the reader every head
-has as many places as the text has tokens, most of them hidden: what is saved is what is stored and
-sent.
+has as many places as any may fill (`EncoderConfig.places`), most of them hidden: what is saved is
+foremost what is stored and sent.
 """
 
 from __future__ import annotations
@@ -68,11 +68,16 @@ def encode(
     mask: Bool[Array, "b t"],
     valid: Bool[Array, "b m"],
     sink: Int[Array, ""] | None,
+    most: int | None = None,
 ) -> Float[Array, "b m z"]:
-    """Packed entries of one segment each; keys are rotated as from the segment's first token."""
+    """Packed entries of one segment each; keys are rotated as from the segment's first token.
+
+    Args:
+      most: entries of one head; none: all.
+    """
     c, (b, m) = body.config, valid.shape
-    places = room(valid.sum(-1), c)
-    count = head_budgets.counts(known.profile, mask.sum(-1), places, ids.shape[1])
+    total, places = room(valid.sum(-1), c), min(ids.shape[1], most or ids.shape[1])
+    count = head_budgets.counts(known.profile, mask.sum(-1), total, places)
     kv = head_entries.entries(body, frozen, ids, mask, sink, count).kv
     order = head_budgets.kept_first(kv.bias > MASKED)
     # A common size of all channels: integer wires have few steps, and keys have channels that
@@ -86,14 +91,16 @@ def encode(
 
 
 def decode(
-    reader: DecoderConfig, known: Calibration, wire: Any, segment: int, ratio: float
-) -> KV:
-    """The entries of all segments of a wire, as a prefix."""
+    reader: DecoderConfig, known: Calibration, wire: Any, segment: int, ratio: float,
+    most: int | None = None,
+) -> KV:  # fmt: skip
+    """The entries of all segments of a wire, as a prefix; ``most`` is that of `encode`."""
     b, total, _ = wire.z.shape
     n = max(1, total // num_latents(segment, ratio))
     m, d = total // n, reader.head_dim
     # As many tokens as that many latents can stand for.
     places = min(segment, int(np.floor(m * ratio + 1e-6)))
+    places = min(places, most or places)
     begin = jnp.arange(n) * segment
     tokens = jnp.clip(wire.length[:, None] - begin, 0, segment).reshape(-1)
     held = room(wire.mask.reshape(b * n, m).sum(-1), reader)

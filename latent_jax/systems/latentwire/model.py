@@ -209,7 +209,8 @@ class Compressor(Encoder):
         z = z.astype(dtype)
         if c.encoder.slots == "heads":
             # Its entries stand where their tokens stood: what follows them is at the text's end.
-            kv = heads.decode(r, self._known(), wire._replace(z=z), c.segment, c.ratio)
+            sent = wire._replace(z=z)
+            kv = heads.decode(r, self._known(), sent, c.segment, c.ratio, c.encoder.places)
             return Prefix(kv, None, wire.mask, wire.positions, wire.length, sink)
         kv = embeds = None
         if c.adapter.kind == "kv":

@@ -39,6 +39,10 @@ class EncoderConfig:
         "makes of the text's UTF-8 bytes, summed up by pooler; anchor: one vector for the segment, "
         "made of its embeddings beside the mean of the LLM's last states, expanded to all slots",
     )
+    places: int | None = field(
+        default=None, ge=1, help="heads: most entries of one head in a segment; the reader has "
+        "room for so many in every head, most of them hidden. none: as many as there are tokens",
+    )  # fmt: skip
     layers: int = field(
         default=0, ge=0, help="how many of the LLM's layers encode, the first ones; 0: all"
     )
@@ -119,6 +123,10 @@ class EncoderConfig:
         if self.lora_on == "all" and self.view == "span" and self.slots == "memory":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
+        if self.places is not None and self.slots != "heads":
+            raise ConfigError(
+                f"encoder.places={self.places} is of encoder.slots=heads: leave it out"
             )
         own = ("heads", "embedded", "bytes")
         for name in (n for n in ("layers", "carry") if getattr(self, n) and self.slots in own):
@@ -291,6 +299,12 @@ class ModelConfig:
             raise ConfigError(
                 "encoder.slots=heads sends keys and values of single heads as they are: it needs "
                 "wire.d_z=none and adapter.kind=kv"
+            )
+        places = self.encoder.places
+        if places is not None and places * self.ratio < self.segment:
+            raise ConfigError(
+                f"encoder.places={places}: heads keep {self.segment / self.ratio:g} entries of a "
+                "segment on average; allow at least so many"
             )
         if self.rebuild_entries and self.encoder.slots != "heads":
             raise ConfigError(

@@ -85,6 +85,38 @@ def test_heads_differ_and_the_budget_is_kept():
     assert each.min() >= 1 and len(np.unique(each)) > 1
 
 
+def capped(most):
+    config = dataclasses.replace(wire().config, ratio=4.0)
+    encoder = dataclasses.replace(config.encoder, places=most)
+    # One head is worth more than the others.
+    profile = wire().params["profile"] * jnp.asarray([[9.0, 1.0], [1.0, 1.0]])[..., None]
+    return dataclasses.replace(
+        wire(), config=dataclasses.replace(config, encoder=encoder),
+        params={**wire().params, "profile": profile},
+    )  # fmt: skip
+
+
+def test_a_head_may_keep_no_more_than_it_has_places():
+    text, own, free = TEXTS[0][:16], capped(4), capped(None)
+    sent = own.compress(text)
+    given, before = opened(own, sent), opened(free, free.compress(text))
+    shown, freely = (
+        (np.asarray(x.kv.bias)[:, 0, 1:] > MASKED).sum(1) for x in (given, before)
+    )
+    assert freely.max() > 4 == shown.max()
+    assert shown.sum() == freely.sum()  # what one head may not keep others do
+    assert given.kv.k.shape[2] == 1 + 4 < before.kv.k.shape[2]
+    spent = cost(own, sent, [text], "fp32")
+    assert spent.latent_kv_bytes * 4 == spent.text_kv_bytes
+    # Of another layout, so nobody else's.
+    assert own.origin != free.origin
+    with pytest.raises(ConfigError, match="encoder.places=5: heads keep 5.3"):
+        parse(ModelConfig, {"ratio": 3.0, "segment": 16, "encoder": {
+            "slots": "heads", "places": 5}})  # fmt: skip
+    with pytest.raises(ConfigError, match="is of encoder.slots=heads"):
+        parse(ModelConfig, {"encoder": {"slots": "pooled", "places": 5}})
+
+
 def test_segments_stand_where_they_stood():
     """Two segments, read together, are the two texts behind one another, each encoded alone."""
     own, text = wire(), TEXTS[0][:16] + TEXTS[1]
