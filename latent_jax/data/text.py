@@ -2,8 +2,9 @@
 
 Sources: ``novels``, ``wikitext``, ``factbook``, ``state_union``, ``shakespeare``, ``code`` (in
 the data root), ``pydoc`` (Python's own help topics), ``embedded`` and ``squad`` (the passages of
-those questions), a local file, folder or glob of ``.txt``, and ``auto`` (``novels`` when the data
-root holds it, else ``pydoc``). `load_segments` takes several in equal shares: ``novels+pydoc``.
+those questions), ``recall`` (facts that are asked for again later, in ``pydoc``; `data.recall`), a
+local file, folder or glob of ``.txt``, and ``auto`` (``novels`` when the data root holds it, else
+``pydoc``). `load_segments` takes several in equal shares: ``novels+pydoc``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxtyping import Int32
 
 from latent_jax.core.errors import DataError
 from latent_jax.data import files
+from latent_jax.data.recall import load_recall
 from latent_jax.data.squad import load_squad
 
 ROOT_FILES = {
@@ -31,7 +33,7 @@ ROOT_FILES = {
     "code": "code/python.jsonl.xz",
 }
 PASSAGES = ("embedded", "squad")
-SOURCES = ("auto", *ROOT_FILES, "pydoc", *PASSAGES)
+SOURCES = ("auto", *ROOT_FILES, "pydoc", *PASSAGES, "recall")
 
 
 class Encoder(Protocol):
@@ -71,6 +73,11 @@ def load_texts(
         from pydoc_data.topics import topics
 
         return _by_name({name: str(text) for name, text in topics.items()}, split, source)
+    if source.split(":")[0] == "recall":
+        return [
+            load_recall(source, part, " ".join(load_texts("pydoc", part)).split())
+            for part in (("train", "validation") if split == "all" else (split,))
+        ]
     if source in ROOT_FILES:
         path = files.in_root(ROOT_FILES[source], source, root)
         if source == "shakespeare":
