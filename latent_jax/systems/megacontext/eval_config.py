@@ -66,6 +66,10 @@ class EvalConfig:
         default=(), help=f"facts that are hidden and asked for: {', '.join(TASKS)}"
     )
     task_blocks: int = field(default=64, ge=4, help="blocks of a task's history; whole windows")
+    task_alike: bool = field(
+        default=False, help="episodes of tasks share the gists of their filler, which are made "
+        "once: what stands around a fact is filled up to whole nodes of the top level",
+    )  # fmt: skip
     task_rows: int = field(default=8, ge=1, help="episodes of a task, at evenly spread depths")
     topic: str | None = field(
         default=None,

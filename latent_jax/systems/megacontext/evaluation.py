@@ -168,7 +168,7 @@ class Evaluation:
         ):
             return tasks.measure(
                 memory, *self._fillers(kinds), kinds, self._movers(), e.budgets[0], blocks,
-                depths, self.config.seed, progress, by_depth,
+                depths, self.config.seed, progress, by_depth, e.task_alike,
             )  # fmt: skip
 
     def _reach(self, variables, frozen, artefacts, progress) -> dict[str, Any]:

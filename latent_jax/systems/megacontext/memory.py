@@ -190,7 +190,9 @@ class Memory(Behind):
             below = grouped(from_records(children, self.backbone.config), layout.branching)
         return to_records(self.net.apply({"params": params}, below, level))
 
-    def build(self, progress: Any = None, breaks: Sequence[int] = ()) -> dict[int, int]:
+    def build(
+        self, progress: Any = None, breaks: Sequence[int] = (), alike: bool = False
+    ) -> dict[int, int]:
         """Makes every gist that is missing or of another version; returns how many per level.
 
         Blocks whose tokens are damaged, so that they have none, are ``damaged`` from then on.
@@ -199,22 +201,33 @@ class Memory(Behind):
           progress: called as progress(level, nodes made).
           breaks: first blocks of texts that know nothing of what stands before them, as when
             several stand in one tree (`stretch`); they must begin windows.
+          alike: much of the history stands in it more than once. What has been made is kept in
+            memory by what it was made of, and made once.
 
         Raises:
           StoreError: the tree is not open for writing.
         """
         layout = self.model.layout
+        kept: dict[tuple[int, bytes], np.ndarray] = {}
+
+        def made(level: int, children: np.ndarray) -> np.ndarray:
+            key = level, hashlib.sha256(np.ascontiguousarray(children)).digest()
+            if key in kept:
+                return kept[key]
+            found = np.asarray(self._make(self.base, self.params, children, level))
+            if alike:
+                kept[key] = found
+            return found
 
         def make(level: int, children: np.ndarray) -> np.ndarray:
             if level == 1 or self.model.gist.kind == "reads":
-                return np.asarray(self._make(self.base, self.params, children, level))
+                return made(level, children)
             # One by one, and only those that are there: a node takes seconds.
             shape = (1, layout.slots[level - 1], children.shape[-1])
-            made = [
-                self._make(self.base, self.params, one[None], level) if one.any()
-                else np.zeros(shape, np.float32) for one in children
-            ]  # fmt: skip
-            return np.concatenate(made)
+            return np.concatenate([
+                made(level, one[None]) if one.any() else np.zeros(shape, np.float32)
+                for one in children
+            ])  # fmt: skip
 
         found = build(
             self.tree, make, batch=self.model.gist.window, neighbours=True,

@@ -8,6 +8,7 @@ also measured alone, on histories of a million tokens.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ def measure(
     memory: Memory, filler: Filler, topics: Sequence[Filler], kinds: Sequence[str],
     policies: Sequence[str], budget: int, blocks: int, depths: Sequence[float], seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None, by_depth: bool = False,
+    alike: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Answers behind contexts that hold the facts raw, as gists, as a policy brings them, or not.
 
@@ -72,22 +74,27 @@ def measure(
       depths: of the episodes of each kind.
       seed: of the episodes.
       by_depth: results for each depth.
+      alike: what stands around facts is filled up to whole nodes of the top level, so that the
+        episodes share the filler's gists, which are made once.
 
     Returns:
       ``task.<kind>.<arm>.nll`` (nats of the whole answer), ``.accuracy`` (the right answer is the
-      likeliest) and, for policies, ``.found`` (all facts at level of detail 0) and
-      ``.found.hop<i>`` where there are several, with intervals; by depth
+      likeliest) and, for policies, ``.found`` (all facts at level of detail 0),
+      ``.found.hop<i>`` where there are several and, where ``recency`` is compared, ``.gain``, the
+      share of the nats that raw facts gain on it, with intervals; by depth
       ``task.<kind>.t<tokens>.d<percent>.<arm>.…``.
     """
     model, tokenizer = memory.model, memory.backbone.tokenizer
     layout, size, rows = model.layout, model.layout.block, len(depths)
+    unit = math.lcm(int(layout.widths[-1]), model.gist.window) * size if alike else None
     made = {
-        kind: list(episodes(kind, filler, topics, tokenizer, size, blocks, depths, seed))
+        kind: list(episodes(kind, filler, topics, tokenizer, size, blocks, depths, seed, unit))
         for kind in kinds
     }
     for one in (e for kind in kinds for e in made[kind]):
         memory.tree.append(one.ids)
-    memory.build(breaks=range(0, len(memory.tree) // size, blocks))  # no episode knows another
+    # No episode knows another.
+    memory.build(breaks=range(0, len(memory.tree) // size, blocks), alike=alike)
     movers = {name: Runtime(memory, RuntimeConfig(budget, name)) for name in policies}
     found: dict[str, Any] = {}
     for number, kind in enumerate(kinds):
@@ -141,7 +148,9 @@ def _found(
 def _table(
     place: str, scores: dict[str, list[float]], depths: Sequence[float] | None
 ) -> dict[str, Any]:
-    """Means of scores, with intervals; of each depth, if depths are given."""
+    """Means of scores, with intervals; of each depth, if depths are given. Else also what arms
+    gain on ``recency``, as a share of what raw facts do.
+    """
     found: dict[str, Any] = {}
     for name, values in scores.items():
         groups = {"": np.asarray(values)}
@@ -153,6 +162,15 @@ def _table(
         for group, members in groups.items():
             found[f"{place}{group}.{name}"] = float(members.mean())
             found[f"{place}{group}.{name}.ci95"] = list(bootstrap.mean_interval(members))
+    plain = np.asarray(scores.get("recency.nll", ()))
+    for name in [n.removesuffix(".nll") for n in scores if n.endswith(".nll")]:
+        if not len(plain) or depths is not None or name in ("lod0", "recency"):
+            continue
+        gained = plain - np.asarray(scores[f"{name}.nll"])
+        possible = plain - np.asarray(scores["lod0.nll"])
+        if possible.sum() > 0:
+            found[f"{place}.{name}.gain"] = float(gained.sum() / possible.sum())
+            found[f"{place}.{name}.gain.ci95"] = list(bootstrap.ratio_interval(gained, possible))
     return found
 
 

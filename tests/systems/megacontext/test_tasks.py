@@ -183,6 +183,31 @@ def test_answers_behind_every_arm(base, untrained, filler, topics, tmp_path):
     assert "task.late_query.bm25.found.hop1" not in found
 
 
+def test_episodes_share_the_gists_of_their_filler(base, untrained, filler, topics, tmp_path):
+    """Made once and kept, they are the same bit for bit, and so is all that is measured."""
+    model = ModelConfig(layout=LAYOUT, gist=GistConfig(window=8, lead=4))
+    params, found, calls = untrained(base, model), [], []
+    for name in ("kept", "each"):
+        with Memory.open(tmp_path / name, base, model, params, "x", writable=True) as memory:
+            made, build = [], memory.build
+            make = memory._make
+            memory._make = lambda *a, make=make, made=made: (made.append(a[-1]), make(*a))[1]
+            memory.build = lambda breaks, alike, build=build, name=name: build(
+                breaks=breaks, alike=alike and name == "kept"
+            )
+            found.append(tasks.measure(
+                memory, filler, topics, ["passkey"], ["recency", "bm25"], 256, 192, [0.2, 0.5, 0.8],
+                alike=True,
+            ))  # fmt: skip
+            calls.append(len(made))
+    assert found[0] == found[1]
+    assert calls[0] < 0.7 * calls[1]
+    gain = found[0]["task.passkey.bm25.gain"]
+    nll = [found[0][f"task.passkey.{arm}.nll"] for arm in ("recency", "bm25", "lod0")]
+    assert gain == pytest.approx((nll[0] - nll[1]) / (nll[0] - nll[2]))
+    assert "task.passkey.recency.gain" not in found[0]
+
+
 def test_a_pass_key_by_depth_and_length():
     overrides = {
         "eval.budgets": [160], "eval.policies": ["recency"], "eval.long": 24, "eval.task_rows": 2,
