@@ -247,11 +247,6 @@ class MegaRun(RunBase):
                 "where it begins, or train nothing else"
             )
         if d.label is not None:
-            if phases[0].data == "lens":
-                raise ConfigError(
-                    f"train.phases {phases[0].name!r}: with data.label another phase comes first; "
-                    "for a lens alone, `latent-jax mega label` makes a table (data.labels)"
-                )
             if "match" in d.label.policies and self.model.matcher is None:
                 raise ConfigError("data.label.policies: match needs model.matcher")
             labelled_blocks(

@@ -146,6 +146,29 @@ class LensRows:
         return data.collate([self.row(*pair) for pair in self.held_out], {})
 
 
+class Unmeasured:
+    """What stands for the labels of a run's first phase until they are measured in it
+    (`alternation`): batches that have only their shapes.
+    """
+
+    def __init__(self, config: MegaRun, base: DecoderConfig):
+        spec = batch_spec(config, base).arrays
+        self._batch = {name: np.zeros(x.shape, x.dtype) for name, x in spec.items()}
+
+    def __iter__(self) -> Unmeasured:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return self._batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: it has no position."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing: a position is of the labels, once they are there."""
+
+
 def batch_spec(config: MegaRun, base: DecoderConfig) -> BatchSpec:
     """Shapes of the batches of labels that are measured in the run (``data.label``)."""
     b, n = config.train.batch_size, config.model.layout.capacity(config.data.label.budget)

@@ -27,7 +27,7 @@ from latent_jax.systems.megacontext.head_calibration import calibrate
 from latent_jax.systems.megacontext.head_gists import HeadGists
 from latent_jax.systems.megacontext.hooks import StoreHooks
 from latent_jax.systems.megacontext.lens import Tail, action_entries, entries, nothing_seen
-from latent_jax.systems.megacontext.lens_data import LensRows, batch_spec
+from latent_jax.systems.megacontext.lens_data import LensRows, Unmeasured, batch_spec
 from latent_jax.systems.megacontext.match_data import MatchRows
 from latent_jax.systems.megacontext.matcher import Matcher, matching, whitened
 from latent_jax.systems.megacontext.policies import squash
@@ -259,6 +259,8 @@ class MegaContextSystem(Evaluation, StandIn, StoreHooks, Alternation):
             self.growing()
         if self.config.eval.documents:
             self.questions()
+        if phase == "lens" and self.measured is None and self.config.data.label is not None:
+            return Unmeasured(self.config, self.backbone.config)
         if phase == "lens":
             stream = (self.measured or self.lens_rows).stream(self.config)
         elif phase == "questions":

@@ -202,13 +202,21 @@ def test_a_run_that_was_stopped_in_a_lens_turn_does_not_measure_again(results, t
         np.testing.assert_array_equal(old[name], new[name], err_msg=name)
 
 
-LENS = {"name": "lens", "data": "lens", "train": ["lens"], "steps": 2}
+def test_a_lens_alone_measures_its_labels_before_its_first_step(tmp_path):
+    """Nothing but the shapes of labels is there when the trainer is built."""
+    alone = {"train.phases": [{"name": "lens", "data": "lens", "train": ["lens"]}]}
+    few = {"train.steps": 2, "eval.policies": [], "eval.rows": 4, "eval.quick_rows": 4}
+    found = latent_jax.run("megacontext/tiny_cycle", **SMALL | alone | few, out=str(tmp_path / "r"))
+    rows = [json.loads(x) for x in (found.out / "metrics.jsonl").read_text().splitlines()]
+    terms = [row["term.regression"] for row in rows if row.get("phase") == "lens"]
+    assert len(terms) == 2 and all(x > 0 for x in terms)
+    snapshots = found.system.measured.train
+    assert snapshots and all(one.measured.any() for _, one in snapshots)
 
 
 @pytest.mark.parametrize(
     "overrides, said",
     [
-        ({"train.phases": [LENS, *SMALL["train.phases"]]}, "another phase comes first"),
         ({"data.labels": ["t.parquet"]}, "leave data.labels out"),
         ({"train.phases": [{"train": ["maps"]}]}, "train.phases has none"),
         ({"data.label_blocks": 24}, "data.label_blocks: 24 blocks have 0 places"),
