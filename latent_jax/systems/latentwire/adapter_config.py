@@ -69,6 +69,10 @@ class AdapterConfig:
     entries: int = field(
         default=1, ge=1, help="soft tokens that are made of one latent (pool, then expand)"
     )
+    positions: Literal["span", "ordinal"] = field(
+        default="span", help="where the reader finds a latent: in the middle of the tokens that it "
+        "stands for, or numbered 0, 1, 2, with the prompt behind the last number",
+    )  # fmt: skip
     onto_soft: bool = field(
         default=False, help="a deep prefix is added, at first with no weight, to the keys and "
         "values of soft tokens that are made of the same latents (adapter.kind=kv, wire.d_z)",

@@ -149,8 +149,13 @@ class EvalConfig:
     cost_pairs: int = field(default=3, ge=1, help="timed pairs, after a run that compiles")
     extract: tuple[str, ...] = field(
         default=(), help="rules by which answers are also cut shorter, as <set>.extract.*: words:N "
-        "(the first N), punctuation (up to the first)",
+        "(the first N), punctuation (up to the first), span (that a trained head picks)",
     )  # fmt: skip
+    span_steps: int = field(
+        default=300, ge=1, help="training steps of that head, on what the reader says of training "
+        "questions from their full text",
+    )  # fmt: skip
+    span_questions: int = field(default=512, ge=8, help="how many of them at most")
     nudges: NudgeConfig = field(
         default_factory=NudgeConfig, help="a second, nudged decoding of every arm, as "
         "<set>.nudged.*; never a claim",
@@ -277,6 +282,11 @@ class LatentWireRun(RunBase):
             raise ConfigError(
                 "losses.corrupt: it is of texts that are rebuilt: give data.mix a share of "
                 "reconstruct"
+            )
+        if losses.sampled != 0 and not any(map(self.data.mix.get, ("reconstruct", "answer"))):
+            raise ConfigError(
+                "losses.sampled: it is of texts that are rebuilt and of answers: give data.mix a "
+                "share of reconstruct or answer"
             )
         idle = [name for name in _OF_MAIN if getattr(losses, name) != 0]
         if idle and MAIN not in self.read_by:

@@ -1,11 +1,13 @@
 """Text → what the encoder's slots leave behind.
 
 The encoder is the frozen LLM itself (or its first layers), with one slot per span of text: slots
-read the text's keys and values through LoRA'd projections, or pool those of their own span
-linearly. Other slots sum up vectors of the LLM's, or of the text's bytes.
+read the text's keys and values through LoRA'd projections or trained layers, or pool those of their
+own span linearly. Other slots sum up vectors of the LLM's, or of the text's bytes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,7 +20,7 @@ from latent_jax.backbones.first_layers import first_config, first_params
 from latent_jax.backbones.sink import behind, repeat, sink_kv
 from latent_jax.nn.lora import LoRA
 from latent_jax.ops import attention
-from latent_jax.systems.latentwire import codes, heads
+from latent_jax.systems.latentwire import codes, full_encoder, heads
 from latent_jax.systems.latentwire.anchor_encoder import AnchorEncoder, alignment, semantic_anchor
 from latent_jax.systems.latentwire.latents import flatten_kv
 from latent_jax.systems.latentwire.model_config import ModelConfig
@@ -71,6 +73,9 @@ class Encoder(nn.Module):
             blank = jnp.full((r.vocab_size, LONGEST), -1.0)
             self.spelling = self.param("spelling", lambda _: blank)  # `vectors.spelling`, measured
             self.bytes = ByteEncoder(r.hidden_size, c.encoder.byte_layers)
+        if c.encoder.whole:
+            hidden = c.encoder.output == "hidden"
+            self.moved = self.param(full_encoder.PART, lambda _: full_encoder.blank(own, hidden))
         if c.encoder.adapts:
             e, shapes = c.encoder, r.projection_shapes
             self.lora = LoRA(
@@ -171,12 +176,18 @@ class Encoder(nn.Module):
             return flatten_kv(kv, inverse_frequencies(r), positions), valid, positions
         return hidden, valid, positions
 
+    def _trained(self, frozen) -> tuple[Any, Any]:
+        """Weights of the layers that are trained, and what is added to their projections."""
+        if self.config.encoder.whole:
+            return full_encoder.added(frozen, self.moved), None
+        return frozen, self.lora() if self.config.encoder.adapts else None
+
     def _states(self, frozen, text, mask, places, first) -> Float[Array, "b t d"]:
         """The LLM's last states on texts, adapted or not."""
         e = self.config.encoder
         seen = None if e.causal else jnp.broadcast_to(mask[:, None], (*mask.shape, mask.shape[1]))
-        lora = self.lora() if e.adapts else None
-        return self.body.apply({"params": frozen}, text, places, mask, seen, first, lora).hidden
+        own, lora = self._trained(frozen)
+        return self.body.apply({"params": own}, text, places, mask, seen, first, lora).hidden
 
     def _private(self, frozen, cache: KV, text, mask, start):
         """Slots of single readers, which see all of the segment, spread evenly over it."""
@@ -184,9 +195,9 @@ class Encoder(nn.Module):
         where = start + jnp.floor((jnp.arange(p) + 0.5) * length / p).astype(jnp.int32)
         there = jnp.broadcast_to(length > 0, where.shape)
         slots = jnp.broadcast_to(self.private, (len(mask), *self.private.shape)).astype(text.dtype)
-        lora = self.lora() if self.config.encoder.lora_rank else None
+        own, lora = self._trained(frozen)
         seen = jnp.broadcast_to(there[:, None, :], (*where.shape, p))
-        out = self.body.apply({"params": frozen}, slots, where, there, seen, cache, lora)
+        out = self.body.apply({"params": own}, slots, where, there, seen, cache, lora)
         return out, there, where
 
     def _memory(self, text, mask, m) -> Float[Array, "b m d"]:
@@ -205,7 +216,7 @@ class Encoder(nn.Module):
             pooled = self.pool(cache, valid, positions)
         if c.encoder.remembers:
             memory = self._memory(text, cache.mask, m)
-            lora = self.lora() if c.encoder.lora_rank else None
+            weights, lora = self._trained(frozen)
             prefix, rows = behind(first, cache), (b, m)
             if c.encoder.view == "span":
                 # Each slot is a row of its own, behind the few tokens of its span.
@@ -213,7 +224,7 @@ class Encoder(nn.Module):
             own = valid.reshape(rows)
             seen = jnp.broadcast_to(own[:, None, :], (*rows, rows[1]))
             out = self.body.apply(
-                {"params": frozen}, memory.reshape(*rows, -1), positions.reshape(rows), own, seen,
+                {"params": weights}, memory.reshape(*rows, -1), positions.reshape(rows), own, seen,
                 prefix, lora,
             )  # fmt: skip
             shape = (out.kv.k.shape[0], b, m, *out.kv.k.shape[3:])
@@ -235,6 +246,6 @@ class Encoder(nn.Module):
         seen = seen.at[:, :t, :t].set(own).at[:, t:, :].set(both[:, None, :])
         where = jnp.concatenate([places, positions], axis=1)
         x = jnp.concatenate([text, self._memory(text, mask, m)], axis=1)
-        lora = self.lora() if c.encoder.lora_rank else None
-        out = self.body.apply({"params": frozen}, x, where, both, seen, first, lora)
+        weights, lora = self._trained(frozen)
+        out = self.body.apply({"params": weights}, x, where, both, seen, first, lora)
         return KV(out.kv.k[:, :, t:], out.kv.v[:, :, t:], valid), out.hidden[:, t:]

@@ -21,12 +21,12 @@ from latent_jax.systems.latentwire.model_config import ModelConfig
 _LATER = {
     "encoder": (
         "pooler", "byte_layers", "refiner", "layers", "carry", "anchor_width", "anchor_layers",
-        "backbone", "pieces", "places",
+        "backbone", "pieces", "places", "train",
     ),
     "wire": ("fit", "levels", "codes", "stages"),
     "adapter": (
         "entries", "residual", "hidden", "calibration", "transform", "neighbours", "offset",
-        "codes", "onto_soft", "task_rank", "depths", "gate", "carrier",
+        "codes", "onto_soft", "task_rank", "depths", "gate", "carrier", "positions",
     ),
 }  # fmt: skip
 

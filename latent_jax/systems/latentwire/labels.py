@@ -9,6 +9,7 @@ LABELS = (
     (r"^lora/.*_a$", "lora_a"),
     (r"^lora/.*_b$", "lora_b"),
     (r"^reader_lora/", "reader_lora"),
+    (r"^encoder/", "encoder"),
     (r"^pool/", "pool"),
     (r"^bytes/", "bytes"),
     (r"^refiner/", "refiner"),

@@ -69,6 +69,30 @@ def own_slots(wire: Wire, config: ModelConfig, reader: str = MAIN) -> Wire:
     return Wire(wire.z[:, at], wire.mask[:, at], wire.positions[:, at], wire.length)
 
 
+def numbered(mask: Bool[Array, "b m"]) -> Int[Array, "b m"]:
+    """Ordinal positions: the real entries of each row are 0, 1, 2, …"""
+    return jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+
+
+def behind_numbered(
+    length: Int[Array, " b"], mask: Bool[Array, "b m"], config: ModelConfig, private: int,
+    entries: int, follow: str = "segment",
+) -> Int[Array, " b"]:  # fmt: skip
+    """Where a prompt begins behind `numbered` entries: after those that whole segments would have,
+    or, with ``follow="text"``, after the last real one.
+
+    Args:
+      length: of the texts, tokens.
+      mask: which entries are real.
+      private: latents of each segment that this reader alone is given.
+      entries: made of each latent.
+    """
+    if follow == "text":
+        return mask.sum(1, dtype=jnp.int32)
+    each = (num_latents(config.segment, config.ratio) + private) * entries
+    return -(-length // config.segment) * each
+
+
 def expanded(
     wire: Wire, z: Float[Array, "b m e"], entries: int, ratio: float
 ) -> tuple[Wire, Float[Array, "b n d"]]:

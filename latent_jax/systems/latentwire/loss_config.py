@@ -44,6 +44,11 @@ class LossConfig:
         default=0.0, ge=0, lt=1, help="share of teacher-forced reconstruction inputs randomised; "
         "or a schedule of it",
     )  # fmt: skip
+    sampled: float | ScheduleConfig = field(
+        default=0.0, ge=0, le=1, help="share of the teacher-forced tokens of reconstructions and "
+        "answers that give way to what the reader itself would say there (scheduled sampling, by a "
+        "first pass); or a schedule of it",
+    )  # fmt: skip
     embeddings: float | ScheduleConfig = field(
         default=0.0, help="soft tokens to the mean embedding of what they stand for: 1 - cosine + "
         "0.1 squared error over variance",
@@ -87,6 +92,7 @@ class LossConfig:
         """Refuses rates that leave their range, and settings of a distillation that is off."""
         check_rate("keep", self.keep, above=0.0)
         check_rate("corrupt", self.corrupt, below=1.0)
+        check_rate("sampled", self.sampled)
         if self.distil_layers == 1:
             raise ConfigError(
                 "distil_layers = 1: the first layer's keys and values are those of the tokens, "

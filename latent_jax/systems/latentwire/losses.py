@@ -21,8 +21,8 @@ from latent_jax.backbones.cross_entropy import token_cross_entropy
 from latent_jax.backbones.decoder import Decoder, inverse_frequencies
 from latent_jax.backbones.substitution import substitution
 from latent_jax.core.types import Mean
-from latent_jax.systems.latentwire import codes, gist_head
-from latent_jax.systems.latentwire.config import TASKS, LatentWireRun
+from latent_jax.systems.latentwire import codes, gist_head, scheduled_sampling
+from latent_jax.systems.latentwire.config import MAIN, TASKS, LatentWireRun
 from latent_jax.systems.latentwire.corrupt import corrupt_tokens
 from latent_jax.systems.latentwire.given import prefill
 from latent_jax.systems.latentwire.model import Compressor, Prefix, Wire, flatten_kv, read
@@ -142,7 +142,7 @@ def batch_terms(
       params: what is trained.
       frozen: parameters of the LLMs, ``reader`` and ``readers/<name>``.
       batch: of `recipe.train_stream`.
-      key: of the randomised inputs; None leaves them as they are.
+      key: of the inputs that are random or the reader's own; None leaves them as they are.
       readers: further readers by name; those read the batch whose inputs are in it.
       collections: Linen's, beside the parameters; without ``key`` they stay as they are.
       rates: what scheduled rates are now (`rates.Rates`); as at step 0 where it is not given.
@@ -186,7 +186,6 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
     body, losses = Decoder(model.reader, remat=model.config.remat), config.losses
     apply = functools.partial(model.apply, {"params": params})
     asked, task, targets = "asked" in batch, batch["task"], batch["inputs"]
-    inputs = _corrupted(key, batch, targets, now, model.reader.vocab_size)
     lead = apply(task, asked, method="lead")
     real, supervised = batch["inputs_mask"], batch["supervised"]
     text = functools.partial(
@@ -204,6 +203,7 @@ def _main_terms(model, config, params, reader, batch, key, wire, now):
     aux, terms = {}, {}
     # On text, which teaches, the reader is as it always was.
     lora = None if "raw" in batch else apply(method="deltas")
+    inputs = _fed(config, body, reader, prefix, lead, targets, batch, key, now, lora=lora)
     own = forced(body, reader, prefix, lead, inputs, real, lora)
     hidden, teacher = own.hidden, None
     if losses.distils and "raw" not in batch and (asked or "recalled" in batch):
@@ -255,10 +255,10 @@ def _reader_terms(reader, remat, config, params, frozen, batch, key, wire, now):
     mine = functools.partial(field, reader.label)
     asked, task, targets = "asked" in batch, batch["task"], batch[mine("inputs")]
     real, supervised = batch[mine("inputs_mask")], batch[mine("supervised")]
-    inputs = _corrupted(key, batch, targets, now, reader.backbone.config.vocab_size)
     apply = functools.partial(adapter.apply, {"params": params})
     prefix = apply(wire, frozen["embed"].dtype, method="prefix")
     lead = apply(task, asked, method="lead")
+    inputs = _fed(config, body, frozen, prefix, lead, targets, batch, key, now, reader=reader)
     hidden = forced(body, frozen, prefix, lead, inputs, real).hidden
     if asked:
         width = room(reader.config, config.data.max_answer)
@@ -286,12 +286,41 @@ def commonest_share(ids: Int[Array, "b t"], mask: Bool[Array, "b t"], size: int)
     return Mean(counts.max(), counts.sum())
 
 
-def _corrupted(key, batch, inputs, now, vocabulary):
-    """Teacher-forced inputs of reconstructions with a share of random tokens."""
-    if key is None or not now.corrupts or "asked" in batch:
-        return inputs
-    noisy = corrupt_tokens(key, inputs, now.corrupt, vocabulary)
-    return jnp.where((batch["task"] == TASKS.index("reconstruct"))[:, None], noisy, inputs)
+def _fed(
+    config, body, frozen, prefix, lead, gold, batch, key, now, reader=None, lora=None
+):  # fmt: skip
+    """Teacher-forced inputs: in training, of reconstructions and answers a share is the reader's
+    own, and of reconstructions a share random.
+    """
+    if key is None:
+        return gold
+    mine = functools.partial(field, MAIN if reader is None else reader.label)
+    asked, inputs = "asked" in batch, gold
+    rebuilt = (batch["task"] == TASKS.index("reconstruct"))[:, None]
+    if now.samples:
+        real, supervised = batch[mine("inputs_mask")], batch[mine("supervised")]
+        prefix, lead, lora = scheduled_sampling.still(prefix, lead, lora)
+        answer = config.data.max_answer
+        answer = answer if reader is None else room(reader.config, answer)
+
+        def guess():
+            hidden = forced(body, frozen, prefix, lead, gold, real, lora).hidden
+            if not asked:
+                return token_cross_entropy(body, frozen, hidden, gold, config.losses.chunk)[1]
+            # Few of the tokens may give way: only those meet the vocabulary.
+            order = jnp.broadcast_to(jnp.arange(gold.shape[1]), gold.shape)
+            there, at, found = _last(supervised, answer, order, hidden)
+            said = token_cross_entropy(body, frozen, found, at, config.losses.chunk)[1]
+            at = jnp.where(there, at, gold.shape[1])  # beyond the end: dropped
+            return gold.at[jnp.arange(len(gold))[:, None], at].set(said, mode="drop")
+
+        swappable = supervised if asked else supervised & rebuilt
+        draw = jax.random.fold_in(key, scheduled_sampling.STREAM)
+        inputs = scheduled_sampling.own_inputs(draw, now.sampled, gold, swappable, guess)
+    if now.corrupts and not asked:
+        noisy = corrupt_tokens(key, inputs, now.corrupt, body.config.vocab_size)
+        inputs = jnp.where(rebuilt, noisy, inputs)
+    return inputs
 
 
 def _by_task(config, task, nll, hit, supervised) -> tuple[dict[str, Mean], dict[str, Mean]]:

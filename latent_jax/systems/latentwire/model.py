@@ -29,8 +29,10 @@ from latent_jax.systems.latentwire.gist_head import GistHead
 from latent_jax.systems.latentwire.latents import (
     Prefix,
     Wire,
+    behind_numbered,
     expanded,
     flatten_kv,
+    numbered,
     own_slots,
     split_segments,
     unflatten_kv,
@@ -188,6 +190,11 @@ class Compressor(Encoder):
         start = wire.length
         if c.follow == "segment":
             start = -(-wire.length // c.segment) * c.segment
+        if ordinal := c.adapter.positions == "ordinal":
+            wire = wire._replace(positions=numbered(wire.mask))
+            real = jnp.repeat(wire.mask, c.adapter.entries, axis=1)
+            sizes = c, c.private, c.adapter.entries, c.follow
+            start = behind_numbered(wire.length, real, *sizes)
         if c.adapter.kind == "cross":
             kv = self.cross(wire, dtype)
             return Prefix(kv, None, wire.mask, wire.positions, start, sink)
@@ -204,6 +211,8 @@ class Compressor(Encoder):
             z = y * self.out_scale + self.out_mean
         if c.adapter.entries > 1:
             wire, z = expanded(wire, z, c.adapter.entries, c.ratio)
+            if ordinal:
+                wire = wire._replace(positions=numbered(wire.mask))
         if not c.adapter.plain:
             z = self.adapter(wire.z, z, wire.mask, None if frozen is None else frozen["embed"])
         z = z.astype(dtype)

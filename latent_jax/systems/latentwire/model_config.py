@@ -82,6 +82,11 @@ class EncoderConfig:
         help="what a memory slot sees: the whole text and the other slots, or only the tokens of "
         "its own span (they have read what comes before them), which serves any text length alike",
     )
+    train: Literal["lora", "full"] = field(
+        default="lora", help="what of the layers is trained: deltas of rank lora_rank, or all of "
+        "their weights, apart from the reader's, which stay as they are (lora_* then count for "
+        "nothing but lora_on)",
+    )  # fmt: skip
     lora_rank: int = field(default=64, ge=0, help="rank of the trainable deltas; 0 trains no delta")
     lora_alpha: float = field(default=64.0, gt=0, help="deltas are scaled by alpha / rank")
     lora_targets: tuple[str, ...] = field(
@@ -90,7 +95,7 @@ class EncoderConfig:
     lora_on: Literal["memory", "all"] = field(
         default="memory",
         help="memory: text runs through the untouched LLM and only slots are adapted (cheaper: no "
-        "backward pass over the text); all: text positions are adapted as well",
+        "backward pass over the text); all: text positions are adapted as well; of train=full too",
     )
     causal: bool = field(
         default=True, help="text attends causally; false needs lora_on=all (the LLM is causal)"
@@ -123,6 +128,11 @@ class EncoderConfig:
         if self.lora_on == "all" and self.view == "span" and self.slots == "memory":
             raise ConfigError(
                 "encoder.lora_on=all runs text and slots as one: set encoder.view=text"
+            )
+        if self.whole and not self.runs:
+            raise ConfigError(
+                f"encoder.train=full: no trained pass through the LLM's layers makes "
+                f"encoder.slots={self.slots}: use memory or both, or states with lora_on=all"
             )
         if self.places is not None and self.slots != "heads":
             raise ConfigError(
@@ -171,10 +181,19 @@ class EncoderConfig:
         return self.slots in VECTORS
 
     @property
+    def runs(self) -> bool:
+        """Whether slots come of a pass through the LLM's layers in which these may be others."""
+        return self.remembers or (self.slots == "states" and self.lora_on == "all")
+
+    @property
     def adapts(self) -> bool:
         """Whether the LLM's layers have trained deltas."""
-        ran = self.remembers or (self.slots == "states" and self.lora_on == "all")
-        return ran and self.lora_rank > 0
+        return self.runs and self.train == "lora" and self.lora_rank > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the LLM's layers are trained as a whole."""
+        return self.train == "full"
 
     @property
     def pools(self) -> bool:
@@ -199,6 +218,10 @@ class ReaderConfig:
     entries: int = field(
         default=1, ge=1, help="entries of its cache (or soft tokens) that it makes of one latent: "
         "its own tokens are others, and a head that looks a token up wants one of its own",
+    )  # fmt: skip
+    positions: Literal["span", "ordinal"] = field(
+        default="span", help="where it finds a latent, see adapter.positions; ordinal: whatever "
+        "its own tokens are",
     )  # fmt: skip
     private: int = field(
         default=0, ge=0, help="latents per segment that only this reader is given"
@@ -316,6 +339,15 @@ class ModelConfig:
                 "encoder.slots=heads keeps entries of its own LLM's heads, which no adapter of "
                 "model.readers could read: use pooled, memory or both"
             )
+        if self.adapter.positions == "ordinal" and (
+            self.encoder.slots == "heads" or self.encoder.carry
+        ):
+            why = (
+                "encoder.slots=heads keeps keys that are rotated to where their tokens stood"
+                if self.encoder.slots == "heads"
+                else "encoder.carry reads the next segment where its text stands, behind latents"
+            )
+            raise ConfigError(f"adapter.positions=ordinal: {why}; use span")
         if self.encoder.refiner and self.wire.d_z is None and self.encoder.output == "kv":
             raise ConfigError(
                 "encoder.refiner works on latents of a width of their own: set wire.d_z, or "

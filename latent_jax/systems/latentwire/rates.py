@@ -1,4 +1,6 @@
-"""Rates of a training step, which may be schedules of it: latents kept, inputs corrupted."""
+"""Rates of a training step, which may be schedules of it: latents kept, inputs corrupted or
+replaced by the reader's own.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from latent_jax.core.errors import ConfigError
 from latent_jax.train.curriculum import ScheduleConfig, extremes, make_schedule
 
 #: Fields of `LossConfig` that are rates.
-RATES = ("keep", "corrupt")
+RATES = ("keep", "corrupt", "sampled")
 
 
 def check_rate(
@@ -45,14 +47,18 @@ class Rates(NamedTuple):
     Attributes:
       keep: share of the latents that the reader is shown, a number or a traced scalar.
       corrupt: share of teacher-forced inputs that are random tokens.
+      sampled: share of them that are what the reader says itself.
       drops: whether any latent is ever hidden.
       corrupts: whether any input is ever random.
+      samples: whether any input is ever the reader's own.
     """
 
     keep: Any
     corrupt: Any
+    sampled: Any
     drops: bool
     corrupts: bool
+    samples: bool
 
     @staticmethod
     def of(losses: Any, now: Mapping[str, Any] | None = None) -> Rates:
@@ -64,5 +70,5 @@ class Rates(NamedTuple):
         scheduled = losses.scheduled
         if now is None:
             now = {name: make_schedule(rate)(0) for name, rate in scheduled.items()}
-        keep, corrupt = (now.get(name, getattr(losses, name)) for name in RATES)
-        return Rates(keep, corrupt, losses.keep != 1, losses.corrupt != 0)
+        rates = (now.get(name, getattr(losses, name)) for name in RATES)
+        return Rates(*rates, losses.keep != 1, losses.corrupt != 0, losses.sampled != 0)

@@ -22,6 +22,7 @@ from latent_jax.backbones.sink import sink_token
 from latent_jax.core.errors import CheckpointError
 from latent_jax.systems.latentwire.compressed import Latents
 from latent_jax.systems.latentwire.config import TASKS, ModelConfig, ReaderConfig
+from latent_jax.systems.latentwire.latents import behind_numbered, numbered
 from latent_jax.systems.latentwire.model import Prefix, Wire, own_slots, unflatten_kv
 from latent_jax.systems.latentwire.prompts import PromptBuilder, PromptConfig
 
@@ -77,13 +78,16 @@ class ReaderAdapter(nn.Module):
         places = jnp.maximum(wire.positions[..., None] + aside, 0) * self.stretch
         positions = jnp.floor(places).astype(jnp.int32).reshape(y.shape[:2])
         mask = jnp.repeat(wire.mask, c.entries, axis=1)
+        end = -(-wire.length // self.config.segment) * self.config.segment
+        start = jnp.ceil(end * self.stretch).astype(jnp.int32)
+        if c.positions == "ordinal":
+            positions = numbered(mask)
+            start = behind_numbered(wire.length, mask, self.config, c.private, c.entries)
         kv = embeds = None
         if c.kind == "kv":
             kv = unflatten_kv(y, r, inverse_frequencies(r), positions, mask)
         else:
             embeds = y
-        end = -(-wire.length // self.config.segment) * self.config.segment
-        start = jnp.ceil(end * self.stretch).astype(jnp.int32)
         sink = None if self.sink is None else jnp.int32(self.sink)
         return Prefix(kv, embeds, mask, positions, start, sink)
 

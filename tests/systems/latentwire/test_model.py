@@ -76,6 +76,11 @@ VARIANTS |= {
         segment=8, adapter=AdapterConfig("soft"), encoder=EncoderConfig(
             slots="states", output="hidden", lora_rank=2, lora_on="all", causal=False),
     ),
+    "full": ModelConfig(segment=8, encoder=EncoderConfig(train="full")),
+    "full_states": ModelConfig(
+        segment=8, adapter=AdapterConfig("soft"), encoder=EncoderConfig(
+            slots="states", output="hidden", train="full", lora_on="all", causal=False),
+    ),
     "queries": _soft("embedded", d_z=6, levels=5, refiner=1, pooler="queries"),
     "hierarchical": _soft("embedded", d_z=6, pooler="hierarchical", entries=2),
     "convolution": _soft(

@@ -68,7 +68,7 @@ def test_extremes_are_those_that_the_steps_reach(schedule, expected):
 def test_a_constant_rate_is_a_number_and_asks_the_trainer_for_nothing():
     system, _, _ = opened(keep=0.85, corrupt=0.1)
     assert rates_at(system, 3) == {}
-    assert Rates.of(system.config.losses) == (0.85, 0.1, True, True)
+    assert Rates.of(system.config.losses) == (0.85, 0.1, 0.0, True, True, False)
 
 
 def test_a_share_of_latents_is_hidden_once_its_time_has_come():
