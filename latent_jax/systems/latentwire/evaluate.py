@@ -15,7 +15,7 @@ from latent_jax.backbones.backbone import Backbone
 from latent_jax.backbones.padding import bucket
 from latent_jax.core.errors import ConfigError, DataError
 from latent_jax.data.squad import QAExample
-from latent_jax.systems.latentwire import baselines, extraction
+from latent_jax.systems.latentwire import baselines, extraction, span_head
 from latent_jax.systems.latentwire import faults as faults_made
 from latent_jax.systems.latentwire.compressed import Compressed, for_task
 from latent_jax.systems.latentwire.cramming import cram
@@ -170,6 +170,7 @@ def evaluate_qa(
     faults: Sequence[str] = (),
     extract: Sequence[str] = (),
     nudges: NudgeConfig = NudgeConfig(),  # noqa: B008 (frozen)
+    listener: span_head.Listener | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Answers questions from every arm with the same prompt, greedily.
@@ -200,6 +201,8 @@ def evaluate_qa(
         and so on.
       nudges: of a second decoding of every arm, whose scores are ``<name>.nudged.f1.<arm>`` and so
         on.
+      listener: hears every answer with the reader's states at it; the rule ``span`` needs a
+        `span_head.Cutter`.
       progress: called after every arm of every batch.
 
     Returns:
@@ -307,6 +310,13 @@ def evaluate_qa(
             ids, lengths = decode(llm, asked, max_new_tokens, builder.stop_ids)
             if faults_made.CUT in faults:
                 ids, lengths = faults_made.cut_off(ids, lengths, widths[0])
+            if listener is not None:
+                states = span_head.said_states(
+                    llm.decoder, llm.params, asked, jnp.asarray(ids), jnp.asarray(lengths)
+                )
+                said = [row[:n] for row, n in zip(ids, lengths, strict=True)][:real]
+                questions = [rows[i].example for i in at[:real]]
+                listener(arm, at[:real], questions, said, np.asarray(states)[:real])
             forced = {}
             if score:
                 forced = score_answers(llm.decoder, llm.params, asked, *gold)
@@ -344,7 +354,8 @@ def evaluate_qa(
     compare(out, name, table, seed)
     for arm, scores in beside.items():
         scores.report(out, f"{name}.nudged", arm, seed)
-    extraction.report(out, name, table, extract, [row.example for row in rows], seed)
+    kept = getattr(listener, "said", {})
+    extraction.report(out, name, table, extract, [row.example for row in rows], seed, kept)
     return out, [_sample(r, i, table) for i, r in enumerate(rows)]
 
 

@@ -1,4 +1,5 @@
-"""Shorter answers cut out of what a reader said, by rules that know neither text nor question.
+"""Shorter answers cut out of what a reader said, by rules that know neither text nor question, or
+by a trained head (`span_head`).
 
 What is scored is what the reader said; these scores stand beside it, under names of their own.
 """
@@ -16,19 +17,21 @@ from latent_jax.systems.latentwire.tally import ArmScores
 #: Up to the first of these, unless it stands inside a number or a word (3.5, U.S.A, 1,024).
 _END = re.compile(r"[.,;:!?()\[\]\"](?=\s|$)|[;!?()\[\]\"]")
 PUNCTUATION = "punctuation"
+#: The span that a trained head picks.
+SPAN = "span"
 
 
 def check_rules(rules: Sequence[str]) -> None:
     """Refuses rules that do not exist.
 
     Raises:
-      ConfigError: neither ``words:N`` with N of at least 1 nor ``punctuation``.
+      ConfigError: none of ``words:N`` with N of at least 1, ``punctuation`` and ``span``.
     """
     for rule in rules:
-        if rule != PUNCTUATION and not re.fullmatch(r"words:[1-9]\d*", rule):
+        if rule not in (PUNCTUATION, SPAN) and not re.fullmatch(r"words:[1-9]\d*", rule):
             raise ConfigError(
                 f"eval.extract: unknown rule {rule!r}; allowed: words:N (the first N words), "
-                f"{PUNCTUATION} (up to the first)"
+                f"{PUNCTUATION} (up to the first), {SPAN} (a trained head's)"
             )
 
 
@@ -47,7 +50,7 @@ def extract(rule: str, said: str) -> str:
 
 def report(
     out: dict[str, Any], name: str, table: Mapping[str, ArmScores], rules: Sequence[str],
-    examples: Sequence[QAExample], seed: int,
+    examples: Sequence[QAExample], seed: int, spans: Mapping[str, Mapping[int, str]],
 ) -> None:  # fmt: skip
     """Adds ``<name>.extract.<rule>.f1.<arm>`` and the like to ``out``.
 
@@ -56,10 +59,12 @@ def report(
       rules: of ``eval.extract``.
       examples: what was asked.
       seed: of the intervals.
+      spans: of every arm, what the head kept of each answer, for the rule ``span``.
     """
     for rule in dict.fromkeys(rules):
         for arm, scores in table.items():
             cut = ArmScores(len(examples))
             for i, example in enumerate(examples):
-                cut.add(i, extract(rule, scores.said[i]), example.answers, {}, i)
+                kept = spans[arm][i] if rule == SPAN else extract(rule, scores.said[i])
+                cut.add(i, kept, example.answers, {}, i)
             cut.report(out, f"{name}.extract.{rule.replace(':', '')}", arm, seed)

@@ -11,6 +11,7 @@ tokens, and the first supervised token is by construction the first one the read
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -152,12 +153,11 @@ class PromptBuilder:
 
     def text(self, ids: Sequence[int]) -> str:
         """Generated ids as an answer: up to the first stop token, then up to the first newline."""
-        kept: list[int] = []
-        for token in ids:
-            if int(token) in self.stop_ids:
-                break
-            kept.append(int(token))
-        return self.tokenizer.decode(kept).lstrip().split("\n", 1)[0].strip()
+        return self.tokenizer.decode(self.kept(ids)).lstrip().split("\n", 1)[0].strip()
+
+    def kept(self, ids: Sequence[int]) -> list[int]:
+        """Generated ids up to the first stop token."""
+        return list(itertools.takewhile(lambda i: i not in self.stop_ids, map(int, ids)))
 
 
 def _special(tokenizer: Any, token: str) -> int | None:

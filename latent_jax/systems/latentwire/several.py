@@ -17,6 +17,7 @@ from latent_jax.systems.latentwire.evaluate import evaluate_ae, evaluate_qa
 from latent_jax.systems.latentwire.prompts import PromptBuilder
 from latent_jax.systems.latentwire.readers import Reader
 from latent_jax.systems.latentwire.rescore import Judge, rescored
+from latent_jax.systems.latentwire.span_training import cutter
 from latent_jax.systems.latentwire.tally import PROMPTED, base_arm
 from latent_jax.systems.latentwire.transcribe import own_tokens, room
 from latent_jax.systems.latentwire.tuned import train_controls
@@ -71,16 +72,21 @@ def evaluate_readers(
             )  # fmt: skip
             found |= scores
             samples += _by(label, texts)
+        asking = {
+            "max_context": config.data.max_context, "max_new_tokens": longest(system, reader),
+            "seed": config.seed, "sink": reader.sink, "source": wire.builder, "progress": progress,
+            **shared,
+        }  # fmt: skip
+        listener = None
+        if sets:
+            listener = cutter(system, reader.backbone, reader.builder, ratio=model.ratio, **asking)
         for name, asked in sets.items():
             ratio = own_ratio(model, wire.builder, reader, [x.context for x in asked])
             scores, answers = evaluate_qa(
                 reader.backbone, latents, asked, text_arms(e.arms), builder=reader.builder,
-                ratio=ratio, max_context=config.data.max_context,
-                max_new_tokens=longest(system, reader),
-                seed=config.seed, tuned=system.tuned_by.get(label), sink=reader.sink, task=task,
+                ratio=ratio, tuned=system.tuned_by.get(label), task=task,
                 name=f"{name}.{label}.x{model.ratio:g}", cramming_steps=e.cramming_steps,
-                source=wire.builder, progress=progress, extract=e.extract, nudges=e.nudges,
-                **shared,
+                extract=e.extract, nudges=e.nudges, listener=listener, **asking,
             )  # fmt: skip
             found |= scores
             if name == "squad":

@@ -24,6 +24,7 @@ from latent_jax.systems.latentwire.findings import findings
 from latent_jax.systems.latentwire.latency import first_token
 from latent_jax.systems.latentwire.reconstruct import rebuildable
 from latent_jax.systems.latentwire.several import evaluate_readers
+from latent_jax.systems.latentwire.span_training import cutter
 from latent_jax.systems.latentwire.symptoms import said_from_latents
 from latent_jax.train.diagnose import term_gradients
 
@@ -66,16 +67,19 @@ def final_evaluation(
             task="continue" if "continue" in wire.tasks else None, sink=wire.sink,
             progress=progress,
         )  # fmt: skip
-    demonstration, answered = None, []
-    for name, examples in (system.question_sets() if e.questions else {}).items():
+    demonstration, answered, sets = None, [], system.question_sets() if e.questions else {}
+    asking = {
+        "ratio": model.ratio, "max_context": config.data.max_context,
+        "max_new_tokens": e.max_new_tokens, "batch_size": e.batch_size, "segment": model.segment,
+        "seed": config.seed, "sink": wire.sink, "progress": progress,
+    }  # fmt: skip
+    listener = cutter(system, wire.backbone, builder, **asking) if sets else None
+    for name, examples in sets.items():
         found, rows = evaluate_qa(
-            wire.backbone, wire.latents, examples, e.arms,
-            builder=builder, ratio=model.ratio, max_context=config.data.max_context,
-            max_new_tokens=e.max_new_tokens, batch_size=e.batch_size, segment=model.segment,
-            seed=config.seed, tuned=tuned, sink=wire.sink, progress=progress, name=name,
+            wire.backbone, wire.latents, examples, e.arms, builder=builder, tuned=tuned, name=name,
             task="answer" if "answer" in wire.tasks else None, cramming_steps=e.cramming_steps,
             rebuild_task="reconstruct" if "reconstruct" in wire.tasks else None, faults=e.faults,
-            extract=e.extract, nudges=e.nudges,
+            extract=e.extract, nudges=e.nudges, listener=listener, **asking,
         )  # fmt: skip
         metrics |= found
         if name != "squad":  # findings are about the task that was trained

@@ -45,6 +45,7 @@ from latent_jax.systems.latentwire.config import LatentWireRun
 from latent_jax.systems.latentwire.coprocessor import carrier
 from latent_jax.systems.latentwire.diagnose import read_log
 from latent_jax.systems.latentwire.evaluate import check_arms, check_examples
+from latent_jax.systems.latentwire.extraction import SPAN
 from latent_jax.systems.latentwire.labels import LABELS, OF_MAIN, RULES
 from latent_jax.systems.latentwire.losses import batch_terms
 from latent_jax.systems.latentwire.model import Compressor
@@ -148,9 +149,9 @@ class LatentWireSystem:
         return recipe.batch_specs(self.config, phase)
 
     def param_labels(self, params):
-        """Groups ``lora_a``, ``lora_b``, ``pool``, ``bytes``, ``refiner``, ``adapter``, ``gate``,
-        ``memory``, ``prompt``, ``heads``, ``bottleneck``, ``gist`` and ``reader_lora``, and
-        ``reader_<name>`` of each further reader; input statistics are frozen.
+        """Groups ``lora_a``, ``lora_b``, ``encoder``, ``pool``, ``bytes``, ``refiner``,
+        ``adapter``, ``gate``, ``memory``, ``prompt``, ``heads``, ``bottleneck``, ``gist`` and
+        ``reader_lora``, and ``reader_<name>`` of each further reader; input statistics are frozen.
         """
         own = [(rf"^readers/{label}/", f"reader_{label}") for label in self.readers]
         return trees.match_tree((*LABELS, *own), params)
@@ -179,6 +180,8 @@ class LatentWireSystem:
                 check_examples(
                     self.builder, examples, self.config.data.max_context, self.config.eval.arms
                 )
+            if SPAN in self.config.eval.extract:  # of what its head is trained
+                recipe.questions(self.config, self.builder, "train", 1)
         if self.config.eval.segments:
             self.eval_data()
         if self.config.eval.continuations:

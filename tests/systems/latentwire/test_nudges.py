@@ -42,7 +42,7 @@ def test_rules_cut_answers(rule, said, kept):
     assert extract(rule, said) == kept
 
 
-@pytest.mark.parametrize("rule", ["words:0", "words", "span", "words:-1"])
+@pytest.mark.parametrize("rule", ["words:0", "words", "spans", "words:-1"])
 def test_unknown_rules_are_refused(rule):
     with pytest.raises(ConfigError, match="eval.extract: unknown rule"):
         check_rules([rule])
